@@ -1,0 +1,469 @@
+//go:build unix
+
+// Failover shows three workers, of which one leads at a time, through three ends of a leader: one
+// that is asked to stop, one that is killed, and one that is paused and does not know that it has
+// been replaced.
+//
+//	go run ./examples/failover
+//
+// It starts an etcd of its own, in this process, unless -endpoints names another; the workers are
+// processes. At the end it checks that no two terms overlapped and that no increment was lost, and
+// exits with status 1 if that does not hold.
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/url"
+	"os"
+	"os/exec"
+	"os/signal"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/server/v3/embed"
+	"go.uber.org/zap"
+)
+
+func main() {
+	endpoints := flag.String("endpoints", "", "etcd `host:port,…`; starts an etcd of its own if empty")
+	ttl := flag.Duration("ttl", 3*time.Second, "time to live of the leader's lease")
+	workers := flag.Int("workers", 3, "`number` of workers, at least 2")
+	name := flag.String("worker", "", "be the worker of this name; used by the demonstration itself")
+	flag.Parse()
+
+	var err error
+	if *name != "" {
+		err = worker(*name, *endpoints, *ttl)
+	} else {
+		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		err = demonstrate(ctx, *endpoints, *ttl, *workers)
+		stop()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "failover:", err)
+		os.Exit(1)
+	}
+}
+
+func demonstrate(ctx context.Context, endpoints string, ttl time.Duration, workers int) (err error) {
+	if workers < 2 {
+		return fmt.Errorf("-workers %d: must be at least 2", workers)
+	}
+	if endpoints == "" {
+		server, err := startEtcd()
+		if err != nil {
+			return fmt.Errorf("start etcd: %w", err)
+		}
+		defer func() { server.Close(); os.RemoveAll(server.Config().Dir) }()
+		endpoints = server.Clients[0].Addr().String()
+		fmt.Printf("embedded etcd on %s\n", endpoints)
+	}
+	client, err := clientv3.New(clientv3.Config{Endpoints: strings.Split(endpoints, ","), Logger: zap.NewNop()})
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	if err := clean(ctx, client); err != nil {
+		return fmt.Errorf("reach etcd: %w", err)
+	}
+
+	d := &demo{began: time.Now(), endpoints: endpoints, ttl: ttl, procs: make(map[string]*proc), events: make(chan event), acks: make(map[int64]int64)}
+	defer d.stopAll()
+	for i := range workers {
+		if err := d.start(fmt.Sprintf("w%d", i+1)); err != nil {
+			return err
+		}
+	}
+	if err := d.play(ctx); err != nil {
+		return err
+	}
+	d.stopAll()
+	d.print()
+	return errors.Join(d.checkTerms(), d.checkCounter(ctx, client))
+}
+
+// startEtcd runs a server that listens on loopback only, with its data in a temporary folder.
+func startEtcd() (*embed.Etcd, error) {
+	dir, err := os.MkdirTemp("", "failover-etcd-")
+	if err != nil {
+		return nil, err
+	}
+	cfg := embed.NewConfig()
+	cfg.Dir = dir
+	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
+	cfg.ListenClientUrls = []url.URL{{Scheme: "http", Host: "127.0.0.1:0"}}
+	cfg.AdvertiseClientUrls = cfg.ListenClientUrls
+	peer, err := freeAddress()
+	if err != nil {
+		return nil, err
+	}
+	cfg.ListenPeerUrls = []url.URL{{Scheme: "http", Host: peer}}
+	cfg.AdvertisePeerUrls = cfg.ListenPeerUrls
+	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
+	server, err := embed.StartEtcd(cfg)
+	if err == nil {
+		select {
+		case <-server.Server.ReadyNotify():
+			return server, nil
+		case err = <-server.Err():
+		case <-time.After(30 * time.Second):
+			err = errors.New("not ready after 30 s")
+		}
+		server.Close()
+	}
+	return nil, errors.Join(err, os.RemoveAll(dir))
+}
+
+func freeAddress() (string, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	defer l.Close()
+	return l.Addr().String(), nil
+}
+
+// clean removes what an earlier run has left in an etcd that is not ours.
+func clean(ctx context.Context, client *clientv3.Client) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	_, err := client.Delete(ctx, "failover/", clientv3.WithPrefix())
+	return err
+}
+
+// A demo runs the workers and keeps what they have told.
+type demo struct {
+	began     time.Time
+	endpoints string
+	ttl       time.Duration
+	procs     map[string]*proc
+	events    chan event
+
+	terms    []*term
+	acks     map[int64]int64 // increment to token
+	handoffs []handoff
+	spans    []span
+	findings []error
+}
+
+// A proc is a worker process.
+type proc struct {
+	cmd   *exec.Cmd
+	stdin io.Closer
+	begin time.Time
+	said  chan struct{} // closed when all that it said has been read
+}
+
+// A term is the time in which a worker believed that it led.
+type term struct {
+	worker     string
+	token      int64
+	begin, end time.Time // end is zero while it lasts
+}
+
+// A span is a time in which a worker lived, or was paused.
+type span struct {
+	worker     string
+	begin, end time.Time
+	paused     bool
+}
+
+type handoff struct {
+	what     string
+	from, to *term
+}
+
+func (d *demo) say(format string, args ...any) {
+	fmt.Printf("%7.3fs  %s\n", time.Since(d.began).Seconds(), fmt.Sprintf(format, args...))
+}
+
+func (d *demo) start(name string) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(self, "-worker", name, "-endpoints", d.endpoints, "-ttl", d.ttl.String())
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is for the demonstration, which stops them
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		return err
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	p := &proc{cmd: cmd, stdin: stdin, begin: time.Now(), said: make(chan struct{})}
+	d.procs[name] = p
+	go func() { // reap waits for it
+		defer close(p.said)
+		lines := bufio.NewScanner(stdout)
+		for lines.Scan() {
+			var e event
+			if json.Unmarshal(lines.Bytes(), &e) == nil {
+				d.events <- e
+			}
+		}
+	}()
+	d.say("%s  started, pid %d", name, cmd.Process.Pid)
+	return nil
+}
+
+// wait handles events until one is what was waited for.
+func (d *demo) wait(ctx context.Context, what string, wanted func(event) bool) error {
+	timeout := time.NewTimer(3*d.ttl + 15*time.Second)
+	defer timeout.Stop()
+	for {
+		select {
+		case e := <-d.events:
+			d.handle(e)
+			if wanted(e) {
+				return nil
+			}
+		case <-ctx.Done():
+			return fmt.Errorf("interrupted while waiting for %s", what)
+		case <-timeout.C:
+			return fmt.Errorf("waited in vain for %s", what)
+		}
+	}
+}
+
+func (d *demo) leader() *term { return d.terms[len(d.terms)-1] }
+
+func (d *demo) handle(e event) {
+	switch e.What {
+	case "elected":
+		d.terms = append(d.terms, &term{worker: e.Worker, token: e.Token, begin: e.At})
+		d.say("%s  elected, token %d", e.Worker, e.Token)
+	case "increment":
+		if other, ok := d.acks[e.N]; ok {
+			d.finding("increment %d was acknowledged twice, to tokens %d and %d", e.N, other, e.Token)
+		}
+		d.acks[e.N] = e.Token
+		if e.N%20 == 0 {
+			d.say("%s  counter is %d", e.Worker, e.N)
+		}
+	case "stopped", "lost":
+		for _, t := range d.terms {
+			if t.token == e.Token && t.end.IsZero() {
+				t.end = e.At
+			}
+		}
+		if e.What == "lost" {
+			d.say("%s  knows that token %d is over: %s", e.Worker, e.Token, e.Cause)
+		} else {
+			d.say("%s  has stopped its work, resigns", e.Worker)
+		}
+	case "refused":
+		d.say("%s  its write with token %d was refused", e.Worker, e.Token)
+	case "accepted":
+		d.finding("a write of %s was accepted after its token %d was over", e.Worker, e.Token)
+	case "failed":
+		d.say("%s  a write failed: %s", e.Worker, e.Cause)
+	}
+}
+
+func (d *demo) finding(format string, args ...any) {
+	d.findings = append(d.findings, fmt.Errorf(format, args...))
+}
+
+func nextLeader(after *term) func(event) bool {
+	return func(e event) bool { return e.What == "elected" && e.Token > after.token }
+}
+
+// increments waits until the leader has done some work.
+func increments(n int) func(event) bool {
+	return func(e event) bool {
+		if e.What == "increment" {
+			n--
+		}
+		return n == 0
+	}
+}
+
+// play is the demonstration.
+func (d *demo) play(ctx context.Context) error {
+	if err := d.wait(ctx, "the first leader", func(e event) bool { return e.What == "elected" }); err != nil {
+		return err
+	}
+	for _, act := range []struct {
+		what string
+		end  func(ctx context.Context, old *term) error
+	}{
+		{"SIGTERM", d.terminate},
+		{"SIGKILL", d.kill},
+		{"SIGSTOP", d.pause},
+	} {
+		if err := d.wait(ctx, "the leader's work", increments(20)); err != nil {
+			return err
+		}
+		old := d.leader()
+		fmt.Println()
+		d.say("%s  gets %s", old.worker, act.what)
+		if err := act.end(ctx, old); err != nil {
+			return err
+		}
+		d.handoffs = append(d.handoffs, handoff{act.what, old, d.leader()})
+	}
+	fmt.Println()
+	return d.wait(ctx, "the leader's work", increments(10))
+}
+
+// terminate asks the leader to stop. It resigns, and the next one leads.
+func (d *demo) terminate(ctx context.Context, old *term) error {
+	if err := d.signal(old.worker, syscall.SIGTERM); err != nil {
+		return err
+	}
+	if err := d.wait(ctx, "the next leader", nextLeader(old)); err != nil {
+		return err
+	}
+	d.reap(old.worker)
+	return d.start(old.worker)
+}
+
+// kill leaves the lease to expire.
+func (d *demo) kill(ctx context.Context, old *term) error {
+	old.end = time.Now()
+	if err := d.signal(old.worker, syscall.SIGKILL); err != nil {
+		return err
+	}
+	d.reap(old.worker)
+	if err := d.wait(ctx, "the next leader", nextLeader(old)); err != nil {
+		return err
+	}
+	return d.start(old.worker)
+}
+
+// pause stops the leader until another one leads, and lets it go on then.
+func (d *demo) pause(ctx context.Context, old *term) error {
+	if err := d.signal(old.worker, syscall.SIGSTOP); err != nil {
+		return err
+	}
+	// While it is stopped it believes nothing. When it goes on, its one late write must be refused;
+	// checkCounter would find any other.
+	old.end = time.Now()
+	if err := d.wait(ctx, "the next leader", nextLeader(old)); err != nil {
+		return err
+	}
+	if err := d.wait(ctx, "the leader's work", increments(10)); err != nil {
+		return err
+	}
+	d.say("%s  gets SIGCONT", old.worker)
+	d.spans = append(d.spans, span{old.worker, old.end, time.Now(), true})
+	if err := d.signal(old.worker, syscall.SIGCONT); err != nil {
+		return err
+	}
+	return d.wait(ctx, "the stale leader's write", func(e event) bool {
+		return e.Token == old.token && (e.What == "refused" || e.What == "accepted")
+	})
+}
+
+func (d *demo) signal(name string, sig os.Signal) error {
+	return d.procs[name].cmd.Process.Signal(sig)
+}
+
+// reap waits for a process that was told to end, and hears what it still has to say.
+func (d *demo) reap(name string) {
+	p := d.procs[name]
+	for said := false; !said; {
+		select {
+		case e := <-d.events:
+			d.handle(e)
+		case <-p.said:
+			said = true
+		}
+	}
+	_ = p.cmd.Wait() // its status is the signal's
+	d.spans = append(d.spans, span{name, p.begin, time.Now(), false})
+	delete(d.procs, name)
+}
+
+// stopAll ends the workers: they are asked, and killed if they do not listen.
+func (d *demo) stopAll() {
+	for name, p := range d.procs {
+		_ = d.signal(name, syscall.SIGCONT)
+		_ = d.signal(name, syscall.SIGTERM)
+		_ = p.stdin.Close()
+	}
+	for name, p := range d.procs {
+		late := time.AfterFunc(5*time.Second, func() { _ = p.cmd.Process.Kill() })
+		d.reap(name)
+		late.Stop()
+	}
+}
+
+// checkTerms checks that tokens grow and that no two workers believed that they led.
+func (d *demo) checkTerms() error {
+	errs := d.findings
+	for i, t := range d.terms {
+		if t.end.IsZero() {
+			errs = append(errs, fmt.Errorf("the term of %s, token %d, has no end", t.worker, t.token))
+		}
+		if i == 0 {
+			continue
+		}
+		before := d.terms[i-1]
+		if t.token <= before.token {
+			errs = append(errs, fmt.Errorf("token %d came after token %d", t.token, before.token))
+		}
+		if t.begin.Before(before.end) {
+			errs = append(errs, fmt.Errorf("terms overlap by %v: %s, token %d, and %s, token %d",
+				before.end.Sub(t.begin), before.worker, before.token, t.worker, t.token))
+		}
+	}
+	if errs == nil {
+		fmt.Printf("\n%d terms, no two overlap, tokens grow.\n", len(d.terms))
+	}
+	return errors.Join(errs...)
+}
+
+// checkCounter checks that every increment which was acknowledged is in etcd, once, and that the
+// tokens behind the increments never went back.
+func (d *demo) checkCounter(ctx context.Context, client *clientv3.Client) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	counter, err := client.Get(ctx, counterKey)
+	if err != nil {
+		return err
+	}
+	notes, err := client.Get(ctx, journal, clientv3.WithPrefix())
+	if err != nil {
+		return err
+	}
+	var errs []error
+	if len(counter.Kvs) == 0 || string(counter.Kvs[0].Value) != strconv.Itoa(len(notes.Kvs)) {
+		errs = append(errs, fmt.Errorf("the counter does not stand at the number of increments, %d", len(notes.Kvs)))
+	}
+	tokens := make(map[int64]int64)
+	var last int64
+	for i, kv := range notes.Kvs {
+		token, err := strconv.ParseInt(string(kv.Value), 10, 64)
+		if n := int64(i + 1); err != nil || string(kv.Key) != journalKey(n) || token < last {
+			errs = append(errs, fmt.Errorf("increment %d is noted as %q = %q after token %d", n, kv.Key, kv.Value, last))
+		} else {
+			tokens[n], last = token, token
+		}
+	}
+	for n, token := range d.acks {
+		if tokens[n] != token {
+			errs = append(errs, fmt.Errorf("increment %d of token %d is lost", n, token))
+		}
+	}
+	if errs == nil {
+		fmt.Printf("%d increments acknowledged, none lost.\n", len(d.acks))
+	}
+	return errors.Join(errs...)
+}

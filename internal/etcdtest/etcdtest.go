@@ -1,0 +1,236 @@
+// Package etcdtest runs real etcd servers inside a test, and faults between them and a client.
+//
+// Everything listens on loopback or on a unix socket, writes to temporary folders, logs nothing,
+// and ends with the test.
+package etcdtest
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/pkg/v3/proxy"
+	"go.etcd.io/etcd/server/v3/embed"
+	"go.uber.org/zap"
+)
+
+// startTimeout bounds how long a member may take to become ready.
+const startTimeout = time.Minute
+
+// A Member is a running etcd server.
+type Member struct {
+	// Endpoint is where it serves clients. It stays the same across Stop and Start.
+	Endpoint string
+
+	tb  testing.TB
+	cfg embed.Config
+	etc *embed.Etcd // nil while stopped
+}
+
+// Start runs a cluster of one member. It grants leases from 1 s on.
+func Start(tb testing.TB, configure ...func(*embed.Config)) *Member {
+	tb.Helper()
+	return StartCluster(tb, 1, configure...)[0]
+}
+
+// StartCluster runs a cluster of n members.
+func StartCluster(tb testing.TB, n int, configure ...func(*embed.Config)) []*Member {
+	tb.Helper()
+	// The ports are free when they are chosen; should somebody take one before etcd does, others
+	// are chosen.
+	var err error
+	for range 5 {
+		var members []*Member
+		if members, err = startCluster(tb, n, configure); err == nil {
+			return members
+		}
+	}
+	tb.Fatalf("start etcd: %v", err)
+	return nil
+}
+
+func startCluster(tb testing.TB, n int, configure []func(*embed.Config)) ([]*Member, error) {
+	urls, err := freeURLs(2 * n)
+	if err != nil {
+		return nil, err
+	}
+	members := make([]*Member, n)
+	var initial []string
+	for i := range n {
+		client, peer := urls[2*i], urls[2*i+1]
+		cfg := embed.NewConfig()
+		cfg.Name = fmt.Sprintf("m%d", i)
+		cfg.Dir = tb.TempDir()
+		cfg.ListenClientUrls, cfg.AdvertiseClientUrls = []url.URL{client}, []url.URL{client}
+		cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = []url.URL{peer}, []url.URL{peer}
+		cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
+		cfg.UnsafeNoFsync = true // a test outlives no power cut
+		cfg.TickMs, cfg.ElectionMs = 10, 100
+		if n > 1 {
+			cfg.TickMs, cfg.ElectionMs = 50, 500 // busy machines must not elect for lack of a core
+		}
+		initial = append(initial, fmt.Sprintf("%s=%s", cfg.Name, peer.String()))
+		for _, f := range configure {
+			f(cfg)
+		}
+		members[i] = &Member{Endpoint: client.Host, tb: tb, cfg: *cfg}
+	}
+	var wg sync.WaitGroup
+	errs := make(chan error, n)
+	for _, m := range members {
+		m.cfg.InitialCluster = strings.Join(initial, ",")
+		wg.Go(func() { errs <- m.start() })
+	}
+	wg.Wait()
+	for range n {
+		if err := <-errs; err != nil {
+			for _, m := range members {
+				m.Stop()
+			}
+			return nil, err
+		}
+	}
+	for _, m := range members {
+		tb.Cleanup(m.Stop)
+	}
+	return members, nil
+}
+
+func freeURLs(n int) ([]url.URL, error) {
+	var urls []url.URL
+	for range n {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return nil, err
+		}
+		defer l.Close() // only at the end, so that no port is chosen twice
+		urls = append(urls, url.URL{Scheme: "http", Host: l.Addr().String()})
+	}
+	return urls, nil
+}
+
+func (m *Member) start() error {
+	cfg := m.cfg
+	etc, err := embed.StartEtcd(&cfg)
+	if err != nil {
+		return err
+	}
+	m.etc = etc
+	select {
+	case <-etc.Server.ReadyNotify():
+		return nil
+	case err := <-etc.Err():
+		m.Stop()
+		return err
+	case <-time.After(startTimeout):
+		m.Stop()
+		return fmt.Errorf("not ready after %v", startTimeout)
+	}
+}
+
+// Start runs a stopped member again, on the same ports and data.
+func (m *Member) Start() {
+	m.tb.Helper()
+	if err := m.start(); err != nil {
+		m.tb.Fatalf("start etcd again: %v", err)
+	}
+}
+
+// Stop ends the member. Connections to it are refused until Start.
+func (m *Member) Stop() {
+	if m.etc == nil {
+		return
+	}
+	m.etc.Server.HardStop() // no graceful transfer of leadership: faults are not graceful either
+	m.etc.Close()
+	m.etc = nil
+}
+
+// Embed gives the server itself.
+func (m *Member) Embed() *embed.Etcd { return m.etc }
+
+// NewClient returns a client of the endpoints. It is closed with the test.
+func NewClient(tb testing.TB, endpoints ...string) *clientv3.Client {
+	tb.Helper()
+	return NewClientFrom(tb, clientv3.Config{Endpoints: endpoints})
+}
+
+// NewClientFrom is NewClient with other settings.
+func NewClientFrom(tb testing.TB, cfg clientv3.Config) *clientv3.Client {
+	tb.Helper()
+	cfg.Logger = zap.NewNop()
+	client, err := clientv3.New(cfg)
+	if err != nil {
+		tb.Fatalf("new client: %v", err)
+	}
+	tb.Cleanup(func() { client.Close() }) // an error says that the test has closed it already
+	return client
+}
+
+// A Link is a connection between clients and a member that can fail. Clients use its Endpoint.
+type Link struct {
+	proxy.Server
+	Endpoint string
+}
+
+// NewLink returns a working link to a member.
+func NewLink(tb testing.TB, m *Member) *Link {
+	tb.Helper()
+	dir, err := os.MkdirTemp("", "link") // not tb.TempDir: a unix socket's path must be short
+	if err != nil {
+		tb.Fatal(err)
+	}
+	socket := filepath.Join(dir, "s")
+	server := proxy.NewServer(proxy.ServerConfig{
+		Logger: zap.NewNop(),
+		From:   url.URL{Scheme: "unix", Host: socket},
+		To:     url.URL{Scheme: "tcp", Host: m.Endpoint},
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	drained := make(chan struct{})
+	go func() { // the proxy stops when nobody reads its errors
+		defer close(drained)
+		for {
+			select {
+			case <-server.Error():
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	select {
+	case <-server.Ready():
+	case <-time.After(startTimeout):
+		tb.Fatal("proxy is not ready")
+	}
+	tb.Cleanup(func() {
+		server.Close() // also when it was closed before
+		cancel()
+		<-drained
+		os.RemoveAll(dir)
+	})
+	return &Link{Server: server, Endpoint: "unix://" + socket}
+}
+
+// Darken drops everything, both ways and without a sign, until Heal: what is on its way then
+// arrives late, as TCP would have it.
+func (l *Link) Darken() {
+	l.PauseAccept()
+	l.PauseTx()
+	l.PauseRx()
+}
+
+// Heal ends Darken.
+func (l *Link) Heal() {
+	l.UnpauseAccept()
+	l.UnpauseTx()
+	l.UnpauseRx()
+}

@@ -1,0 +1,319 @@
+// Package lease keeps a lease alive and knows until when it can be trusted.
+//
+// A [Session] wraps a [concurrency.Session] whose Done closes before etcd can let the lease
+// expire, not up to a second after. It is valid until
+//
+//	S + TTL − margin
+//
+// where TTL is what etcd granted and S is the local time just before the last counted renewal
+// was sent. etcd restarts the lease's TTL when the renewal arrives, which is later than S, so
+// that the lease outlives the session by the margin at least. A renewal counts only if
+//
+//   - etcd acknowledged it,
+//   - a linearizable read sent after the acknowledgement was answered in the same raft term, and
+//   - all of that came before the present deadline.
+//
+// The read is what makes the acknowledgement worth something. Renewals do not go through raft:
+// an etcd leader that was paused and deposed acknowledges them for a moment after it resumes,
+// while its successor counts the lease down. A read in the same term shows that no successor
+// had been elected by then. The read asks for the lease's own keys, so it also finds those that
+// somebody else deleted, and needs no right that the election does not need.
+//
+// Two clocks are asked, the monotonic and the wall clock, and the earlier verdict stands: the
+// monotonic clock of Linux stands still while the machine is suspended (golang/go#24595). What
+// remains is the assumption that the local clock runs slower than etcd's by less than
+// margin/TTL.
+package lease
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"example.com/leader/internal/retry"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/client/v3/concurrency"
+)
+
+// Why a session is over.
+var (
+	ErrExpired = errors.New("lease expired")
+	ErrRevoked = errors.New("lease revoked")
+	ErrClosed  = errors.New("client or session closed")
+)
+
+// ErrRefused is the failure of a renewal that etcd acknowledged in one raft term while the read
+// that followed was answered in another.
+var ErrRefused = errors.New("renewal acknowledged by an etcd leader that may have been deposed")
+
+// maxReads is how many keys one renewal reads, below etcd's default limit of 128 operations in
+// a transaction. A lease with more keys has a random sample of them read.
+const maxReads = 100
+
+// maxAttempt is the longest that one attempt to renew waits for an answer.
+const maxAttempt = 3 * time.Second
+
+// clockCheck is how often the wall clock is asked, unless the deadline is nearer.
+const clockCheck = time.Second
+
+// Config says how to keep a lease.
+type Config struct {
+	// TTL is asked of etcd in whole seconds, rounded up. etcd may grant more.
+	TTL time.Duration
+	// Margin is how long before etcd's earliest expiry the session ends; 0 means a fifth of
+	// the granted TTL.
+	Margin time.Duration
+	// Renewal, if not nil, is told of every renewal, one at a time.
+	Renewal func(Renewal)
+	// Wall replaces the wall clock in tests.
+	Wall func() time.Time
+}
+
+// A Renewal is one attempt to renew a lease.
+type Renewal struct {
+	Lease    clientv3.LeaseID
+	Took     time.Duration // from just before it was sent until it counted or failed
+	Deadline time.Time     // of the session, after it
+	Err      error         // nil if it counted
+}
+
+// A Session is a lease that is being kept alive. It is safe for concurrent use.
+type Session struct {
+	id      clientv3.LeaseID
+	client  *clientv3.Client
+	session *concurrency.Session
+	cfg     Config
+	ctx     context.Context // ends with the session
+	cancel  context.CancelFunc
+	alive   chan *clientv3.LeaseKeepAliveResponse // closed at the end, which closes Done
+	done    chan struct{}                         // closed when renew has returned
+	unhook  func() bool                           // forgets the client's context
+
+	mu     sync.Mutex
+	sent   stamp // S
+	ttl    time.Duration
+	margin time.Duration
+	timer  *time.Timer // asks the clocks
+	cause  error       // why the session is over; nil while it is not
+	gone   bool        // etcd has confirmed that there is no such lease
+	keys   map[string]*Key
+}
+
+// stamp is one moment on both clocks.
+type stamp struct{ mono, wall time.Time }
+
+// Grant asks etcd for a lease and starts to keep it alive. It sends one request, bounded by ctx
+// and [retry.RequestTimeout]. ctx does not bound the session, which goes on until Close.
+func Grant(ctx context.Context, client *clientv3.Client, cfg Config) (*Session, error) {
+	if cfg.Wall == nil {
+		cfg.Wall = time.Now
+	}
+	s := &Session{
+		client: client,
+		cfg:    cfg,
+		alive:  make(chan *clientv3.LeaseKeepAliveResponse),
+		done:   make(chan struct{}),
+		keys:   make(map[string]*Key),
+	}
+	s.sent = s.now()
+	rctx, cancel := retry.Request(ctx)
+	defer cancel()
+	seconds := int64((cfg.TTL + time.Second - 1) / time.Second)
+	granted, err := client.Grant(rctx, seconds)
+	if err != nil {
+		return nil, fmt.Errorf("grant a lease: %w", err)
+	}
+	if granted == nil {
+		return nil, errors.New("grant a lease: the client answered neither lease nor error")
+	}
+	s.id = granted.ID
+	s.setTTL(granted.TTL)
+
+	s.ctx, s.cancel = context.WithCancel(client.Ctx())
+	// The derived client must not be closed: that would close the user's Watcher and Lease.
+	derived := clientv3.NewCtxClient(s.ctx, clientv3.WithZapLogger(client.GetLogger()))
+	derived.KV, derived.Watcher, derived.Lease = client.KV, client.Watcher, keeper{client.Lease, s}
+	s.session, err = concurrency.NewSession(derived, concurrency.WithLease(s.id), concurrency.WithContext(s.ctx))
+	if err != nil {
+		s.cancel()
+		cctx, cancel := retry.Cleanup(ctx)
+		defer cancel()
+		_, rerr := client.Revoke(cctx, s.id)
+		return nil, errors.Join(fmt.Errorf("keep lease %x alive: %w", s.id, err), rerr)
+	}
+
+	s.mu.Lock()
+	s.timer = time.AfterFunc(s.untilCheck(), s.checkClocks)
+	s.unhook = context.AfterFunc(client.Ctx(), func() { s.end(ErrClosed) })
+	s.mu.Unlock()
+	go s.renewLoop()
+	return s, nil
+}
+
+// keeper is the Lease of the derived client: what [concurrency.NewSession] takes for keepalive
+// responses is a channel that ends when the session does.
+type keeper struct {
+	clientv3.Lease
+	s *Session
+}
+
+func (k keeper) KeepAlive(context.Context, clientv3.LeaseID) (<-chan *clientv3.LeaseKeepAliveResponse, error) {
+	return k.s.alive, nil
+}
+
+// ID is the lease's.
+func (s *Session) ID() clientv3.LeaseID { return s.id }
+
+// Context ends with the session.
+func (s *Session) Context() context.Context { return s.ctx }
+
+// Election gives the [concurrency.Election] of a key under this lease. Its methods keep state
+// that is not safe for concurrent use, so each use takes a fresh one.
+func (s *Session) Election(prefix, key string, rev int64) *concurrency.Election {
+	return concurrency.ResumeElection(s.session, prefix, key, rev)
+}
+
+// Valid asks both clocks now. Once it has said no it does not say yes again.
+func (s *Session) Valid() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.cause == nil && s.left() <= 0 {
+		s.endLocked(ErrExpired)
+	}
+	return s.cause == nil
+}
+
+// Deadline is until when the session is valid if nothing more is heard from etcd.
+func (s *Session) Deadline() time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.sent.mono.Add(s.ttl - s.margin)
+}
+
+// TTL is the time to live that etcd granted.
+func (s *Session) TTL() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ttl
+}
+
+// Cause says why the session is over: [ErrExpired], [ErrRevoked] or [ErrClosed]. It is nil
+// while the session is not over.
+func (s *Session) Cause() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cause
+}
+
+// Revoked tells the session that etcd does not know the lease any more.
+func (s *Session) Revoked() {
+	s.mu.Lock()
+	s.gone = true
+	s.mu.Unlock()
+	s.end(ErrRevoked)
+}
+
+// Gone reports whether etcd is known to have no such lease any more, and so none of its keys.
+func (s *Session) Gone() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.gone
+}
+
+// Close ends the session and revokes the lease, unless that is known to be gone. It returns
+// when etcd has confirmed and the renewals have stopped, or when ctx ends. It may be called
+// again after an error.
+func (s *Session) Close(ctx context.Context) error {
+	s.end(ErrClosed)
+	if err := s.revoke(ctx); err != nil {
+		return err
+	}
+	select {
+	case <-s.done:
+		return nil
+	case <-ctx.Done(): // a Lease that ignores its context must not hold up Close
+		return ctx.Err()
+	}
+}
+
+func (s *Session) revoke(ctx context.Context) error {
+	if s.Gone() {
+		return nil
+	}
+	rctx, cancel := retry.Request(ctx)
+	defer cancel()
+	_, err := s.client.Revoke(rctx, s.id)
+	if err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
+		return fmt.Errorf("revoke lease %x: %w", s.id, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.gone = true
+	return nil
+}
+
+// end ends the session; the first cause stands.
+func (s *Session) end(cause error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.cause == nil {
+		s.endLocked(cause)
+	}
+}
+
+func (s *Session) endLocked(cause error) {
+	s.cause = cause
+	s.timer.Stop()
+	s.unhook()
+	close(s.alive)
+	s.cancel()
+}
+
+func (s *Session) now() stamp { return stamp{time.Now(), s.cfg.Wall().Round(0)} }
+
+// left is how long the session is still valid by the clock that says less. s.mu is held.
+func (s *Session) left() time.Duration {
+	now := s.now()
+	age := max(now.mono.Sub(s.sent.mono), now.wall.Sub(s.sent.wall))
+	return s.ttl - s.margin - age
+}
+
+// checkClocks runs when the timer fires.
+func (s *Session) checkClocks() {
+	if !s.Valid() {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.cause == nil {
+		s.timer.Reset(s.untilCheck())
+	}
+}
+
+func (s *Session) untilCheck() time.Duration { return min(s.left(), clockCheck) }
+
+func (s *Session) setTTL(seconds int64) {
+	s.ttl = time.Duration(seconds) * time.Second
+	s.margin = s.cfg.Margin
+	if s.margin == 0 {
+		s.margin = s.ttl / 5
+	}
+}
+
+// extend counts a renewal. Where it races with the deadline, the deadline wins.
+func (s *Session) extend(sent stamp, ttl int64) error {
+	if !s.Valid() {
+		return s.Cause()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.cause == nil {
+		s.sent = sent
+		s.setTTL(ttl)
+		s.timer.Reset(s.untilCheck())
+	}
+	return s.cause
+}

@@ -1,0 +1,110 @@
+package lease
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"example.com/leader/internal/retry"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// schedule returns when to renew next and how long one attempt may take. The first third of
+// the TTL passes in peace; what is then left until the deadline is enough for a renewal and
+// two retries, so that one endpoint that does not answer costs an attempt and not the lease.
+func (s *Session) schedule() (next time.Time, attempt time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	third := s.ttl / 3
+	return s.sent.mono.Add(third), min((s.ttl-s.margin-third)/3, maxAttempt)
+}
+
+// renewLoop renews the lease until the session ends.
+func (s *Session) renewLoop() {
+	defer close(s.done)
+	_, attempt := s.schedule()
+	backoff := retry.Backoff{Min: attempt / 16, Max: attempt / 2}
+	for {
+		next, attempt := s.schedule()
+		if backoff.Streak() == 0 {
+			if retry.Sleep(s.ctx, time.Until(next)) != nil {
+				return
+			}
+		}
+		sent := s.now()
+		err := s.renew(sent, attempt)
+		if s.cfg.Renewal != nil {
+			s.cfg.Renewal(Renewal{Lease: s.id, Took: time.Since(sent.mono), Deadline: s.Deadline(), Err: err})
+		}
+		if err == nil {
+			backoff.Reset()
+			continue
+		}
+		retry.Reconnect(s.client)
+		if backoff.Wait(s.ctx) != nil {
+			return
+		}
+	}
+}
+
+// renew makes one attempt: the renewal, then the read that makes it count.
+func (s *Session) renew(sent stamp, attempt time.Duration) error {
+	ack, err := s.keepAlive(attempt)
+	if errors.Is(err, rpctypes.ErrLeaseNotFound) {
+		s.Revoked() // the deadline has not come: somebody revoked it
+		return err
+	}
+	if err != nil {
+		return err
+	}
+	if ack == nil || ack.ResponseHeader == nil || ack.TTL <= 0 {
+		return errors.New("the client answered a renewal with neither TTL nor error")
+	}
+	// The acknowledgement stays good for as long as the raft term does, so a read that fails
+	// is repeated alone.
+	backoff := retry.Backoff{Min: attempt / 16, Max: attempt / 2}
+	most := maxReads
+	for {
+		term, orphans, err := s.readKeys(most, attempt)
+		switch {
+		case err != nil && retry.Permanent(err) && most > 1:
+			most = 1 // one key that may not be read must not cost all the others their lease
+			continue
+		case err != nil && retry.Permanent(err):
+			return err
+		case err != nil:
+			if backoff.Wait(s.ctx) != nil {
+				return errors.Join(s.Cause(), err)
+			}
+			continue
+		case term != ack.RaftTerm:
+			return ErrRefused
+		}
+		if err := s.extend(sent, ack.TTL); err != nil {
+			return err
+		}
+		s.sweep(orphans, attempt)
+		return nil
+	}
+}
+
+func (s *Session) keepAlive(attempt time.Duration) (*clientv3.LeaseKeepAliveResponse, error) {
+	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(s.ctx), attempt)
+	defer cancel()
+	return s.client.KeepAliveOnce(paced{ctx, attempt / 8}, s.id)
+}
+
+// paced is a context for clientv3's KeepAliveOnce, which repeats a request that fails at once
+// (connection refused, no raft leader) without a pause for as long as its context lives: tens
+// of thousands of times a second. It asks Err before each repetition, so Err is where to wait.
+// Whoever else asks Err waits too, which costs time and nothing else.
+type paced struct {
+	context.Context
+	pause time.Duration
+}
+
+func (p paced) Err() error {
+	_ = retry.Sleep(p.Context, p.pause)
+	return p.Context.Err()
+}

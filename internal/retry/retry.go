@@ -1,0 +1,162 @@
+// Package retry decides what a failed request to etcd means and when to ask again.
+//
+// It is the one place that tells what cannot heal from what can, by gRPC code and rpctypes,
+// never by text.
+package retry
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+const (
+	// RequestTimeout bounds one request that no shorter deadline bounds. etcd itself gives up
+	// on a proposal after 7 s; a request that has waited for 5 s is better asked of another member.
+	RequestTimeout = 5 * time.Second
+
+	// CleanupTimeout bounds the requests that tidy up after a campaign or a term. Where etcd
+	// cannot be reached the lease does the tidying.
+	CleanupTimeout = 2 * time.Second
+)
+
+// Request returns a context for one request: it has a deadline of its own, and a member that
+// knows of no raft leader refuses the request at once instead of keeping it for 7 s.
+func Request(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(clientv3.WithRequireLeader(ctx), RequestTimeout)
+}
+
+// Cleanup returns a context for tidying up. It outlives ctx, whose end is often the reason to
+// tidy up, and is bounded by [CleanupTimeout].
+func Cleanup(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(clientv3.WithRequireLeader(context.WithoutCancel(ctx)), CleanupTimeout)
+}
+
+// Permanent reports whether err cannot heal by asking again: permission denied, failed
+// authentication, a request that etcd rejects as invalid or does not know. Everything else
+// may: no connection, no quorum, no space, a lost lease, a compacted revision, an expired
+// auth token.
+func Permanent(err error) bool {
+	err = rpctypes.Error(err) // a raw gRPC status of etcd's becomes an EtcdError
+	switch {
+	case errors.Is(err, rpctypes.ErrAuthOldRevision):
+		return false // InvalidArgument by code, but the next request has the new revision
+	case errors.Is(err, rpctypes.ErrNoSpace), errors.Is(err, rpctypes.ErrTooManyRequests):
+		return false // ResourceExhausted, as is a message over gRPC's limit: that stays too large
+	}
+	switch code(err) {
+	case codes.PermissionDenied, codes.InvalidArgument, codes.Unimplemented, codes.ResourceExhausted:
+		return true
+	}
+	return false
+}
+
+func code(err error) codes.Code {
+	var etcd rpctypes.EtcdError
+	if errors.As(err, &etcd) {
+		return etcd.Code()
+	}
+	return status.Code(err)
+}
+
+// Reconnect makes gRPC forget its reconnect backoff, which grows to two minutes and would
+// keep the client away from an etcd that has long come back. A client without a connection
+// of its own is left alone.
+func Reconnect(client *clientv3.Client) {
+	if conn := client.ActiveConnection(); conn != nil {
+		conn.ResetConnectBackoff()
+	}
+}
+
+// A Backoff says how long to wait before the next try: twice as long after each failure, from
+// Min up to Max, less a random part of up to a half so that many clients do not come back as
+// one. It is not safe for concurrent use.
+type Backoff struct {
+	Min, Max time.Duration
+
+	streak int
+	next   time.Duration
+}
+
+// Wait blocks for the next pause or until ctx ends, and returns ctx's error then.
+func (b *Backoff) Wait(ctx context.Context) error {
+	b.streak++
+	d := max(b.next, b.Min)
+	b.next = min(2*d, b.Max)
+	return Sleep(ctx, d-rand.N(d/2+1))
+}
+
+// Reset starts over, after a success.
+func (b *Backoff) Reset() { b.streak, b.next = 0, 0 }
+
+// Streak is the number of pauses since the last success.
+func (b *Backoff) Streak() int { return b.streak }
+
+// Sleep blocks for d or until ctx ends, and returns ctx's error then.
+func Sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// A Loop repeats requests that fail in a way that may heal. It is not safe for concurrent use.
+type Loop struct {
+	Client *clientv3.Client
+	// Warn, if not nil, is told of the first failure of each streak.
+	Warn func(error)
+
+	backoff Backoff
+	last    error
+}
+
+// Again blocks for a pause after the failure err and returns nil if it is worth another try.
+// Otherwise it returns why not: err itself if that is permanent, ctx's error if ctx ended.
+func (l *Loop) Again(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return ctx.Err() // err is only what that looks like from inside a request
+	}
+	l.last = err
+	if Permanent(err) {
+		return err
+	}
+	if l.backoff.Streak() == 0 && l.Warn != nil {
+		l.Warn(err)
+	}
+	Reconnect(l.Client)
+	l.backoff.Min, l.backoff.Max = 50*time.Millisecond, 2*time.Second
+	return l.backoff.Wait(ctx)
+}
+
+// OK ends a streak of failures.
+func (l *Loop) OK() { l.backoff.Reset() }
+
+// Last is the last failure that [Loop.Again] was told of.
+func (l *Loop) Last() error { return l.last }
+
+// Do calls request, each time with a context of its own, until it succeeds or is not worth
+// another try.
+func (l *Loop) Do(ctx context.Context, request func(context.Context) error) error {
+	for {
+		rctx, cancel := Request(ctx)
+		err := request(rctx)
+		cancel()
+		if err == nil {
+			l.OK()
+			return nil
+		}
+		if err := l.Again(ctx, err); err != nil {
+			return err
+		}
+	}
+}

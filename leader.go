@@ -1,0 +1,351 @@
+// Package leader lets exactly one of several instances of a service do the work, by an election
+// on etcd.
+//
+// It does not make it impossible that two instances work at the same time: work that ignores its
+// context goes on after the term has ended, and a process that was paused in the middle of a write
+// finishes that write when it goes on. What the package guarantees is that an instance knows in
+// time: its context is cancelled and [Leader.IsLeader] is false before etcd lets another one win.
+// To protect a resource from what knows too late, use [Leader.Guard] if the resource is in etcd and
+// [Leader.Token] if it is elsewhere.
+//
+// A service calls [Run], which campaigns, calls a function while it leads, and campaigns again when
+// leadership is lost; or [Campaign], for one term. An [Elector] does the same for many elections
+// over one lease, and observes them.
+//
+// The argument behind "in time" needs etcd to keep a lease for its TTL. Where it does not, because
+// an operator deletes the key or revokes the lease, or because a deposed leader of etcd still
+// revokes leases it had queued, two terms overlap until the watch event arrives that ends the
+// first one: milliseconds, in which guard and token hold all the same.
+//
+// Elections are those of go.etcd.io/etcd/client/v3/concurrency: same keys, same order, so that
+// candidates of this package, of [concurrency.Election] and of etcdctl elect can compete in one
+// election.
+package leader
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"example.com/leader/internal/lease"
+	"example.com/leader/internal/queue"
+	"example.com/leader/internal/retry"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/client/v3/concurrency"
+)
+
+// Errors of calls.
+var (
+	// ErrNotLeader is returned, wrapped, by [Leader.Proclaim] once the term has ended. It also
+	// matches [concurrency.ErrElectionNotLeader].
+	ErrNotLeader = fmt.Errorf("leader: %w", concurrency.ErrElectionNotLeader)
+
+	// ErrNoLeader is returned by [Elector.Current] and [Elector.Evict] when nobody leads. It also
+	// matches [concurrency.ErrElectionNoLeader].
+	ErrNoLeader = fmt.Errorf("leader: %w", concurrency.ErrElectionNoLeader)
+
+	// ErrHeld is returned, wrapped, by [Elector.TryCampaign] when somebody leads or is before this
+	// candidate in the queue.
+	ErrHeld = errors.New("leader: election is held by another candidate")
+
+	// ErrCampaigning is returned, wrapped, for a campaign in an election in which the same Elector
+	// campaigns or leads already: both would be one and the same candidate.
+	ErrCampaigning = errors.New("leader: this Elector campaigns or leads in the election already")
+
+	// ErrClosed is returned, wrapped, when the Elector or its client is closed.
+	ErrClosed = errors.New("leader: Elector or client is closed")
+)
+
+// Why a term ended: the [context.Cause] of [Leader.Context], possibly wrapped.
+var (
+	// ErrResigned says that it was given up, by [Leader.Resign], [Elector.Close] or the end of Run.
+	ErrResigned = errors.New("leader: resigned")
+
+	// ErrExpired says that the lease could not be renewed in time.
+	ErrExpired = errors.New("leader: lease could not be renewed in time")
+
+	// ErrEvicted says that somebody else deleted the key or revoked the lease.
+	ErrEvicted = errors.New("leader: evicted")
+)
+
+// maxValue is how long a value may be: less than what etcd takes in a request by default.
+const maxValue = 1 << 20
+
+// A Candidate is a candidate as the others see it. The zero value is nobody.
+type Candidate struct {
+	Value string           // what it campaigned with or proclaimed last
+	Token int64            // its fencing token, the create revision of its key
+	Key   string           // its key in etcd
+	Lease clientv3.LeaseID // the lease in the key's name
+}
+
+// Campaign blocks until this instance is elected in the election name, as [Elector.Campaign] of
+// an Elector that is used once: [Leader.Resign] also revokes the lease.
+func Campaign(ctx context.Context, client *clientv3.Client, name, value string, opts ...Option) (*Leader, error) {
+	e, err := New(client, opts...)
+	if err != nil {
+		return nil, err
+	}
+	return e.Campaign(ctx, name, value)
+}
+
+// Run calls lead while this instance leads the election name, as [Elector.Run] of an Elector that
+// is used once.
+func Run(ctx context.Context, client *clientv3.Client, name, value string, lead func(ctx context.Context, l *Leader) error, opts ...Option) error {
+	e, err := New(client, opts...)
+	if err != nil {
+		return err
+	}
+	return e.Run(ctx, name, value, lead)
+}
+
+// A Leader is one term of leadership. It is safe for concurrent use. A term that has ended stays
+// so: whoever wants to lead again campaigns again and gets another.
+type Leader struct {
+	e       *Elector
+	claim   *claim
+	queue   *queue.Queue
+	session *lease.Lent
+	tracked *lease.Key
+	key     string
+	token   int64
+
+	ctx       context.Context // the term's
+	cancel    context.CancelCauseFunc
+	announced chan struct{} // closed when Hooks.Elected has returned
+	done      chan struct{} // closed when watch has returned
+	resigning chan struct{} // holds a token while Resign talks to etcd
+
+	mu       sync.Mutex
+	elected  bool // set only while ctx has not ended
+	returned bool // the session
+	finished bool // nothing of the term is left to be done
+}
+
+// Context returns a context that is cancelled when the term ends, with a [context.Cause] that is
+// [ErrResigned], [ErrExpired] or [ErrEvicted]. It carries the values of Campaign's context. It is
+// for the work that a leader does.
+func (l *Leader) Context() context.Context { return l.ctx }
+
+// IsLeader reports whether the term still holds. It asks the clocks now and does not wait for a
+// timer to fire, so it is right even if the process or the machine was suspended a moment ago. It
+// sends no request and costs less than a microsecond. Once false it stays false.
+//
+// Even so, what is done after it has returned true may come too late: see [Leader.Guard].
+func (l *Leader) IsLeader() bool {
+	if l.ctx.Err() == nil && !l.session.Valid() {
+		l.end(l.sessionCause())
+	}
+	return l.ctx.Err() == nil
+}
+
+// Deadline is until when the term holds if nothing more is heard from etcd. Each renewal moves it,
+// about three times per TTL. It is not after the term's end if that came earlier.
+func (l *Leader) Deadline() time.Time {
+	deadline := l.session.Deadline()
+	if now := time.Now(); !l.IsLeader() && deadline.After(now) {
+		return now
+	}
+	return deadline
+}
+
+// Token is the term's fencing token, the create revision of its key. It is positive and larger
+// than that of every earlier term of the election. A resource that remembers the largest token it
+// has seen and refuses smaller ones is safe from a leader that does not know yet that its term is
+// over.
+func (l *Leader) Token() int64 { return l.token }
+
+// Key is the term's key in etcd, <prefix><name>/<lease in hex>.
+func (l *Leader) Key() string { return l.key }
+
+// Guard returns a comparison for the If of an etcd transaction. It holds only while this term does:
+// not after its key is gone, not in a later term of the same process. The transaction must be sent
+// to the same etcd, with the same namespace if there is one.
+func (l *Leader) Guard() clientv3.Cmp {
+	return clientv3.Compare(clientv3.CreateRevision(l.key), "=", l.token)
+}
+
+// Proclaim changes the value that others see of the leader; "" means the default identity. It
+// returns nil if the term still held when etcd had confirmed, so it also serves to ask etcd whether
+// one still leads. It returns [ErrNotLeader], with the cause, once the term has ended, and ends the
+// term if it finds the key gone. Any other error leaves the term as it is, and open whether the
+// value was changed.
+//
+// It sends one request and blocks until that is answered, ctx or the term ends, or 5 s have passed.
+func (l *Leader) Proclaim(ctx context.Context, value string) error {
+	value, err := l.e.value(value)
+	if err != nil {
+		return err
+	}
+	if l.IsLeader() {
+		rctx, cancel := retry.Request(ctx)
+		defer cancel()
+		defer context.AfterFunc(l.ctx, cancel)()
+		err = l.session.Election(l.queue.Prefix(), l.key, l.token).Proclaim(rctx, value)
+		if errors.Is(err, concurrency.ErrElectionNotLeader) {
+			l.evict()
+		}
+	}
+	if !l.IsLeader() {
+		return fmt.Errorf("%w: %w", ErrNotLeader, context.Cause(l.ctx))
+	}
+	if err != nil {
+		return fmt.Errorf("leader: proclaim: %w", err)
+	}
+	return nil
+}
+
+// Resign ends the term. Its context is cancelled, with [ErrResigned], and IsLeader is false before
+// etcd is asked to delete the key, or, if nothing else uses it, to revoke the lease and the key
+// with it. Work must have stopped before, since another candidate may lead from then on, before
+// Resign returns.
+//
+// It blocks until etcd has confirmed, ctx ends, or 5 s have passed. If it fails it may be called
+// again to retry; the term is over all the same, and a key that is left goes with its lease, which
+// is not renewed on its behalf. It returns nil for a term that was lost or resigned before.
+func (l *Leader) Resign(ctx context.Context) error {
+	l.end(ErrResigned)
+	select {
+	case l.resigning <- struct{}{}:
+		defer func() { <-l.resigning }()
+	case <-ctx.Done():
+		return fmt.Errorf("leader: resign: %w", ctx.Err())
+	}
+	if errors.Is(context.Cause(l.ctx), ErrResigned) { // else watch finishes the term
+		if err := l.leave(ctx); err != nil {
+			return fmt.Errorf("leader: resign: %w", err)
+		}
+	}
+	select {
+	case <-l.done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("leader: resign: %w", ctx.Err())
+	}
+}
+
+// end ends the term, or the candidacy. The first cause stands.
+func (l *Leader) end(cause error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ctx.Err() != nil {
+		return
+	}
+	if l.elected {
+		l.claim.release() // first: who waits for the term's end may campaign at once
+	}
+	l.cancel(cause)
+}
+
+// evict ends the term because its key is gone: deleted by somebody else, unless by etcd since the
+// lease had expired.
+func (l *Leader) evict() {
+	if l.session.Valid() {
+		l.end(fmt.Errorf("%w: key %q deleted", ErrEvicted, l.key))
+	} else {
+		l.end(l.sessionCause())
+	}
+}
+
+// sessionCause is why the term ends with its session.
+func (l *Leader) sessionCause() error {
+	switch cause := l.session.Cause(); {
+	case errors.Is(cause, lease.ErrRevoked):
+		return fmt.Errorf("%w: %w", ErrEvicted, cause)
+	case errors.Is(cause, lease.ErrClosed):
+		return fmt.Errorf("%w: %w", ErrExpired, ErrClosed)
+	}
+	return ErrExpired
+}
+
+// watch ends the term when its key or its session is gone, and sees a lost term off.
+func (l *Leader) watch() {
+	defer close(l.done)
+	ctx, cancel := context.WithCancel(l.session.Context())
+	defer cancel()
+	defer context.AfterFunc(l.ctx, cancel)()
+	loop := l.e.loop(l.claim.election, "watch of the own key is being retried")
+	if err := l.queue.WaitDeleted(ctx, loop, l.key, l.token, 0); err == nil {
+		l.evict()
+	} else if ctx.Err() == nil { // not allowed to watch: the renewals still read the key
+		l.e.log(l.claim.election).Warn("own key cannot be watched", "key", l.key, "error", err)
+	}
+	<-ctx.Done()
+	l.end(l.sessionCause()) // unless the term has ended for another reason
+
+	l.mu.Lock()
+	elected := l.elected
+	l.mu.Unlock()
+	if !elected {
+		return
+	}
+	<-l.announced
+	<-l.claim.observed
+	cause := context.Cause(l.ctx)
+	log := l.e.log(l.claim.election).With("token", l.token)
+	lost := !errors.Is(cause, ErrResigned)
+	if lost {
+		log.Info("lost", "cause", cause)
+	} else {
+		log.Info("resigned")
+	}
+	l.e.opts.hooks.Ended(l.claim.election, l, cause)
+	if lost {
+		cctx, cancel := retry.Cleanup(ctx)
+		defer cancel()
+		l.tracked.Drop() // deleted, or about to be with its lease, which nobody renews any more
+		l.giveBack()
+		if err := l.session.Finish(cctx); err != nil {
+			log.Warn("lease could not be revoked, it will expire", "error", err)
+		}
+		l.finish()
+	}
+}
+
+// leave deletes the key of a term that was resigned.
+func (l *Leader) leave(ctx context.Context) error {
+	l.mu.Lock()
+	finished := l.finished
+	l.mu.Unlock()
+	if finished {
+		return nil
+	}
+	l.giveBack()
+	rctx, cancel := retry.Request(ctx)
+	defer cancel()
+	if l.session.Unused() {
+		if err := l.session.Finish(rctx); err != nil {
+			return err
+		}
+	} else {
+		if err := l.session.Election(l.queue.Prefix(), l.key, l.token).Resign(rctx); err != nil {
+			l.tracked.Abandon()
+			return err
+		}
+	}
+	l.tracked.Drop()
+	l.finish()
+	return nil
+}
+
+// giveBack gives the session back, once.
+func (l *Leader) giveBack() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.returned {
+		l.returned = true
+		l.session.Return()
+	}
+}
+
+// finish forgets the term.
+func (l *Leader) finish() {
+	l.mu.Lock()
+	l.finished = true
+	l.mu.Unlock()
+	l.e.mu.Lock()
+	defer l.e.mu.Unlock()
+	delete(l.e.terms, l)
+}

@@ -1,0 +1,198 @@
+package leader
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"time"
+
+	"example.com/leader/internal/lease"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// DefaultTTL is the time to live of the lease behind a leadership, unless [WithTTL] says
+// otherwise: after a crash of the leader, nobody leads for about that long.
+const DefaultTTL = 15 * time.Second
+
+const (
+	minTTL = time.Second
+	maxTTL = 5 * time.Minute
+)
+
+// An Option changes a default of an [Elector], [Campaign] or [Run]. Options are opaque and made by
+// the With functions. A bad value is reported by the call that is given the option, as an error
+// that names option, value and rule.
+type Option struct{ apply func(*options) error }
+
+type options struct {
+	ttl    time.Duration
+	margin time.Duration // 0: a fifth of the TTL that etcd grants
+	prefix string
+	log    *slog.Logger
+	hooks  Hooks
+}
+
+func newOptions(opts []Option) (options, error) {
+	o := options{ttl: DefaultTTL, log: slog.New(slog.DiscardHandler), hooks: Hooks{}.withDefaults()}
+	for _, opt := range opts {
+		if opt.apply == nil {
+			return o, errors.New("leader: Option{}: must be made by one of the With functions")
+		}
+		if err := opt.apply(&o); err != nil {
+			return o, fmt.Errorf("leader: %w", err)
+		}
+	}
+	// Half of the TTL has room for the wait until a renewal, for it, and for two retries.
+	if o.margin > o.ttl/2 {
+		return o, fmt.Errorf("leader: WithMargin(%v): must be at most half of the TTL, which is %v", o.margin, o.ttl)
+	}
+	return o, nil
+}
+
+// WithTTL sets the lease's time to live, 1 s to 5 min: the longest that nobody leads after a
+// crash of the leader, and, less the margin, the longest outage of etcd or the network that a
+// leader survives. etcd counts in whole seconds, so a fraction is rounded up, and raises what is
+// below its own minimum (2 s with its default settings). Above 5 min etcd may shorten a lease when
+// its own leader changes (lease checkpointing).
+func WithTTL(ttl time.Duration) Option {
+	return Option{func(o *options) error {
+		if ttl < minTTL {
+			return fmt.Errorf("WithTTL(%v): must be at least %v", ttl, minTTL)
+		}
+		if ttl > maxTTL {
+			return fmt.Errorf("WithTTL(%v): must be at most %v", ttl, maxTTL)
+		}
+		o.ttl = ttl
+		return nil
+	}}
+}
+
+// WithMargin sets how long before etcd's earliest possible expiry of the lease a term ends here,
+// if it could not be renewed: the time that is left for work to stop before another can lead. It
+// must be positive and at most half of the TTL; the default is a fifth of it. It is also what
+// covers a local clock that runs slower than etcd's, by up to margin/TTL.
+func WithMargin(margin time.Duration) Option {
+	return Option{func(o *options) error {
+		if margin <= 0 {
+			return fmt.Errorf("WithMargin(%v): must be positive", margin)
+		}
+		o.margin = margin
+		return nil
+	}}
+}
+
+// WithPrefix puts every election of an [Elector] under a prefix: the etcd prefix of the election
+// "name" is then "prefix/name", with exactly one slash in between however the two are written.
+// The empty prefix, the default, changes nothing.
+func WithPrefix(prefix string) Option {
+	return Option{func(o *options) error {
+		o.prefix = prefix
+		return nil
+	}}
+}
+
+// WithLogger sets where to log; the default is nowhere. At level Info it gets what happens to a
+// term: elected, resigned, lost. At level Warn it gets what is being retried, once for a streak of
+// failures.
+func WithLogger(log *slog.Logger) Option {
+	return Option{func(o *options) error {
+		if log == nil {
+			return errors.New("WithLogger(nil): must not be nil")
+		}
+		o.log = log
+		return nil
+	}}
+}
+
+// WithHooks sets functions to call when something happens.
+func WithHooks(hooks Hooks) Option {
+	return Option{func(o *options) error {
+		o.hooks = hooks.withDefaults()
+		return nil
+	}}
+}
+
+// Hooks are functions to call when something happens; any of them may be nil. They are meant for
+// metrics and notices, not for the work that a leader does.
+//
+// They are called in the middle of things: a hook must return quickly, and must not call Resign,
+// Close or another method that waits for the term to end. Hooks of different elections, and of
+// the lease, may be called at the same time. One campaign's order is Campaigning, then either
+// CampaignFailed or Elected and Ended; the next campaign's Campaigning may come before Ended if it
+// begins as soon as the term's context is done.
+//
+// election is the election's name with the prefix of [WithPrefix].
+type Hooks struct {
+	// Campaigning is called when a campaign begins.
+	Campaigning func(election string)
+
+	// CampaignFailed is called when a campaign ends without leadership.
+	CampaignFailed func(election string, err error)
+
+	// Elected is called when a campaign is won, before Campaign returns; waited is how long it
+	// took.
+	Elected func(election string, l *Leader, waited time.Duration)
+
+	// Ended is called when a term has ended, after its context. cause is [ErrResigned],
+	// [ErrExpired] or [ErrEvicted], possibly wrapped.
+	Ended func(election string, l *Leader, cause error)
+
+	// LeaderChanged is called, while this Elector campaigns or leads in the election, with
+	// whoever leads, this Elector itself included, and on every change of the leader or its value;
+	// the zero Candidate means nobody. It costs a watch of the election.
+	LeaderChanged func(election string, leader Candidate)
+
+	// Renewed is called when a renewal of the lease has counted: took is how long that took and
+	// deadline until when all terms on this lease hold now.
+	Renewed func(id clientv3.LeaseID, took time.Duration, deadline time.Time)
+
+	// RenewFailed is called when an attempt to renew the lease has failed. [ErrRefused] is a
+	// reason of its own. There will be other attempts until the deadline.
+	RenewFailed func(id clientv3.LeaseID, took time.Duration, err error)
+}
+
+// withDefaults replaces hooks that are nil, except LeaderChanged, whose absence saves a watch.
+func (h Hooks) withDefaults() Hooks {
+	if h.Campaigning == nil {
+		h.Campaigning = func(string) {}
+	}
+	if h.CampaignFailed == nil {
+		h.CampaignFailed = func(string, error) {}
+	}
+	if h.Elected == nil {
+		h.Elected = func(string, *Leader, time.Duration) {}
+	}
+	if h.Ended == nil {
+		h.Ended = func(string, *Leader, error) {}
+	}
+	if h.Renewed == nil {
+		h.Renewed = func(clientv3.LeaseID, time.Duration, time.Time) {}
+	}
+	if h.RenewFailed == nil {
+		h.RenewFailed = func(clientv3.LeaseID, time.Duration, error) {}
+	}
+	return h
+}
+
+// ErrRefused is given to [Hooks].RenewFailed when etcd acknowledged a renewal that does not count,
+// since etcd's own leader changed meanwhile: the acknowledgement may come from one that was
+// already deposed and whose word about a lease is worth nothing.
+var ErrRefused = lease.ErrRefused
+
+// ErrInvalidName is returned, wrapped, for an election name that is empty or ends in a slash.
+var ErrInvalidName = errors.New("leader: invalid election name")
+
+// election returns the etcd prefix of the election, without its last slash.
+func (o *options) election(name string) (string, error) {
+	if name == "" {
+		return "", fmt.Errorf("%w: %q: must not be empty", ErrInvalidName, name)
+	}
+	if strings.HasSuffix(name, "/") {
+		return "", fmt.Errorf("%w: %q: must not end in a slash", ErrInvalidName, name)
+	}
+	if o.prefix == "" {
+		return name, nil
+	}
+	return strings.TrimRight(o.prefix, "/") + "/" + strings.TrimLeft(name, "/"), nil
+}
