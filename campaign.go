@@ -72,7 +72,13 @@ func (c *claim) observe(ctx context.Context) {
 	}
 }
 
-func (e *Elector) campaign(ctx context.Context, name, value string, try bool) (*Leader, error) {
+// how says what is special about a campaign.
+type how struct {
+	try bool // it does not wait behind others
+	run bool // Run looks after the term
+}
+
+func (e *Elector) campaign(ctx context.Context, name, value string, how how) (*Leader, error) {
 	election, err := e.opts.election(name)
 	if err != nil {
 		return nil, err
@@ -96,7 +102,7 @@ func (e *Elector) campaign(ctx context.Context, name, value string, try bool) (*
 	again := e.loop(election, "candidacy was lost, joining again")
 	for {
 		stood := time.Now()
-		l, err := e.stand(ctx, bound, loop, c, value, try)
+		l, err := e.stand(ctx, bound, loop, c, value, how)
 		if errors.Is(err, errLost) {
 			if time.Since(stood) > e.opts.ttl {
 				again.OK() // what lasted that long is no streak
@@ -135,9 +141,9 @@ var errLost = errors.New("candidacy lost")
 
 // stand is one candidacy: from a lease until elected, or until the lease or the key is lost. When
 // it fails it leaves no key behind, and the lease to those who still use it.
-func (e *Elector) stand(ctx, bound context.Context, loop *retry.Loop, c *claim, value string, try bool) (*Leader, error) {
+func (e *Elector) stand(ctx, bound context.Context, loop *retry.Loop, c *claim, value string, how how) (*Leader, error) {
 	q := queue.New(e.client, c.election)
-	if try { // do not ask for a lease in vain
+	if how.try { // do not ask for a lease in vain
 		var leader queue.Candidate
 		err := loop.Do(bound, func(ctx context.Context) (err error) {
 			leader, err = q.Leader(ctx)
@@ -160,7 +166,7 @@ func (e *Elector) stand(ctx, bound context.Context, loop *retry.Loop, c *claim, 
 	}
 
 	l := &Leader{
-		e: e, claim: c, queue: q, session: session, key: q.Key(session.ID()),
+		e: e, run: how.run, claim: c, queue: q, session: session, key: q.Key(session.ID()),
 		announced: make(chan struct{}), done: make(chan struct{}), resigning: make(chan struct{}, 1),
 	}
 	l.ctx, l.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
@@ -180,7 +186,7 @@ func (e *Elector) stand(ctx, bound context.Context, loop *retry.Loop, c *claim, 
 		l.token = place.Token
 		l.tracked.Joined(l.token)
 		go l.watch()
-		if try && !place.First() {
+		if how.try && !place.First() {
 			err = ErrHeld
 		} else {
 			err = q.Wait(standing, loop, place, session.TTL())

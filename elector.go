@@ -88,13 +88,13 @@ func New(client *clientv3.Client, opts ...Option) (*Elector, error) {
 // However it fails, it leaves no candidate behind; where etcd cannot be reached it tries for 2 s
 // and leaves the rest to the lease.
 func (e *Elector) Campaign(ctx context.Context, name, value string) (*Leader, error) {
-	return e.campaign(ctx, name, value, false)
+	return e.campaign(ctx, name, value, how{})
 }
 
 // TryCampaign is like [Elector.Campaign] but does not wait behind others: it returns [ErrHeld] if
 // somebody leads. It waits for etcd as Campaign does.
 func (e *Elector) TryCampaign(ctx context.Context, name, value string) (*Leader, error) {
-	return e.campaign(ctx, name, value, true)
+	return e.campaign(ctx, name, value, how{try: true})
 }
 
 // Run campaigns in the election and calls lead while this instance leads it. It blocks until lead
@@ -125,7 +125,7 @@ func (e *Elector) Run(ctx context.Context, name, value string, lead func(ctx con
 	defer unbind()
 	backoff := retry.Backoff{Min: 100 * time.Millisecond, Max: 5 * time.Second}
 	for {
-		l, err := e.campaign(ctx, name, value, false)
+		l, err := e.campaign(ctx, name, value, how{run: true})
 		if err != nil {
 			return err
 		}
@@ -270,16 +270,19 @@ func (e *Elector) Close(ctx context.Context) error {
 	}
 	e.mu.Unlock()
 	e.cancel()
+	for _, l := range e.unfinished() {
+		if !l.run {
+			l.end(ErrResigned)
+		}
+	}
 	select {
 	case <-e.idle:
 	case <-ctx.Done():
 		return fmt.Errorf("leader: close: a campaign or Run has not returned: %w", ctx.Err())
 	}
-	e.mu.Lock()
-	terms := slices.Collect(maps.Keys(e.terms))
-	e.mu.Unlock()
 	// When all have given up their share of the lease, the first to finish revokes it, which
 	// deletes all their keys with one request.
+	terms := e.unfinished()
 	for _, l := range terms {
 		l.end(ErrResigned)
 		l.giveBack()
@@ -291,6 +294,13 @@ func (e *Elector) Close(ctx context.Context) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// unfinished returns the terms that have begun and that somebody has still to tidy up after.
+func (e *Elector) unfinished() []*Leader {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.Collect(maps.Keys(e.terms))
 }
 
 // enter counts a campaign or Run, for Close to wait for.

@@ -105,6 +105,7 @@ func Run(ctx context.Context, client *clientv3.Client, name, value string, lead 
 // so: whoever wants to lead again campaigns again and gets another.
 type Leader struct {
 	e       *Elector
+	run     bool // Run looks after the term
 	claim   *claim
 	queue   *queue.Queue
 	session *lease.Lent
@@ -208,11 +209,15 @@ func (l *Leader) Proclaim(ctx context.Context, value string) error {
 func (l *Leader) Resign(ctx context.Context) error {
 	l.end(ErrResigned)
 	select {
-	case l.resigning <- struct{}{}:
-		defer func() { <-l.resigning }()
-	case <-ctx.Done():
-		return fmt.Errorf("leader: resign: %w", ctx.Err())
+	case l.resigning <- struct{}{}: // wins over ctx: the lease is to be given back in any case
+	default:
+		select {
+		case l.resigning <- struct{}{}:
+		case <-ctx.Done():
+			return fmt.Errorf("leader: resign: %w", ctx.Err())
+		}
 	}
+	defer func() { <-l.resigning }()
 	if errors.Is(context.Cause(l.ctx), ErrResigned) { // else watch finishes the term
 		if err := l.leave(ctx); err != nil {
 			return fmt.Errorf("leader: resign: %w", err)

@@ -6,6 +6,7 @@ package etcdtest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/url"
@@ -30,34 +31,52 @@ type Member struct {
 	// Endpoint is where it serves clients. It stays the same across Stop and Start.
 	Endpoint string
 
-	tb  testing.TB
 	cfg embed.Config
 	etc *embed.Etcd // nil while stopped
 }
 
-// Start runs a cluster of one member. It grants leases from 1 s on.
+// Start runs a cluster of one member until the test ends. It grants leases from 1 s on.
 func Start(tb testing.TB, configure ...func(*embed.Config)) *Member {
 	tb.Helper()
 	return StartCluster(tb, 1, configure...)[0]
 }
 
-// StartCluster runs a cluster of n members.
+// StartCluster runs a cluster of n members until the test ends.
 func StartCluster(tb testing.TB, n int, configure ...func(*embed.Config)) []*Member {
 	tb.Helper()
-	// The ports are free when they are chosen; should somebody take one before etcd does, others
-	// are chosen.
-	var err error
-	for range 5 {
-		var members []*Member
-		if members, err = startCluster(tb, n, configure); err == nil {
-			return members
-		}
+	members, stop, err := Run(n, configure...)
+	if err != nil {
+		tb.Fatalf("start etcd: %v", err)
 	}
-	tb.Fatalf("start etcd: %v", err)
-	return nil
+	tb.Cleanup(stop)
+	return members
 }
 
-func startCluster(tb testing.TB, n int, configure []func(*embed.Config)) ([]*Member, error) {
+// Run runs a cluster of n members until stop is called, which also removes their data.
+func Run(n int, configure ...func(*embed.Config)) (members []*Member, stop func(), err error) {
+	dir, err := os.MkdirTemp("", "etcdtest-")
+	if err != nil {
+		return nil, nil, err
+	}
+	stop = func() {
+		for _, m := range members {
+			m.Stop()
+		}
+		os.RemoveAll(dir)
+	}
+	// The ports are free when they are chosen; should somebody take one before etcd does, others
+	// are chosen.
+	for try := range 5 {
+		members, err = run(filepath.Join(dir, fmt.Sprint(try)), n, configure)
+		if err == nil {
+			return members, stop, nil
+		}
+	}
+	stop()
+	return nil, nil, err
+}
+
+func run(dir string, n int, configure []func(*embed.Config)) ([]*Member, error) {
 	urls, err := freeURLs(2 * n)
 	if err != nil {
 		return nil, err
@@ -68,7 +87,7 @@ func startCluster(tb testing.TB, n int, configure []func(*embed.Config)) ([]*Mem
 		client, peer := urls[2*i], urls[2*i+1]
 		cfg := embed.NewConfig()
 		cfg.Name = fmt.Sprintf("m%d", i)
-		cfg.Dir = tb.TempDir()
+		cfg.Dir = filepath.Join(dir, cfg.Name)
 		cfg.ListenClientUrls, cfg.AdvertiseClientUrls = []url.URL{client}, []url.URL{client}
 		cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = []url.URL{peer}, []url.URL{peer}
 		cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
@@ -81,25 +100,21 @@ func startCluster(tb testing.TB, n int, configure []func(*embed.Config)) ([]*Mem
 		for _, f := range configure {
 			f(cfg)
 		}
-		members[i] = &Member{Endpoint: client.Host, tb: tb, cfg: *cfg}
+		members[i] = &Member{Endpoint: client.Host, cfg: *cfg}
 	}
 	var wg sync.WaitGroup
-	errs := make(chan error, n)
-	for _, m := range members {
+	errs := make([]error, n)
+	for i, m := range members {
 		m.cfg.InitialCluster = strings.Join(initial, ",")
-		wg.Go(func() { errs <- m.start() })
+		m.cfg.ClusterState = embed.ClusterStateFlagNew
+		wg.Go(func() { errs[i] = m.Start() })
 	}
 	wg.Wait()
-	for range n {
-		if err := <-errs; err != nil {
-			for _, m := range members {
-				m.Stop()
-			}
-			return nil, err
+	if err := errors.Join(errs...); err != nil {
+		for _, m := range members {
+			m.Stop()
 		}
-	}
-	for _, m := range members {
-		tb.Cleanup(m.Stop)
+		return nil, err
 	}
 	return members, nil
 }
@@ -117,7 +132,8 @@ func freeURLs(n int) ([]url.URL, error) {
 	return urls, nil
 }
 
-func (m *Member) start() error {
+// Start runs a stopped member again, on the same ports and data.
+func (m *Member) Start() error {
 	cfg := m.cfg
 	etc, err := embed.StartEtcd(&cfg)
 	if err != nil {
@@ -133,14 +149,6 @@ func (m *Member) start() error {
 	case <-time.After(startTimeout):
 		m.Stop()
 		return fmt.Errorf("not ready after %v", startTimeout)
-	}
-}
-
-// Start runs a stopped member again, on the same ports and data.
-func (m *Member) Start() {
-	m.tb.Helper()
-	if err := m.start(); err != nil {
-		m.tb.Fatalf("start etcd again: %v", err)
 	}
 }
 
@@ -228,8 +236,14 @@ func (l *Link) Darken() {
 	l.PauseRx()
 }
 
-// Heal ends Darken.
+// Cut breaks every connection, old or new, as soon as the member answers on it, until Heal.
+func (l *Link) Cut() {
+	l.ModifyRx(func(b []byte) []byte { return make([]byte, len(b)) })
+}
+
+// Heal ends Darken and Cut.
 func (l *Link) Heal() {
+	l.UnmodifyRx()
 	l.UnpauseAccept()
 	l.UnpauseTx()
 	l.UnpauseRx()

@@ -132,7 +132,7 @@ func Grant(ctx context.Context, client *clientv3.Client, cfg Config) (*Session, 
 	s.id = granted.ID
 	s.setTTL(granted.TTL)
 
-	s.ctx, s.cancel = context.WithCancel(client.Ctx())
+	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(client.Ctx())) // ends in endLocked only
 	// The derived client must not be closed: that would close the user's Watcher and Lease.
 	derived := clientv3.NewCtxClient(s.ctx, clientv3.WithZapLogger(client.GetLogger()))
 	derived.KV, derived.Watcher, derived.Lease = client.KV, client.Watcher, keeper{client.Lease, s}

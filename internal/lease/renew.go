@@ -34,6 +34,9 @@ func (s *Session) renewLoop() {
 		}
 		sent := s.now()
 		err := s.renew(sent, attempt)
+		if err != nil && errors.Is(s.Cause(), ErrClosed) {
+			return // it was cut short and has not failed
+		}
 		if s.cfg.Renewal != nil {
 			s.cfg.Renewal(Renewal{Lease: s.id, Took: time.Since(sent.mono), Deadline: s.Deadline(), Err: err})
 		}

@@ -1,6 +1,7 @@
 package queue
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -23,6 +24,10 @@ func (q *Queue) Observe(ctx context.Context, loop *retry.Loop, reread time.Durat
 		err := o.follow(ctx, loop, reread)
 		if o.stopped {
 			return nil
+		}
+		if ctx.Err() == nil {
+			_, rerr := q.Leader(ctx)
+			err = cmp.Or(rerr, err) // a watch gives its reasons as text only, see WaitDeleted
 		}
 		if err := loop.Again(ctx, fmt.Errorf("observe %q: %w", q.prefix, err)); err != nil {
 			return err

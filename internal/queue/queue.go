@@ -7,6 +7,7 @@
 package queue
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -215,6 +216,15 @@ func (q *Queue) WaitDeleted(ctx context.Context, loop *retry.Loop, key string, r
 		err := q.watchDeleted(ctx, loop, key, rev, reread)
 		if err == nil {
 			return nil
+		}
+		// A watch gives its reasons as text. A read that is refused for the same reason says so in
+		// a way that a program can tell.
+		if ctx.Err() == nil {
+			gone, rerr := q.gone(ctx, key, rev)
+			if gone {
+				return nil
+			}
+			err = cmp.Or(rerr, err)
 		}
 		if err := loop.Again(ctx, fmt.Errorf("watch %q: %w", key, err)); err != nil {
 			return err

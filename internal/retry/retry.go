@@ -7,12 +7,14 @@ package retry
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
 )
 
@@ -148,6 +150,7 @@ func (l *Loop) Last() error { return l.last }
 // another try.
 func (l *Loop) Do(ctx context.Context, request func(context.Context) error) error {
 	for {
+		sent := time.Now()
 		rctx, cancel := Request(ctx)
 		err := request(rctx)
 		cancel()
@@ -155,8 +158,22 @@ func (l *Loop) Do(ctx context.Context, request func(context.Context) error) erro
 			l.OK()
 			return nil
 		}
+		if ctx.Err() != nil && l.last == nil {
+			l.last = unanswered(l.Client, time.Since(sent))
+		}
 		if err := l.Again(ctx, err); err != nil {
 			return err
 		}
 	}
+}
+
+// unanswered tells of a request that ctx ended, whose own error says no more than that: clientv3
+// retries what it can by itself and keeps the reasons.
+func unanswered(client *clientv3.Client, waited time.Duration) error {
+	if conn := client.ActiveConnection(); conn != nil {
+		if state := conn.GetState(); state != connectivity.Ready {
+			return fmt.Errorf("no connection to etcd: %v", state)
+		}
+	}
+	return fmt.Errorf("no answer from etcd for %v", waited.Round(time.Millisecond))
 }

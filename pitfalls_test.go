@@ -1,0 +1,1268 @@
+package leader_test
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"example.com/leader"
+	"example.com/leader/internal/etcdtest"
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/client/v3/concurrency"
+	"go.etcd.io/etcd/server/v3/embed"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/connectivity"
+)
+
+// The tests of this file are the ways in which elections on etcd have gone wrong. The comments give
+// who met them. Where it is cheap the same is done to a stock [concurrency.Election], to show the
+// difference; -short leaves that out.
+
+// stock campaigns with concurrency.Election, on a session of its own.
+func stock(t *testing.T, client *clientv3.Client, name, value string, ttl time.Duration) (*concurrency.Session, *concurrency.Election, <-chan error) {
+	t.Helper()
+	s, err := concurrency.NewSession(client, concurrency.WithTTL(int(ttl/time.Second)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() }) // an error says that the lease is gone already
+	e := concurrency.NewElection(s, name)
+	won := make(chan error, 1)
+	go func() { won <- e.Campaign(t.Context(), value) }()
+	return s, e, won
+}
+
+// etcd-io/etcd#19597, cagriekin/charts#326: the stock candidate is elected without a key.
+func TestWaitingCandidateWhoseLeaseIsRevokedJoinsAgain(t *testing.T) {
+	_, client := start(t)
+	first := lead(t, newElector(t, client), "jobs", "first")
+	next := campaign(t.Context(), newElector(t, client), "jobs", "second")
+	old := awaitQueue(t, client, "jobs", queued(2))[1]
+	if _, err := client.Revoke(t.Context(), old.Lease); err != nil {
+		t.Fatal(err)
+	}
+	again := awaitQueue(t, client, "jobs", func(cs []leader.Candidate) bool {
+		return len(cs) == 2 && cs[1].Lease != old.Lease
+	})
+	resign(t, first)
+	l := awaitLeader(t, next)
+	if l.Token() != again[1].Token || !guarded(t, client, l) {
+		t.Errorf("elected with token %d, the key in etcd has %d", l.Token(), again[1].Token)
+	}
+	resign(t, l)
+
+	if testing.Short() {
+		return
+	}
+	first = lead(t, newElector(t, client), "stock", "first")
+	s, election, won := stock(t, client, "stock", "second", time.Minute)
+	awaitQueue(t, client, "stock", queued(2))
+	if _, err := client.Revoke(t.Context(), s.Lease()); err != nil {
+		t.Fatal(err)
+	}
+	awaitQueue(t, client, "stock", queued(1))
+	resign(t, first)
+	if err := await(t, "stock Campaign", won); err == nil {
+		if resp, err := client.Get(t.Context(), election.Key()); err == nil && len(resp.Kvs) == 0 {
+			t.Log("stock: elected without a key")
+		}
+	}
+}
+
+func TestWaitingCandidateWhoseKeyIsDeletedJoinsAgain(t *testing.T) {
+	_, client := start(t)
+	first := lead(t, newElector(t, client), "jobs", "first")
+	e := newElector(t, client)
+	lead(t, e, "other", "") // keeps the lease, so that the candidate joins again under the same key
+	next := campaign(t.Context(), e, "jobs", "second")
+	old := awaitQueue(t, client, "jobs", queued(2))[1]
+	if _, err := client.Delete(t.Context(), old.Key); err != nil {
+		t.Fatal(err)
+	}
+	awaitQueue(t, client, "jobs", func(cs []leader.Candidate) bool { return len(cs) == 2 && cs[1].Token > old.Token })
+	resign(t, first)
+	if l := awaitLeader(t, next); l.Key() != old.Key || !guarded(t, client, l) {
+		t.Errorf("elected with key %q, want %q again", l.Key(), old.Key)
+	}
+}
+
+func TestWaitingCandidateWhoseLeaseExpiresJoinsAgain(t *testing.T) {
+	m, client := start(t)
+	first := lead(t, newElector(t, client), "jobs", "first")
+	link := etcdtest.NewLink(t, m)
+	next := campaign(t.Context(), newElector(t, etcdtest.NewClient(t, link.Endpoint)), "jobs", "second")
+	old := awaitQueue(t, client, "jobs", queued(2))[1]
+	link.Darken()
+	awaitQueue(t, client, "jobs", queued(1))
+	link.Heal()
+	awaitQueue(t, client, "jobs", func(cs []leader.Candidate) bool { return len(cs) == 2 && cs[1].Lease != old.Lease })
+	resign(t, first)
+	if l := awaitLeader(t, next); !guarded(t, client, l) {
+		t.Error("elected without a key")
+	}
+}
+
+// pingcap/tidb#54689: the stock leader never notices.
+func TestLeaderWhoseKeyIsDeletedStops(t *testing.T) {
+	_, client := start(t)
+	e := newElector(t, client)
+	lead(t, e, "other", "") // keeps the lease
+	for i := range 10 {
+		l := lead(t, e, "jobs", "") // and right after the win
+		if i%2 == 0 {
+			time.Sleep(time.Duration(i) * 10 * time.Millisecond)
+		}
+		if _, err := client.Delete(t.Context(), l.Key()); err != nil {
+			t.Fatal(err)
+		}
+		awaitEnd(t, l, leader.ErrEvicted)
+		resign(t, l) // nil: the term was lost
+	}
+
+	if testing.Short() {
+		return
+	}
+	_, election, won := stock(t, client, "stock", "", ttl)
+	if err := await(t, "stock Campaign", won); err != nil {
+		t.Fatal(err)
+	}
+	key := election.Key()
+	if _, err := client.Delete(t.Context(), key); err != nil {
+		t.Fatal(err)
+	}
+	second := lead(t, newElector(t, client), "stock", "")
+	if election.Key() == key && second.IsLeader() {
+		t.Log("stock: still believes that it leads, beside its successor")
+	}
+}
+
+func TestLeaderWhoseLeaseIsRevokedStops(t *testing.T) {
+	_, client := start(t)
+	e := newElector(t, client)
+	terms := []*leader.Leader{lead(t, e, "a", ""), lead(t, e, "b", "")}
+	id := awaitQueue(t, client, "a", queued(1))[0].Lease
+	if _, err := client.Revoke(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range terms {
+		awaitEnd(t, l, leader.ErrEvicted)
+	}
+	lead(t, e, "a", "") // on a fresh lease
+}
+
+// etcd-io/etcd#14641: the stock Campaign blocks for good.
+func TestCampaignReturnsWhenCtxEndsWithoutEtcd(t *testing.T) {
+	m, client := start(t)
+	link := etcdtest.NewLink(t, m)
+	far := etcdtest.NewClient(t, link.Endpoint)
+	first := lead(t, newElector(t, client), "jobs", "first")
+	ctx, cancel := context.WithCancel(t.Context())
+	next := campaign(ctx, newElector(t, far), "jobs", "second")
+	awaitQueue(t, client, "jobs", queued(2))
+	link.Darken()
+	cancel()
+	ended := time.Now()
+	o := await(t, "Campaign", next) // while the link is dark
+	if !errors.Is(o.err, context.Canceled) {
+		t.Errorf("Campaign returned %v", o.err)
+	}
+	if took := o.at.Sub(ended); took > 3*2*time.Second {
+		t.Errorf("the clean-up, which is bounded by 2 s, took %v", took)
+	}
+	// The lease takes the key away.
+	awaitQueue(t, client, "jobs", queued(1))
+	link.Heal()
+	resign(t, first)
+}
+
+// etcd-io/etcd#14631, #6681: stock NewSession blocks for ever.
+func TestCampaignReturnsWhenCtxEndsBeforeThereIsALease(t *testing.T) {
+	m, _ := start(t)
+	link := etcdtest.NewLink(t, m)
+	link.Darken()
+	for what, client := range map[string]*clientv3.Client{
+		"dark":    etcdtest.NewClient(t, link.Endpoint),
+		"refused": etcdtest.NewClient(t, "127.0.0.1:1"),
+	} {
+		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		e := newElector(t, client)
+		_, err := e.Campaign(ctx, "jobs", "")
+		cancel()
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%s: Campaign returned %v", what, err)
+		}
+		if !strings.Contains(err.Error(), "last failure: no ") {
+			t.Errorf("%s: the error does not say why it took so long: %v", what, err)
+		}
+		if err := e.Close(t.Context()); err != nil {
+			t.Errorf("%s: Close: %v", what, err)
+		}
+	}
+	link.Heal()
+}
+
+func TestResignAndCloseReturnWhenCtxEndsWithoutEtcd(t *testing.T) {
+	m, client := start(t)
+	link := etcdtest.NewLink(t, m)
+	e := newElector(t, etcdtest.NewClient(t, link.Endpoint))
+	a := lead(t, e, "a", "")
+	b := lead(t, e, "b", "")
+	link.Darken()
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if err := a.Resign(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Resign returned %v", err)
+	}
+	if err := e.Close(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Close returned %v", err)
+	}
+	awaitEnd(t, a, leader.ErrResigned)
+	awaitEnd(t, b, leader.ErrResigned)
+	// Nobody renews the lease on their behalf.
+	awaitQueue(t, client, "a", queued(0))
+	link.Heal()
+	resign(t, a)
+}
+
+// etcd-io/etcd#22123, google/trillian#3789: the stock Resign forgets the key, and says nil the
+// second time.
+func TestResignWithACancelledCtxCanBeRetried(t *testing.T) {
+	_, client := start(t)
+	cancelled, cancel := context.WithCancel(t.Context())
+	cancel()
+	for _, shared := range []bool{false, true} {
+		e := newElector(t, client, leader.WithTTL(time.Minute))
+		if shared {
+			lead(t, e, "other", "")
+		}
+		l := lead(t, e, "jobs", "")
+		if err := l.Resign(cancelled); !errors.Is(err, context.Canceled) {
+			t.Errorf("shared %v: Resign with a cancelled ctx returned %v", shared, err)
+		}
+		awaitEnd(t, l, leader.ErrResigned)
+		if !guarded(t, client, l) {
+			t.Errorf("shared %v: the key is gone though nobody could delete it", shared)
+		}
+		resign(t, l)
+		if guarded(t, client, l) {
+			t.Errorf("shared %v: the retry left the key", shared)
+		}
+	}
+
+	if testing.Short() {
+		return
+	}
+	_, election, won := stock(t, client, "stock", "", time.Minute)
+	if err := await(t, "stock Campaign", won); err != nil {
+		t.Fatal(err)
+	}
+	key := election.Key()
+	first, second := election.Resign(cancelled), election.Resign(t.Context())
+	if resp, err := client.Get(t.Context(), key); err == nil && len(resp.Kvs) == 1 {
+		t.Logf("stock: Resign returned %v, then %v, and the key is still there", first, second)
+	}
+}
+
+// A key that a failed resignation has left must not keep its election blocked for as long as other
+// elections keep the lease, nor come back to life in a new term.
+func TestKeyLeftByAFailedResignIsDeletedWhileTheLeaseLives(t *testing.T) {
+	_, client := start(t)
+	cancelled, cancel := context.WithCancel(t.Context())
+	cancel()
+	e := newElector(t, client)
+	lead(t, e, "other", "")
+	l := lead(t, e, "jobs", "")
+	if err := l.Resign(cancelled); err == nil {
+		t.Fatal("Resign with a cancelled ctx returned nil")
+	}
+	awaitQueue(t, client, "jobs", queued(0)) // a renewal has seen to it
+
+	l = lead(t, e, "jobs", "")
+	if err := l.Resign(cancelled); err == nil {
+		t.Fatal("Resign with a cancelled ctx returned nil")
+	}
+	again := lead(t, e, "jobs", "")
+	if again.Key() != l.Key() || again.Token() <= l.Token() || guarded(t, client, l) {
+		t.Errorf("the new term has token %d, the one before it %d", again.Token(), l.Token())
+	}
+	resign(t, l) // the retry comes late, and must not harm the new term
+	if !again.IsLeader() || !guarded(t, client, again) {
+		t.Error("the late retry of Resign deleted the key of the next term")
+	}
+}
+
+// etcd-io/etcd#21128, pingcap/dm#1983: stock leaves a candidate behind that blocks the others.
+func TestCampaignRecognisesItsOwnKeyAfterALostReply(t *testing.T) {
+	_, client := start(t)
+	broken := wrapped(client)
+	kv := &brokenKV{KV: client.KV}
+	broken.KV = kv
+	kv.loseReplies(3)
+	l := lead(t, newElector(t, broken), "jobs", "me")
+	if cs := awaitQueue(t, client, "jobs", queued(1)); cs[0].Token != l.Token() || cs[0].Value != "me" {
+		t.Errorf("the queue is %+v, the term has token %d", cs, l.Token())
+	}
+	resign(t, l)
+
+	// The same with somebody before it.
+	first := lead(t, newElector(t, client), "jobs", "first")
+	kv.loseReplies(1)
+	next := campaign(t.Context(), newElector(t, broken), "jobs", "second")
+	awaitQueue(t, client, "jobs", queued(2))
+	select {
+	case o := <-next:
+		t.Fatalf("elected beside another leader: %v", o.err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	resign(t, first)
+	awaitLeader(t, next)
+}
+
+func TestCampaignThatFailsLeavesNoKey(t *testing.T) {
+	_, client := start(t)
+	first := lead(t, newElector(t, client), "jobs", "first")
+	for _, shared := range []bool{false, true} {
+		e := newElector(t, client)
+		if shared {
+			lead(t, e, "other", "")
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		next := campaign(ctx, e, "jobs", "second")
+		awaitQueue(t, client, "jobs", queued(2))
+		cancel()
+		if o := await(t, "Campaign", next); !errors.Is(o.err, context.Canceled) {
+			t.Errorf("Campaign returned %v", o.err)
+		}
+		if cs, err := e.Candidates(t.Context(), "jobs"); err != nil || len(cs) != 1 {
+			t.Errorf("shared %v: Campaign left the queue as %+v, %v", shared, cs, err)
+		}
+	}
+	resign(t, first)
+}
+
+// A join that was given up for lost may reach etcd after the clean-up. While other elections keep
+// the lease, a renewal must find it.
+func TestJoinThatArrivesAfterItsCampaignFailedIsSweptAway(t *testing.T) {
+	_, client := start(t)
+	broken := wrapped(client)
+	kv := &brokenKV{KV: client.KV}
+	broken.KV = kv
+	e := newElector(t, broken)
+	l := lead(t, e, "other", "")
+	ctx, cancel := context.WithCancel(t.Context())
+	fail := func(*clientv3.TxnResponse, error) (*clientv3.TxnResponse, error) {
+		cancel()
+		return nil, rpctypes.ErrTimeoutDueToConnectionLost
+	}
+	kv.after.Store(&fail)
+	if _, err := e.Campaign(ctx, "jobs", ""); !errors.Is(err, context.Canceled) {
+		t.Fatalf("Campaign returned %v", err)
+	}
+	kv.after.Store(nil)
+	id := awaitQueue(t, client, "other", queued(1))[0].Lease
+	if _, err := client.Put(t.Context(), fmt.Sprintf("jobs/%x", id), "late", clientv3.WithLease(id)); err != nil {
+		t.Fatal(err)
+	}
+	awaitQueue(t, client, "jobs", queued(0))
+	if !l.IsLeader() {
+		t.Error("the term in the other election has ended")
+	}
+}
+
+var blackholes = flag.Int("blackholes", 10, "`number` of leaders that TestBlackholedLeaderStopsBeforeItsSuccessorStarts cuts off")
+
+// Netflix/curator#980 and pd's lease: the stock leader learns of a blackhole up to a second after
+// its successor has won, nine seconds if the first keepalive was lost.
+func TestBlackholedLeaderStopsBeforeItsSuccessorStarts(t *testing.T) {
+	m, client := start(t)
+	const together = 10
+	var tried, overlaps, stockTried, stockOverlaps int
+	var worst, stockWorst time.Duration
+	for tried < *blackholes {
+		n := min(together, *blackholes-tried)
+		link := etcdtest.NewLink(t, m)
+		far := etcdtest.NewClient(t, link.Endpoint)
+		type pair struct {
+			old  *leader.Leader
+			end  chan time.Time // of its context
+			next <-chan outcome
+		}
+		var pairs []pair
+		for i := range n {
+			name := fmt.Sprintf("jobs-%d-%d", tried, i)
+			old := lead(t, newElector(t, far), name, "old")
+			end := make(chan time.Time, 1)
+			context.AfterFunc(old.Context(), func() { end <- time.Now() })
+			pairs = append(pairs, pair{old, end, campaign(t.Context(), newElector(t, client), name, "next")})
+			awaitQueue(t, client, name, queued(2))
+			time.Sleep(ttl / 3 / together) // so that each is cut off at another point of its interval
+		}
+		type stockPair struct {
+			end  chan time.Time
+			next <-chan outcome
+		}
+		var stocks []stockPair
+		if !testing.Short() {
+			for i := range n {
+				name := fmt.Sprintf("stock-%d-%d", tried, i)
+				s, _, won := stock(t, far, name, "old", ttl)
+				if err := await(t, "stock Campaign", won); err != nil {
+					t.Fatal(err)
+				}
+				end := make(chan time.Time, 1)
+				go func() { <-s.Done(); end <- time.Now() }()
+				stocks = append(stocks, stockPair{end, campaign(t.Context(), newElector(t, client), name, "next")})
+				awaitQueue(t, client, name, queued(2))
+			}
+		}
+		link.Darken()
+		for _, p := range pairs {
+			next := await(t, "the successor", p.next)
+			if next.err != nil {
+				t.Fatal(next.err)
+			}
+			if p.old.IsLeader() {
+				t.Error("the old leader still believes that it leads")
+			}
+			end := await(t, "the end of the old term", p.end)
+			if end.After(next.at) {
+				overlaps++
+				worst = max(worst, end.Sub(next.at))
+			}
+			if cause := context.Cause(p.old.Context()); !errors.Is(cause, leader.ErrExpired) {
+				t.Errorf("the old term ended with %v", cause)
+			}
+			tried++
+		}
+		for _, p := range stocks {
+			next := await(t, "the successor", p.next)
+			end := await(t, "the end of the stock session", p.end)
+			if stockTried++; next.err == nil && end.After(next.at) {
+				stockOverlaps++
+				stockWorst = max(stockWorst, end.Sub(next.at))
+			}
+		}
+		link.Heal()
+	}
+	t.Logf("%d blackholes, %d overlaps, the longest %v; stock: %d, %d, %v", tried, overlaps, worst, stockTried, stockOverlaps, stockWorst)
+	if overlaps > 0 {
+		t.Errorf("%d of %d terms overlapped with their successor's", overlaps, tried)
+	}
+}
+
+// etcd-io/etcd#8980, tikv/pd#6961: stock stays with the dark endpoint until the lease is lost.
+func TestLeaderSurvivesOneDarkEndpointOfThree(t *testing.T) {
+	t.Parallel()
+	members := etcdtest.StartCluster(t, 3)
+	client := etcdtest.NewClient(t, members[0].Endpoint, members[1].Endpoint, members[2].Endpoint)
+	const ttl = 3 * time.Second
+	var terms []*leader.Leader
+	var links []*etcdtest.Link
+	for dark := range members { // one leader for each endpoint that may go dark
+		var endpoints []string
+		for i, m := range members {
+			link := etcdtest.NewLink(t, m)
+			endpoints = append(endpoints, link.Endpoint)
+			if i == dark {
+				links = append(links, link)
+			}
+		}
+		e := newElector(t, etcdtest.NewClient(t, endpoints...), leader.WithTTL(ttl))
+		terms = append(terms, lead(t, e, fmt.Sprintf("jobs%d", dark), ""))
+	}
+	for _, link := range links {
+		link.Darken()
+	}
+	time.Sleep(2 * ttl) // what must not happen has no event
+	for i, l := range terms {
+		if !l.IsLeader() || !guarded(t, client, l) {
+			t.Errorf("with endpoint %d dark the term was lost: %v", i, context.Cause(l.Context()))
+		}
+	}
+	for _, link := range links {
+		link.Heal()
+	}
+}
+
+// A deafWatcher stops to pass events on when it is told to, without a sign: as a stream does that
+// has died silently.
+type deafWatcher struct {
+	clientv3.Watcher
+	deaf atomic.Bool
+}
+
+func (w *deafWatcher) Watch(ctx context.Context, key string, opts ...clientv3.OpOption) clientv3.WatchChan {
+	in, out := w.Watcher.Watch(ctx, key, opts...), make(chan clientv3.WatchResponse)
+	go func() {
+		defer close(out)
+		for resp := range in {
+			if w.deaf.Load() {
+				continue
+			}
+			select {
+			case out <- resp:
+			case <-ctx.Done():
+			}
+		}
+	}()
+	return out
+}
+
+// etcd-io/etcd#8980: the stock candidate would wait for ever.
+func TestNextInLineLearnsThatItLeadsThoughItsWatchIsDead(t *testing.T) {
+	_, client := start(t)
+	deaf := wrapped(client)
+	watcher := &deafWatcher{Watcher: client.Watcher}
+	deaf.Watcher = watcher
+	first := lead(t, newElector(t, client), "jobs", "first")
+	next := campaign(t.Context(), newElector(t, deaf), "jobs", "second")
+	observed := observe(t, newElector(t, deaf), "jobs")
+	if c := await(t, "the leader", observed); c.Value != "first" {
+		t.Errorf("observed %+v", c)
+	}
+	awaitQueue(t, client, "jobs", queued(2))
+	time.Sleep(100 * time.Millisecond) // the candidate reads what is before it, once
+	watcher.deaf.Store(true)
+	resign(t, first)
+	resigned := time.Now()
+	o := await(t, "Campaign", next)
+	if o.err != nil {
+		t.Fatal(o.err)
+	}
+	if took := o.at.Sub(resigned); took > 3*ttl {
+		t.Errorf("learned of it after %v, want one TTL of %v", took, ttl)
+	}
+	if c := await(t, "the next leader", observed); c.Value != "second" && c != (leader.Candidate{}) {
+		t.Errorf("observed %+v", c)
+	}
+	resign(t, o.l)
+}
+
+func TestLeaderLearnsThatItsKeyIsDeletedThoughItsWatchIsDead(t *testing.T) {
+	_, client := start(t)
+	deaf := wrapped(client)
+	watcher := &deafWatcher{Watcher: client.Watcher}
+	deaf.Watcher = watcher
+	e := newElector(t, deaf)
+	lead(t, e, "other", "") // keeps the lease
+	l := lead(t, e, "jobs", "")
+	time.Sleep(100 * time.Millisecond) // the own key is read once, when its watch has been created
+	watcher.deaf.Store(true)
+	if _, err := client.Delete(t.Context(), l.Key()); err != nil {
+		t.Fatal(err)
+	}
+	awaitEnd(t, l, leader.ErrEvicted) // by the next renewal
+}
+
+// hashicorp/consul#830 and #912, etcd-io/etcd#15922: needless demotions.
+func TestTermSurvivesAShortOutage(t *testing.T) {
+	m, client := start(t)
+	link := etcdtest.NewLink(t, m)
+	far := etcdtest.NewClient(t, link.Endpoint)
+	const ttl = 5 * time.Second
+	for what, fail := range map[string]func(){"dark": link.Darken, "cut": link.Cut} {
+		l := lead(t, newElector(t, far, leader.WithTTL(ttl)), "jobs", "")
+		next := campaign(t.Context(), newElector(t, far, leader.WithTTL(ttl)), "jobs", "")
+		awaitQueue(t, client, "jobs", queued(2))
+		fail()
+		time.Sleep(ttl / 2) // past the time of a renewal
+		link.Heal()
+		select {
+		case <-l.Context().Done():
+			t.Fatalf("%s: the term ended: %v", what, context.Cause(l.Context()))
+		case o := <-next:
+			t.Fatalf("%s: another was elected: %v", what, o.err)
+		case <-time.After(ttl):
+		}
+		if err := l.Proclaim(t.Context(), "still"); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+		resign(t, l)
+		resign(t, awaitLeader(t, next))
+	}
+}
+
+func TestTermSurvivesAChangeOfEtcdsLeader(t *testing.T) {
+	t.Parallel()
+	members := etcdtest.StartCluster(t, 3)
+	var endpoints []string
+	for _, m := range members {
+		endpoints = append(endpoints, m.Endpoint)
+	}
+	client := etcdtest.NewClient(t, endpoints...)
+	leavesNothing(t, client)
+	renewed := make(chan struct{}, 1000)
+	e := newElector(t, client, leader.WithTTL(3*time.Second), leader.WithHooks(leader.Hooks{
+		Renewed: func(clientv3.LeaseID, time.Duration, time.Time) { renewed <- struct{}{} },
+	}))
+	l := lead(t, e, "jobs", "")
+	next := campaign(t.Context(), newElector(t, client), "jobs", "")
+	awaitQueue(t, client, "jobs", queued(2))
+	for range 3 {
+		var old *embed.Etcd
+		var to uint64
+		for _, m := range members {
+			if s := m.Embed().Server; s.Leader() == s.MemberID() {
+				old = m.Embed()
+			} else {
+				to = uint64(s.MemberID())
+			}
+		}
+		if old == nil {
+			t.Fatal("etcd has no leader")
+		}
+		if err := old.Server.MoveLeader(t.Context(), uint64(old.Server.MemberID()), to); err != nil {
+			t.Fatal(err)
+		}
+		await(t, "a renewal", renewed)
+		await(t, "a renewal", renewed)
+	}
+	if !l.IsLeader() || !guarded(t, client, l) {
+		t.Errorf("the term was lost: %v", context.Cause(l.Context()))
+	}
+	resign(t, l)
+	awaitLeader(t, next)
+}
+
+// pingcap/dm#1214: stock lets both share one key, and one Resign ends both.
+func TestSecondCampaignOfOneElectorIsRefused(t *testing.T) {
+	_, client := start(t)
+	e := newElector(t, client)
+	l := lead(t, e, "jobs", "")
+	if _, err := e.Campaign(t.Context(), "jobs", ""); !errors.Is(err, leader.ErrCampaigning) {
+		t.Errorf("Campaign while leading: %v", err)
+	}
+	if !l.IsLeader() {
+		t.Error("the refused campaign ended the term")
+	}
+	other := newElector(t, client)
+	ctx, cancel := context.WithCancel(t.Context())
+	waiting := campaign(ctx, other, "jobs", "")
+	awaitQueue(t, client, "jobs", queued(2))
+	if _, err := other.TryCampaign(t.Context(), "jobs", ""); !errors.Is(err, leader.ErrCampaigning) {
+		t.Errorf("TryCampaign while campaigning: %v", err)
+	}
+	cancel()
+	await(t, "Campaign", waiting)
+	resign(t, l)
+	resign(t, lead(t, e, "jobs", "")) // now it may
+	l = lead(t, e, "jobs", "")
+	if err := e.Evict(t.Context(), "jobs"); err != nil {
+		t.Fatal(err)
+	}
+	<-l.Context().Done()
+	lead(t, e, "jobs", "") // as it may as soon as a term is lost
+}
+
+// etcd-io/etcd#6278, #13469: in stock "a" is blocked by "a/b" and reports its leader.
+func TestElectionsWhoseNamesNestAreIndependent(t *testing.T) {
+	_, client := start(t)
+	names := []string{"a/b", "ab", "a/beef/1", "a"} // "a/b" is hex, too
+	if _, err := client.Put(t.Context(), "a/", "data of somebody else"); err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range []string{"a/config", "a/00", "a/-1", "a/BEEF", "a/0", "a/ffffffffffffffff"} {
+		if _, err := client.Put(t.Context(), key, "data of somebody else"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	e := newElector(t, client)
+	terms := make(map[string]*leader.Leader)
+	for _, name := range names {
+		terms[name] = lead(t, e, name, "leader of "+name)
+	}
+	waiting := make(map[string]<-chan outcome)
+	second := newElector(t, client)
+	for _, name := range names {
+		waiting[name] = campaign(t.Context(), second, name, "next of "+name)
+	}
+	third := make(map[string]<-chan outcome)
+	for _, name := range names {
+		awaitQueue(t, client, name, queued(2))
+		third[name] = campaign(t.Context(), newElector(t, client), name, "third of "+name)
+		awaitQueue(t, client, name, queued(3))
+		c, err := e.Current(t.Context(), name)
+		if err != nil || c.Value != "leader of "+name || c.Token != terms[name].Token() {
+			t.Errorf("the leader of %q is %+v, %v", name, c, err)
+		}
+	}
+	for _, name := range names {
+		observed := observe(t, e, name)
+		if c := await(t, "the leader", observed); c.Value != "leader of "+name {
+			t.Errorf("observed %+v leading %q", c, name)
+		}
+		resign(t, terms[name])
+		l := awaitLeader(t, waiting[name])
+		if c := await(t, "the next leader", observed); c.Token != l.Token() {
+			t.Errorf("observed %+v leading %q, want token %d", c, name, l.Token())
+		}
+		resign(t, l)
+		resign(t, awaitLeader(t, third[name]))
+	}
+}
+
+// google/trillian#1387: the stock Observe is silent.
+func TestObserveYieldsChangesAndVacancies(t *testing.T) {
+	_, client := start(t)
+	e := newElector(t, client)
+	observed := observe(t, e, "jobs")
+	expect := func(value string) leader.Candidate {
+		t.Helper()
+		c := await(t, "a change", observed)
+		if c.Value != value {
+			t.Errorf("observed %+v, want value %q", c, value)
+		}
+		return c
+	}
+	if c := expect(""); c != (leader.Candidate{}) {
+		t.Errorf("observed %+v though nobody leads", c)
+	}
+	l := lead(t, e, "jobs", "one")
+	if c := expect("one"); c.Token != l.Token() || c.Key != l.Key() {
+		t.Errorf("observed %+v, the term has token %d", c, l.Token())
+	}
+	if err := l.Proclaim(t.Context(), "two"); err != nil {
+		t.Fatal(err)
+	}
+	expect("two")
+	next := campaign(t.Context(), newElector(t, client), "jobs", "three")
+	awaitQueue(t, client, "jobs", queued(2)) // is no change
+	resign(t, l)
+	expect("three")
+	resign(t, awaitLeader(t, next))
+	if c := expect(""); c != (leader.Candidate{}) {
+		t.Errorf("observed %+v though nobody leads", c)
+	}
+}
+
+// etcd-io/etcd#7815, kube-vip#1725: the stock channel closes without a reason.
+func TestObserveAndCampaignGoOnAfterACompaction(t *testing.T) {
+	m, client := start(t)
+	link := etcdtest.NewLink(t, m)
+	far := etcdtest.NewClient(t, link.Endpoint)
+	l := lead(t, newElector(t, client), "jobs", "one")
+	observed := observe(t, newElector(t, far), "jobs")
+	if c := await(t, "the leader", observed); c.Value != "one" {
+		t.Errorf("observed %+v", c)
+	}
+	next := campaign(t.Context(), newElector(t, far, leader.WithTTL(time.Minute)), "jobs", "next")
+	awaitQueue(t, client, "jobs", queued(2))
+
+	// While the watches are cut off their history is thrown away.
+	link.Cut()
+	for i := range 10 {
+		if err := l.Proclaim(t.Context(), fmt.Sprint("hidden ", i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := l.Proclaim(t.Context(), "two"); err != nil {
+		t.Fatal(err)
+	}
+	resp, err := client.Get(t.Context(), "x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.Compact(t.Context(), resp.Header.Revision); err != nil {
+		t.Fatal(err)
+	}
+	link.Heal()
+	for c := await(t, "the new value", observed); c.Value != "two"; c = await(t, "the new value", observed) {
+	}
+	resign(t, l)
+	second := awaitLeader(t, next)
+	if c := await(t, "the next leader", observed); c.Token != second.Token() {
+		t.Errorf("observed %+v, want token %d", c, second.Token())
+	}
+	resign(t, second)
+}
+
+// etcd-io/etcd#18163: when several changes come at once, stock may report one that does not lead.
+func TestObserveReportsOnlyWhoLed(t *testing.T) {
+	m, client := start(t)
+	link := etcdtest.NewLink(t, m)
+	observed := observe(t, newElector(t, etcdtest.NewClient(t, link.Endpoint)), "jobs")
+	await(t, "the vacancy", observed)
+	truth := []int64{0}
+	link.Darken() // so that the changes arrive together
+	var next []<-chan outcome
+	for i := range 6 {
+		next = append(next, campaign(t.Context(), newElector(t, client), "jobs", fmt.Sprint(i)))
+		awaitQueue(t, client, "jobs", queued(i+1))
+	}
+	for _, c := range next {
+		l := awaitLeader(t, c)
+		truth = append(truth, l.Token())
+		resign(t, l)
+	}
+	last := lead(t, newElector(t, client), "jobs", "last")
+	truth = append(truth, last.Token())
+	link.Heal()
+	at := 0
+	for at < len(truth)-1 {
+		c := await(t, "a change", observed)
+		i := slices.Index(truth, c.Token)
+		if i < 0 || c.Token != 0 && i < at {
+			t.Fatalf("observed token %d, who led were %v in that order", c.Token, truth)
+		}
+		at = max(at, i)
+	}
+	resign(t, last)
+}
+
+// pingcap/tidb#55076: a guard that compares values passes for the old term.
+func TestOldTermStaysDeadWhenTheSameProcessLeadsAgain(t *testing.T) {
+	_, client := start(t)
+	e := newElector(t, client)
+	lead(t, e, "other", "") // keeps the lease, so that the key is the same
+	old := lead(t, e, "jobs", "me")
+	resign(t, old)
+	again := lead(t, e, "jobs", "me")
+	if again.Key() != old.Key() {
+		t.Fatalf("keys %q and %q", old.Key(), again.Key())
+	}
+	if again.Token() <= old.Token() {
+		t.Errorf("token %d came after %d", again.Token(), old.Token())
+	}
+	if guarded(t, client, old) || old.IsLeader() || old.Context().Err() == nil {
+		t.Error("the old term is alive again")
+	}
+	if err := old.Proclaim(t.Context(), "late"); !errors.Is(err, leader.ErrNotLeader) {
+		t.Errorf("Proclaim in the old term: %v", err)
+	}
+	resign(t, old)
+	if !guarded(t, client, again) || !again.IsLeader() {
+		t.Error("the old term's Resign ended the new one")
+	}
+}
+
+// pingcap/tidb#43894, uber/cadence's guard.
+func TestProclaimKeepsLeaseAndToken(t *testing.T) {
+	_, client := start(t)
+	l := lead(t, newElector(t, client), "jobs", "one")
+	before := onlyKey(t, client, "jobs/")
+	if err := l.Proclaim(t.Context(), "two"); err != nil {
+		t.Fatal(err)
+	}
+	after := onlyKey(t, client, "jobs/")
+	if string(after.Value) != "two" || after.Lease != before.Lease || after.CreateRevision != l.Token() || !guarded(t, client, l) {
+		t.Errorf("the key was %v and is %v", before, after)
+	}
+}
+
+func TestProclaimThatFindsTheKeyGoneEndsTheTerm(t *testing.T) {
+	_, client := start(t)
+	deaf := wrapped(client)
+	watcher := &deafWatcher{Watcher: client.Watcher} // so that Proclaim is the first to know
+	watcher.deaf.Store(true)
+	deaf.Watcher = watcher
+	l := lead(t, newElector(t, deaf, leader.WithTTL(time.Minute)), "jobs", "")
+	if _, err := client.Delete(t.Context(), l.Key()); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Proclaim(t.Context(), "x"); !errors.Is(err, leader.ErrNotLeader) || !errors.Is(err, leader.ErrEvicted) {
+		t.Errorf("Proclaim returned %v", err)
+	}
+	awaitEnd(t, l, leader.ErrEvicted)
+}
+
+// mixer/etcd3#176.
+func TestNobodyIsElectedWhenACandidateInTheMiddleLeaves(t *testing.T) {
+	_, client := start(t)
+	first := lead(t, newElector(t, client), "jobs", "first")
+	ctx, cancel := context.WithCancel(t.Context())
+	second := campaign(ctx, newElector(t, client), "jobs", "second")
+	awaitQueue(t, client, "jobs", queued(2))
+	third := campaign(t.Context(), newElector(t, client), "jobs", "third")
+	awaitQueue(t, client, "jobs", queued(3))
+	cancel()
+	await(t, "Campaign", second)
+	awaitQueue(t, client, "jobs", queued(2))
+	select {
+	case o := <-third:
+		t.Fatalf("elected while another leads: %v", o.err)
+	case <-time.After(100 * time.Millisecond): // what must not happen has no event
+	}
+	resign(t, first)
+	awaitLeader(t, third)
+}
+
+// kubernetes/kubernetes#139991, client-go#728.
+func TestRunLetsGoOnlyAfterLeadHasReturned(t *testing.T) {
+	_, client := start(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	working, stopping, finish := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	ran := make(chan error, 1)
+	go func() {
+		ran <- leader.Run(ctx, client, "jobs", "", func(ctx context.Context, l *leader.Leader) error {
+			close(working)
+			<-ctx.Done()
+			close(stopping)
+			<-finish
+			if !l.IsLeader() {
+				t.Error("the term ended before lead returned")
+			}
+			return nil
+		}, leader.WithTTL(ttl))
+	}()
+	await(t, "lead", working)
+	next := campaign(t.Context(), newElector(t, client), "jobs", "")
+	awaitQueue(t, client, "jobs", queued(2))
+	cancel()
+	await(t, "lead's context", stopping)
+	select {
+	case <-next:
+		t.Error("another was elected while lead was still at work")
+	case <-time.After(100 * time.Millisecond):
+	}
+	close(finish)
+	awaitLeader(t, next)
+	if err := await(t, "Run", ran); !errors.Is(err, context.Canceled) {
+		t.Errorf("Run returned %v", err)
+	}
+}
+
+// elastic/elastic-agent#4543, client-go#1155: the process stays up and never leads again.
+func TestRunCampaignsAgainAfterALostTerm(t *testing.T) {
+	_, client := start(t)
+	e := newElector(t, client)
+	terms := make(chan *leader.Leader)
+	boom := errors.New("not returned, for the term was lost")
+	ran := make(chan error, 1)
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() {
+		ran <- e.Run(ctx, "jobs", "", func(ctx context.Context, l *leader.Leader) error {
+			terms <- l
+			<-ctx.Done()
+			if ctxErr, termErr := context.Cause(ctx), context.Cause(l.Context()); termErr != nil && ctxErr != termErr {
+				t.Errorf("lead's context was cancelled with %v, the term's with %v", ctxErr, termErr)
+			}
+			return boom
+		})
+	}()
+	operator := newElector(t, client)
+	var last int64
+	for range 4 {
+		l := await(t, "lead", terms)
+		if l.Token() <= last {
+			t.Errorf("token %d came after %d", l.Token(), last)
+		}
+		last = l.Token()
+		if err := operator.Evict(t.Context(), "jobs"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	await(t, "lead", terms)
+	cancel()
+	if err := await(t, "Run", ran); !errors.Is(err, context.Canceled) {
+		t.Errorf("Run returned %v", err)
+	}
+}
+
+// pingcap/tiflash#8519, hashicorp/vault#3031: hot retries.
+func TestRetriesBackOff(t *testing.T) {
+	m, client := start(t)
+	link := etcdtest.NewLink(t, m)
+	var calls rpcCounter
+	counted := etcdtest.NewClientFrom(t, calls.config(link.Endpoint))
+	first := lead(t, newElector(t, counted, leader.WithTTL(10*time.Second)), "jobs", "")
+	next := campaign(t.Context(), newElector(t, counted, leader.WithTTL(10*time.Second)), "jobs", "")
+	awaitQueue(t, client, "jobs", queued(2))
+	before := calls.all()
+	link.Cut()
+	const outage = 5 * time.Second // a renewal falls into it
+	time.Sleep(outage)
+	got := calls.all() - before
+	link.Heal()
+	// clientv3 itself repeats reads every 25 ms. Its KeepAliveOnce alone would make tens of thousands.
+	if most := int64(outage / (5 * time.Millisecond)); got > most {
+		t.Errorf("%d requests in an outage of %v", got, outage)
+	}
+	t.Logf("%d requests in an outage of %v", got, outage)
+	resign(t, first)
+	resign(t, awaitLeader(t, next))
+}
+
+// etcd-io/etcd#17623, #14850.
+func TestExpiredAuthTokensAndARoleForThePrefixOnly(t *testing.T) {
+	t.Parallel()
+	m := etcdtest.Start(t, func(cfg *embed.Config) {
+		cfg.AuthTokenTTL = 1
+		cfg.BcryptCost = 4
+	})
+	root := etcdtest.NewClient(t, m.Endpoint)
+	enableAuth(t, root, "svc/jobs/")
+	as := func(user string) *clientv3.Client {
+		return etcdtest.NewClientFrom(t, clientv3.Config{Endpoints: []string{m.Endpoint}, Username: user, Password: user})
+	}
+	e := newElector(t, as("service"), leader.WithPrefix("svc"))
+	l := lead(t, e, "jobs", "first")
+	next := campaign(t.Context(), newElector(t, as("service"), leader.WithPrefix("svc")), "jobs", "second")
+	awaitQueue(t, as("root"), "svc/jobs", queued(2))
+	select {
+	case <-l.Context().Done():
+		t.Fatalf("the term ended: %v", context.Cause(l.Context()))
+	case <-time.After(2 * ttl): // several times the life of a token
+	}
+	if err := l.Proclaim(t.Context(), "still"); err != nil {
+		t.Error(err)
+	}
+	resign(t, l)
+	l = awaitLeader(t, next)
+
+	// What is denied is not waited for, does no harm to what is allowed, and leaves no lease.
+	for range 3 {
+		if _, err := e.Campaign(t.Context(), "forbidden", ""); !errors.Is(err, rpctypes.ErrPermissionDenied) {
+			t.Errorf("Campaign without permission: %v", err)
+		}
+	}
+	for _, err := range e.Observe(t.Context(), "forbidden") {
+		if !errors.Is(err, rpctypes.ErrPermissionDenied) {
+			t.Errorf("Observe without permission: %v", err)
+		}
+	}
+	resign(t, l)
+	if resp, err := as("root").Leases(t.Context()); err != nil || len(resp.Leases) != 0 {
+		t.Errorf("leases left: %v, %v", resp, err)
+	}
+}
+
+// enableAuth makes a user root, and a user service that may use keys under prefix. Passwords are the
+// names.
+func enableAuth(t *testing.T, client *clientv3.Client, prefix string) {
+	t.Helper()
+	ctx := t.Context()
+	must := func(_ any, err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(client.UserAdd(ctx, "root", "root"))
+	must(client.UserGrantRole(ctx, "root", "root"))
+	must(client.RoleAdd(ctx, "candidate"))
+	must(client.RoleGrantPermission(ctx, "candidate", prefix, clientv3.GetPrefixRangeEnd(prefix), clientv3.PermissionType(clientv3.PermReadWrite)))
+	must(client.UserAdd(ctx, "service", "service"))
+	must(client.UserGrantRole(ctx, "service", "candidate"))
+	must(client.AuthEnable(ctx))
+}
+
+func TestLeaderAndCampaignOutliveAFullEtcd(t *testing.T) {
+	m, client := start(t)
+	l := lead(t, newElector(t, client), "jobs", "")
+	renewed := make(chan struct{}, 1000)
+	other := lead(t, newElector(t, client, leader.WithHooks(leader.Hooks{
+		Renewed: func(clientv3.LeaseID, time.Duration, time.Time) { renewed <- struct{}{} },
+	})), "other", "")
+	server := m.Embed().Server
+	alarm := &etcdserverpb.AlarmRequest{Action: etcdserverpb.AlarmRequest_ACTIVATE, MemberID: uint64(server.MemberID()), Alarm: etcdserverpb.AlarmType_NOSPACE}
+	if _, err := server.Alarm(t.Context(), alarm); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.Put(t.Context(), "x", "y"); !errors.Is(err, rpctypes.ErrNoSpace) {
+		t.Fatalf("etcd is not full: %v", err)
+	}
+	next := campaign(t.Context(), newElector(t, client), "jobs", "")
+	for range 4 {
+		await(t, "a renewal", renewed)
+	}
+	if !other.IsLeader() || !l.IsLeader() {
+		t.Error("a term ended because etcd is full")
+	}
+	resign(t, l)
+	select {
+	case o := <-next:
+		t.Fatalf("Campaign returned while etcd is full: %v", o.err)
+	default:
+	}
+	alarm.Action = etcdserverpb.AlarmRequest_DEACTIVATE
+	if _, err := server.Alarm(t.Context(), alarm); err != nil {
+		t.Fatal(err)
+	}
+	awaitLeader(t, next)
+}
+
+// etcd-io/etcd#6681.
+func TestConcurrentUseIsDefined(t *testing.T) {
+	_, client := start(t)
+	for range 5 {
+		e := newElector(t, client)
+		l := lead(t, e, "jobs", "")
+		var wg sync.WaitGroup
+		for i := range 4 {
+			wg.Go(func() {
+				for {
+					switch err := l.Proclaim(t.Context(), fmt.Sprint(i)); {
+					case err == nil:
+					case errors.Is(err, leader.ErrNotLeader):
+						return
+					default:
+						t.Errorf("Proclaim: %v", err)
+						return
+					}
+				}
+			})
+			wg.Go(func() {
+				for l.IsLeader() {
+					_, _, _ = l.Deadline(), l.Token(), l.Guard()
+				}
+			})
+		}
+		for i := range 3 {
+			wg.Go(func() {
+				if i == 0 {
+					if err := e.Close(t.Context()); err != nil {
+						t.Errorf("Close: %v", err)
+					}
+				} else if err := l.Resign(t.Context()); err != nil {
+					t.Errorf("Resign: %v", err)
+				}
+			})
+		}
+		wg.Wait()
+		awaitEnd(t, l, leader.ErrResigned)
+		if guarded(t, client, l) {
+			t.Error("the key is left")
+		}
+	}
+}
+
+// cilium/cilium#12619.
+func TestTermOutlivesTheCampaignsCtx(t *testing.T) {
+	_, client := start(t)
+	renewed := make(chan struct{}, 1000)
+	e := newElector(t, client, leader.WithHooks(leader.Hooks{
+		Renewed: func(clientv3.LeaseID, time.Duration, time.Time) { renewed <- struct{}{} },
+	}))
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	l, err := e.Campaign(ctx, "jobs", "")
+	cancel()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 4 { // more than a TTL
+		await(t, "a renewal", renewed)
+	}
+	if !l.IsLeader() || l.Context().Err() != nil {
+		t.Errorf("the term ended with the campaign's ctx: %v", context.Cause(l.Context()))
+	}
+}
+
+// After a long outage gRPC waits for up to two minutes before it connects again. A gRPC that waits
+// a minute from the first failure on stands for that.
+func TestCampaignIsBackSoonAfterALongOutage(t *testing.T) {
+	m, client := start(t)
+	link := etcdtest.NewLink(t, m)
+	patient := etcdtest.NewClientFrom(t, clientv3.Config{Endpoints: []string{link.Endpoint}, DialOptions: []grpc.DialOption{
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: time.Minute, Multiplier: 1, MaxDelay: time.Minute}}),
+	}})
+	e := newElector(t, patient)
+	l := lead(t, e, "jobs", "")
+	link.Cut()
+	awaitEnd(t, l, leader.ErrExpired)
+	next := campaign(t.Context(), e, "jobs", "")
+	for patient.ActiveConnection().GetState() != connectivity.TransientFailure {
+		time.Sleep(time.Millisecond)
+	}
+	link.Heal()
+	o := await(t, "Campaign, long before gRPC would connect again", next)
+	if o.err != nil {
+		t.Fatal(o.err)
+	}
+	if !guarded(t, client, o.l) {
+		t.Error("elected without a key")
+	}
+}
+
+// A Lease that answers with neither response nor error: stock NewSession returns nil, nil.
+func TestEmptyAnswersAreErrors(t *testing.T) {
+	_, client := start(t)
+	broken := wrapped(client)
+	lease := &brokenLease{Lease: client.Lease}
+	broken.Lease = lease
+	l := lead(t, newElector(t, broken), "jobs", "")
+	empty := func(context.Context) (*clientv3.LeaseKeepAliveResponse, error) { return nil, nil }
+	lease.keepAlive.Store(&empty)
+	awaitEnd(t, l, leader.ErrExpired)
+}
+
+func TestCompetesWithStockElections(t *testing.T) {
+	_, client := start(t)
+	first := lead(t, newElector(t, client), "jobs", "ours")
+	_, election, won := stock(t, client, "jobs", "stock", time.Minute)
+	awaitQueue(t, client, "jobs", queued(2))
+	if resp, err := election.Leader(t.Context()); err != nil || string(resp.Kvs[0].Value) != "ours" {
+		t.Errorf("stock sees the leader as %v, %v", resp, err)
+	}
+	next := campaign(t.Context(), newElector(t, client), "jobs", "ours again")
+	awaitQueue(t, client, "jobs", queued(3))
+	resign(t, first)
+	if err := await(t, "stock Campaign", won); err != nil {
+		t.Fatal(err)
+	}
+	e := newElector(t, client)
+	if c, err := e.Current(t.Context(), "jobs"); err != nil || c.Value != "stock" || c.Token != election.Rev() {
+		t.Errorf("Current is %+v, %v", c, err)
+	}
+	select {
+	case o := <-next:
+		t.Fatalf("elected beside a stock leader: %v", o.err)
+	default:
+	}
+	if err := election.Resign(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	awaitLeader(t, next)
+}
+
+func TestCompetesWithEtcdctlElect(t *testing.T) {
+	etcdctl, err := exec.LookPath("etcdctl")
+	if err != nil {
+		t.Skip("etcdctl is not installed (Debian: apt-get install etcd-client); interop with it is not tested")
+	}
+	m, client := start(t)
+	first := lead(t, newElector(t, client), "jobs", "ours")
+	cmd := exec.Command(etcdctl, "--endpoints", m.Endpoint, "elect", "jobs", "theirs")
+	cmd.Env = append(cmd.Environ(), "ETCDCTL_API=3") // the default since 3.4, but not in all packages
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	exited := make(chan struct{})
+	go func() {
+		defer close(exited)
+		_ = cmd.Wait() // its status is the signal's
+	}()
+	defer func() { _ = cmd.Process.Kill(); <-exited }()
+	id := awaitQueue(t, client, "jobs", queued(2))[1].Lease
+	next := campaign(t.Context(), newElector(t, client), "jobs", "ours again")
+	awaitQueue(t, client, "jobs", queued(3))
+	resign(t, first)
+	e := newElector(t, client)
+	if c, err := e.Current(t.Context(), "jobs"); err != nil || c.Value != "theirs" {
+		t.Errorf("Current is %+v, %v", c, err)
+	}
+	select {
+	case o := <-next:
+		t.Fatalf("elected beside etcdctl: %v", o.err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	if err := cmd.Process.Signal(os.Interrupt); err != nil { // it resigns
+		t.Fatal(err)
+	}
+	awaitLeader(t, next)
+	await(t, "etcdctl's end", exited)
+	if _, err := client.Revoke(t.Context(), id); err != nil { // and leaves its lease behind
+		t.Fatal(err)
+	}
+}
