@@ -90,7 +90,7 @@ func (e *Elector) campaign(ctx context.Context, name, value string, how how) (*L
 		return nil, err
 	}
 	defer e.exit()
-	c, err := e.claim(election)
+	c, err := e.claim(election) //nolint:contextcheck // a claim lasts as long as the term, not as ctx
 	if err != nil {
 		return nil, err
 	}
@@ -126,12 +126,17 @@ func (e *Elector) campaign(ctx context.Context, name, value string, how how) (*L
 	}
 }
 
+// campaignError is what Campaign returns for the end of a campaign by err; last is the last failure
+// before it.
 func campaignError(ctx, bound context.Context, election string, err, last error) error {
 	if bound.Err() != nil {
 		err = boundError(ctx)
-		if last != nil {
-			return fmt.Errorf("leader: campaign in %q: %w (last failure: %w)", election, err, last)
-		}
+	}
+	switch {
+	case errors.Is(err, ErrClosed), errors.Is(err, ErrHeld):
+		return fmt.Errorf("%w: campaign in %q", err, election)
+	case bound.Err() != nil && last != nil:
+		return fmt.Errorf("leader: campaign in %q: %w (last failure: %w)", election, err, last)
 	}
 	return fmt.Errorf("leader: campaign in %q: %w", election, err)
 }
@@ -153,7 +158,7 @@ func (e *Elector) stand(ctx, bound context.Context, loop *retry.Loop, c *claim, 
 			return nil, err
 		}
 		if leader != (queue.Candidate{}) {
-			return nil, fmt.Errorf("%w: %q", ErrHeld, leader.Value)
+			return nil, ErrHeld
 		}
 	}
 	var session *lease.Lent
@@ -185,7 +190,7 @@ func (e *Elector) stand(ctx, bound context.Context, loop *retry.Loop, c *claim, 
 	} else {
 		l.token = place.Token
 		l.tracked.Joined(l.token)
-		go l.watch()
+		go l.watch() //nolint:contextcheck // so does the watch
 		if how.try && !place.First() {
 			err = ErrHeld
 		} else {
@@ -244,9 +249,14 @@ func (l *Leader) withdraw(ctx context.Context) {
 	if !l.session.Gone() {
 		err = l.queue.Remove(cctx, l.key, l.token)
 	}
-	if err == nil && l.token != 0 || err != nil && retry.Permanent(err) {
+	denied := err != nil && retry.Permanent(err) // so was the join, and there is no key
+	switch {
+	case denied:
+		err = nil
 		l.tracked.Drop()
-	} else {
+	case err == nil && l.token != 0:
+		l.tracked.Drop()
+	default:
 		l.tracked.Abandon() // a join without an answer may still come, after the deletion
 	}
 	l.session.Return()

@@ -229,7 +229,10 @@ func (e *Elector) Observe(ctx context.Context, name string) iter.Seq2[Candidate,
 				err = boundError(ctx)
 			}
 		}
-		if err != nil {
+		switch {
+		case errors.Is(err, ErrClosed), errors.Is(err, ErrInvalidName):
+			yield(Candidate{}, err)
+		case err != nil:
 			yield(Candidate{}, fmt.Errorf("leader: observe %q: %w", name, err))
 		}
 	}
@@ -280,20 +283,21 @@ func (e *Elector) Close(ctx context.Context) error {
 	case <-ctx.Done():
 		return fmt.Errorf("leader: close: a campaign or Run has not returned: %w", ctx.Err())
 	}
-	// When all have given up their share of the lease, the first to finish revokes it, which
-	// deletes all their keys with one request.
 	terms := e.unfinished()
 	for _, l := range terms {
 		l.end(ErrResigned)
 		l.giveBack()
 	}
-	var errs []error
 	for _, l := range terms {
+		// Nobody uses the lease any more: one revocation deletes the keys of all.
+		if err := l.session.Finish(ctx); err != nil {
+			return fmt.Errorf("leader: close: %w", err)
+		}
 		if err := l.Resign(ctx); err != nil {
-			errs = append(errs, err)
+			return err
 		}
 	}
-	return errors.Join(errs...)
+	return nil
 }
 
 // unfinished returns the terms that have begun and that somebody has still to tidy up after.
@@ -344,7 +348,7 @@ func boundError(ctx context.Context) error {
 	if ctx.Err() == nil {
 		return ErrClosed
 	}
-	if cause := context.Cause(ctx); cause != ctx.Err() {
+	if cause := context.Cause(ctx); !errors.Is(cause, ctx.Err()) {
 		return fmt.Errorf("%w: %w", ctx.Err(), cause)
 	}
 	return ctx.Err()

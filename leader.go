@@ -61,13 +61,13 @@ var (
 // Why a term ended: the [context.Cause] of [Leader.Context], possibly wrapped.
 var (
 	// ErrResigned says that it was given up, by [Leader.Resign], [Elector.Close] or the end of Run.
-	ErrResigned = errors.New("leader: resigned")
+	ErrResigned = errors.New("leadership resigned")
 
 	// ErrExpired says that the lease could not be renewed in time.
-	ErrExpired = errors.New("leader: lease could not be renewed in time")
+	ErrExpired = errors.New("leadership expired: the lease could not be renewed in time")
 
 	// ErrEvicted says that somebody else deleted the key or revoked the lease.
-	ErrEvicted = errors.New("leader: evicted")
+	ErrEvicted = errors.New("leadership ended by somebody else")
 )
 
 // maxValue is how long a value may be: less than what etcd takes in a request by default.
@@ -199,8 +199,7 @@ func (l *Leader) Proclaim(ctx context.Context, value string) error {
 }
 
 // Resign ends the term. Its context is cancelled, with [ErrResigned], and IsLeader is false before
-// etcd is asked to delete the key, or, if nothing else uses it, to revoke the lease and the key
-// with it. Work must have stopped before, since another candidate may lead from then on, before
+// etcd is asked to delete the key and then, if nothing else uses it, to revoke the lease. Work must have stopped before, since another candidate may lead from then on, before
 // Resign returns.
 //
 // It blocks until etcd has confirmed, ctx ends, or 5 s have passed. If it fails it may be called
@@ -320,15 +319,15 @@ func (l *Leader) leave(ctx context.Context) error {
 	l.giveBack()
 	rctx, cancel := retry.Request(ctx)
 	defer cancel()
-	if l.session.Unused() {
-		if err := l.session.Finish(rctx); err != nil {
-			return err
-		}
-	} else {
-		if err := l.session.Election(l.queue.Prefix(), l.key, l.token).Resign(rctx); err != nil {
-			l.tracked.Abandon()
-			return err
-		}
+	// The deletion comes first and alone: on a cluster a revocation hands over more slowly.
+	var err error
+	if !l.session.Gone() {
+		err = l.session.Election(l.queue.Prefix(), l.key, l.token).Resign(rctx)
+	}
+	err = errors.Join(err, l.session.Finish(rctx))
+	if err != nil && !l.session.Gone() {
+		l.tracked.Abandon()
+		return err
 	}
 	l.tracked.Drop()
 	l.finish()

@@ -208,7 +208,8 @@ func NewLink(tb testing.TB, m *Member) *Link {
 		defer close(drained)
 		for {
 			select {
-			case <-server.Error():
+			case err := <-server.Error():
+				_ = err // its connections fail, as they are made to
 			case <-ctx.Done():
 				return
 			}

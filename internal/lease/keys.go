@@ -131,8 +131,11 @@ func createRevision(resp *etcdserverpb.ResponseOp) int64 {
 	return 0
 }
 
-// sweep deletes abandoned keys. What fails is found again by the next renewal.
+// sweep deletes abandoned keys, for as long as one attempt to renew may take: it must not hold up
+// the next renewal. What is left then is found again.
 func (s *Session) sweep(orphans []orphan, timeout time.Duration) {
+	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(s.ctx), timeout)
+	defer cancel()
 	for _, o := range orphans {
 		s.mu.Lock()
 		k := s.keys[o.name]
@@ -141,11 +144,12 @@ func (s *Session) sweep(orphans []orphan, timeout time.Duration) {
 		if !mine {
 			continue // a new campaign has taken it over, and deletes it itself
 		}
-		ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(s.ctx), timeout)
-		_, _ = s.client.Txn(ctx).
+		_, err := s.client.Txn(ctx).
 			If(clientv3.Compare(clientv3.CreateRevision(o.name), "=", o.rev)).
 			Then(clientv3.OpDelete(o.name)).
 			Commit()
-		cancel()
+		if err != nil {
+			return
+		}
 	}
 }

@@ -126,17 +126,18 @@ func Grant(ctx context.Context, client *clientv3.Client, cfg Config) (*Session, 
 	if err != nil {
 		return nil, fmt.Errorf("grant a lease: %w", err)
 	}
-	if granted == nil {
-		return nil, errors.New("grant a lease: the client answered neither lease nor error")
+	if granted == nil || granted.TTL <= 0 {
+		return nil, errors.New("grant a lease: the client answered with neither TTL nor error")
 	}
 	s.id = granted.ID
 	s.setTTL(granted.TTL)
 
-	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(client.Ctx())) // ends in endLocked only
+	// The session outlives ctx, and ends in endLocked alone.
+	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(client.Ctx())) //nolint:contextcheck
 	// The derived client must not be closed: that would close the user's Watcher and Lease.
-	derived := clientv3.NewCtxClient(s.ctx, clientv3.WithZapLogger(client.GetLogger()))
+	derived := clientv3.NewCtxClient(s.ctx, clientv3.WithZapLogger(client.GetLogger())) //nolint:contextcheck
 	derived.KV, derived.Watcher, derived.Lease = client.KV, client.Watcher, keeper{client.Lease, s}
-	s.session, err = concurrency.NewSession(derived, concurrency.WithLease(s.id), concurrency.WithContext(s.ctx))
+	s.session, err = concurrency.NewSession(derived, concurrency.WithLease(s.id), concurrency.WithContext(s.ctx)) //nolint:contextcheck // the session is bound to its own
 	if err != nil {
 		s.cancel()
 		cctx, cancel := retry.Cleanup(ctx)
@@ -149,7 +150,7 @@ func Grant(ctx context.Context, client *clientv3.Client, cfg Config) (*Session, 
 	s.timer = time.AfterFunc(s.untilCheck(), s.checkClocks)
 	s.unhook = context.AfterFunc(client.Ctx(), func() { s.end(ErrClosed) })
 	s.mu.Unlock()
-	go s.renewLoop()
+	go s.renewLoop() //nolint:contextcheck
 	return s, nil
 }
 
@@ -305,11 +306,11 @@ func (s *Session) setTTL(seconds int64) {
 
 // extend counts a renewal. Where it races with the deadline, the deadline wins.
 func (s *Session) extend(sent stamp, ttl int64) error {
-	if !s.Valid() {
-		return s.Cause()
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.cause == nil && s.left() <= 0 {
+		s.endLocked(ErrExpired)
+	}
 	if s.cause == nil {
 		s.sent = sent
 		s.setTTL(ttl)

@@ -33,15 +33,11 @@ func (s *Session) renewLoop() {
 			}
 		}
 		sent := s.now()
-		err := s.renew(sent, attempt)
-		if err != nil && errors.Is(s.Cause(), ErrClosed) {
-			return // it was cut short and has not failed
-		}
-		if s.cfg.Renewal != nil {
-			s.cfg.Renewal(Renewal{Lease: s.id, Took: time.Since(sent.mono), Deadline: s.Deadline(), Err: err})
-		}
+		orphans, err := s.renew(sent, attempt)
+		s.report(sent, err)
 		if err == nil {
 			backoff.Reset()
+			s.sweep(orphans, attempt)
 			continue
 		}
 		retry.Reconnect(s.client)
@@ -51,18 +47,27 @@ func (s *Session) renewLoop() {
 	}
 }
 
-// renew makes one attempt: the renewal, then the read that makes it count.
-func (s *Session) renew(sent stamp, attempt time.Duration) error {
+// report tells how an attempt went, unless it was cut short by the session's close.
+func (s *Session) report(sent stamp, err error) {
+	if s.cfg.Renewal == nil || err != nil && errors.Is(s.Cause(), ErrClosed) {
+		return
+	}
+	s.cfg.Renewal(Renewal{Lease: s.id, Took: time.Since(sent.mono), Deadline: s.Deadline(), Err: err})
+}
+
+// renew makes one attempt: the renewal, then the read that makes it count. It returns the
+// abandoned keys that the read has found.
+func (s *Session) renew(sent stamp, attempt time.Duration) ([]orphan, error) {
 	ack, err := s.keepAlive(attempt)
 	if errors.Is(err, rpctypes.ErrLeaseNotFound) {
 		s.Revoked() // the deadline has not come: somebody revoked it
-		return err
+		return nil, err
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if ack == nil || ack.ResponseHeader == nil || ack.TTL <= 0 {
-		return errors.New("the client answered a renewal with neither TTL nor error")
+		return nil, errors.New("the client answered a renewal with neither TTL nor error")
 	}
 	// The acknowledgement stays good for as long as the raft term does, so a read that fails
 	// is repeated alone.
@@ -71,24 +76,21 @@ func (s *Session) renew(sent stamp, attempt time.Duration) error {
 	for {
 		term, orphans, err := s.readKeys(most, attempt)
 		switch {
-		case err != nil && retry.Permanent(err) && most > 1:
+		case err == nil && term != ack.RaftTerm:
+			return nil, ErrRefused
+		case err == nil:
+			return orphans, s.extend(sent, ack.TTL)
+		case retry.Permanent(err) && most > 1:
 			most = 1 // one key that may not be read must not cost all the others their lease
 			continue
-		case err != nil && retry.Permanent(err):
-			return err
-		case err != nil:
-			if backoff.Wait(s.ctx) != nil {
-				return errors.Join(s.Cause(), err)
-			}
-			continue
-		case term != ack.RaftTerm:
-			return ErrRefused
+		case retry.Permanent(err):
+			return nil, err
 		}
-		if err := s.extend(sent, ack.TTL); err != nil {
-			return err
+		s.report(sent, err)
+		retry.Reconnect(s.client)
+		if backoff.Wait(s.ctx) != nil {
+			return nil, s.Cause()
 		}
-		s.sweep(orphans, attempt)
-		return nil
 	}
 }
 

@@ -40,15 +40,20 @@ func Cleanup(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(clientv3.WithRequireLeader(context.WithoutCancel(ctx)), CleanupTimeout)
 }
 
-// Permanent reports whether err cannot heal by asking again: permission denied, failed
-// authentication, a request that etcd rejects as invalid or does not know. Everything else
-// may: no connection, no quorum, no space, a lost lease, a compacted revision, an expired
-// auth token.
+// Permanent reports whether err cannot heal by sending the same request again: permission
+// denied, failed authentication, a lease that is gone, a request that etcd rejects as invalid or
+// does not know. Everything else may: no connection, no quorum, no space, a compacted revision,
+// an expired auth token.
 func Permanent(err error) bool {
-	err = rpctypes.Error(err) // a raw gRPC status of etcd's becomes an EtcdError
+	var raw interface{ GRPCStatus() *status.Status }
+	if errors.As(err, &raw) {
+		err = rpctypes.Error(raw.GRPCStatus().Err()) // a status of etcd's becomes an EtcdError
+	}
 	switch {
 	case errors.Is(err, rpctypes.ErrAuthOldRevision):
 		return false // InvalidArgument by code, but the next request has the new revision
+	case errors.Is(err, rpctypes.ErrLeaseNotFound):
+		return true // the campaign goes on, with another lease
 	case errors.Is(err, rpctypes.ErrNoSpace), errors.Is(err, rpctypes.ErrTooManyRequests):
 		return false // ResourceExhausted, as is a message over gRPC's limit: that stays too large
 	}

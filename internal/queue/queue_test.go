@@ -1,0 +1,69 @@
+package queue
+
+import (
+	"strings"
+	"testing"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// A key is a candidate's if and only if it is the one that a lease would give it.
+func FuzzParseKey(f *testing.F) {
+	for _, seed := range [][2]string{
+		{"jobs", "jobs/694d8a2b3c4d5e6f"},
+		{"jobs", "jobs/1"},
+		{"jobs", "jobs/7fffffffffffffff"},
+		{"jobs", "jobs/8000000000000000"},
+		{"jobs", "jobs/0"},
+		{"jobs", "jobs/01"},
+		{"jobs", "jobs/-1"},
+		{"jobs", "jobs/+1"},
+		{"jobs", "jobs/0x1"},
+		{"jobs", "jobs/1_0"},
+		{"jobs", "jobs/BEEF"},
+		{"jobs", "jobs/"},
+		{"jobs", "jobs/1/2"},
+		{"jobs", "jobs/beef/1"},
+		{"jobs", "jobs2/1"},
+		{"job", "jobs/1"},
+		{"a/b", "a/b/1"},
+		{"", "/1"},
+		{"jobs", ""},
+		{"j\x00bs", "j\x00bs/1"},
+	} {
+		f.Add(seed[0], seed[1])
+	}
+	f.Fuzz(func(t *testing.T, name, key string) {
+		q := New(nil, name)
+		id, ok := q.ParseKey(key)
+		if ok && (id <= 0 || q.Key(id) != key) {
+			t.Errorf("in election %q the key %q is of lease %d, whose key is %q", name, key, id, q.Key(id))
+		}
+		if !ok && strings.HasPrefix(key, q.Prefix()) {
+			for _, id := range []clientv3.LeaseID{1, 0xbeef, 1<<63 - 1} {
+				if q.Key(id) == key {
+					t.Errorf("in election %q the key %q of lease %d is not recognised", name, key, id)
+				}
+			}
+		}
+	})
+}
+
+func FuzzKeysOfLeasesAreCandidates(f *testing.F) {
+	for _, id := range []int64{1, 9, 10, 15, 16, 0xdeadbeef, 1<<63 - 1} {
+		f.Add("jobs", id)
+		f.Add("a/b", id)
+	}
+	f.Fuzz(func(t *testing.T, name string, id int64) {
+		if id <= 0 {
+			t.Skip("etcd grants positive leases")
+		}
+		q := New(nil, name)
+		if got, ok := q.ParseKey(q.Key(clientv3.LeaseID(id))); !ok || int64(got) != id {
+			t.Errorf("the key %q of lease %d is taken for that of %d, %v", q.Key(clientv3.LeaseID(id)), id, got, ok)
+		}
+		if _, ok := New(nil, name+"/x").ParseKey(q.Key(clientv3.LeaseID(id))); ok {
+			t.Errorf("the key of an election is a candidate of one below it")
+		}
+	})
+}
