@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"example.com/leader/internal/lease"
@@ -60,12 +61,15 @@ func (c *claim) observe(ctx context.Context) {
 		func(leader queue.Candidate) bool {
 			e.mu.Lock()
 			last, known := e.reported[c.election]
-			e.reported[c.election] = Candidate(leader)
+			current := e.claims[c.election] == c
+			if current {
+				e.reported[c.election] = Candidate(leader)
+			}
 			e.mu.Unlock()
-			if !known || last != Candidate(leader) {
+			if current && (!known || last != Candidate(leader)) {
 				e.opts.hooks.LeaderChanged(c.election, Candidate(leader))
 			}
-			return ctx.Err() == nil
+			return current
 		})
 	if err != nil && ctx.Err() == nil {
 		e.log(c.election).Warn("changes of the leader are not reported any more", "error", err)
@@ -174,6 +178,7 @@ func (e *Elector) stand(ctx, bound context.Context, loop *retry.Loop, c *claim, 
 		e: e, run: how.run, claim: c, queue: q, session: session, key: q.Key(session.ID()),
 		announced: make(chan struct{}), done: make(chan struct{}), resigning: make(chan struct{}, 1),
 	}
+	l.giveBack = sync.OnceFunc(session.Return)
 	l.ctx, l.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	var left bool
 	l.tracked, left = session.Track(l.key, l.evict)
@@ -200,8 +205,9 @@ func (e *Elector) stand(ctx, bound context.Context, loop *retry.Loop, c *claim, 
 	if err == nil && l.elect() {
 		return l, nil
 	}
-	if bound.Err() == nil && (err == nil || standing.Err() != nil || errors.Is(err, rpctypes.ErrLeaseNotFound)) {
-		err = fmt.Errorf("%w: %w", errLost, errors.Join(context.Cause(l.ctx), session.Cause()))
+	lost := err == nil || standing.Err() != nil || errors.Is(err, rpctypes.ErrLeaseNotFound) || errors.Is(err, queue.ErrGone)
+	if lost && bound.Err() == nil {
+		err = fmt.Errorf("%w: %w", errLost, cmp.Or(context.Cause(l.ctx), session.Cause(), err))
 	}
 	l.withdraw(ctx)
 	return nil, err
@@ -243,7 +249,7 @@ func (l *Leader) elect() bool {
 func (l *Leader) withdraw(ctx context.Context) {
 	l.end(ErrResigned)
 	<-l.done
-	cctx, cancel := retry.Cleanup(ctx)
+	cctx, cancel := retry.Cleanup(ctx, l.e.client)
 	defer cancel()
 	var err error
 	if !l.session.Gone() {
@@ -259,7 +265,7 @@ func (l *Leader) withdraw(ctx context.Context) {
 	default:
 		l.tracked.Abandon() // a join without an answer may still come, after the deletion
 	}
-	l.session.Return()
+	l.giveBack()
 	if err := errors.Join(err, l.session.Finish(cctx)); err != nil {
 		l.e.log(l.claim.election).Warn("candidate could not be withdrawn, the lease will expire", "key", l.key, "error", err)
 	}

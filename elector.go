@@ -34,7 +34,7 @@ type Elector struct {
 	identity string
 	ctx      context.Context // ends when Close is called
 	cancel   context.CancelFunc
-	failing  atomic.Bool // the last renewal failed
+	failing  atomic.Int64 // the lease whose last renewal failed
 
 	mu       sync.Mutex
 	calls    int                  // campaigns and Runs under way
@@ -151,7 +151,7 @@ func (e *Elector) runTerm(ctx, bound context.Context, l *Leader, lead func(conte
 	defer func() { // also when lead panics
 		stop()
 		cancel(nil)
-		rctx, rcancel := retry.Cleanup(ctx)
+		rctx, rcancel := retry.Cleanup(ctx, e.client)
 		defer rcancel()
 		if err := l.Resign(rctx); err != nil {
 			e.log(l.claim.election).Warn("resignation failed, the lease will expire", "token", l.token, "error", err)
@@ -171,8 +171,8 @@ func (e *Elector) runTerm(ctx, bound context.Context, l *Leader, lead func(conte
 	return false, err
 }
 
-// Current returns the candidate that leads, or [ErrNoLeader]. It sends one request and blocks for
-// at most 5 s.
+// Current returns the candidate that leads, or [ErrNoLeader]. It sends one request, or two if other
+// data lies under the election's prefix, and blocks for at most 5 s each.
 func (e *Elector) Current(ctx context.Context, name string) (Candidate, error) {
 	q, err := e.queue(name)
 	if err != nil {
@@ -240,18 +240,20 @@ func (e *Elector) Observe(ctx context.Context, name string) iter.Seq2[Candidate,
 
 // Evict ends the present term of the election, whoever leads, by deleting the leader's key. It is
 // an operator's tool: the leader learns of it through its watch, milliseconds later or, where its
-// watch is dead, at its next renewal; only Guard and Token protect what it does until then.
-// It returns [ErrNoLeader] if nobody leads, sends two requests and blocks for at most 10 s.
+// watch is dead, at its next renewal; only Guard and Token protect what it does until then. A
+// leader by stock concurrency.Election never learns of it: such a process is to be stopped first.
+// Evict returns [ErrNoLeader] if nobody leads, and blocks for as long as a few requests take, each
+// at most 5 s.
 func (e *Elector) Evict(ctx context.Context, name string) error {
 	c, err := e.Current(ctx, name)
 	if err != nil {
 		return err
 	}
 	q, err := e.queue(name)
-	if err != nil {
-		return err
+	if err == nil {
+		err = q.Remove(ctx, c.Key, c.Token)
 	}
-	if err := q.Remove(ctx, c.Key, c.Token); err != nil {
+	if err != nil {
 		return fmt.Errorf("leader: evict %q from %q: %w", c.Key, name, err)
 	}
 	return nil
@@ -262,7 +264,9 @@ func (e *Elector) Evict(ctx context.Context, name string) error {
 // it lets go of their elections. Terms of Campaign end here at once, with [ErrResigned].
 //
 // It blocks until etcd has confirmed or ctx ends, and may then be called again to retry. What it
-// could not revoke expires.
+// could not revoke expires, as does a lease without keys whose grant a campaign's end has cut
+// short. The function that Run has called must not call it without a bound: each would wait for the
+// other.
 func (e *Elector) Close(ctx context.Context) error {
 	e.mu.Lock()
 	if e.idle == nil {
@@ -275,18 +279,20 @@ func (e *Elector) Close(ctx context.Context) error {
 	e.cancel()
 	for _, l := range e.unfinished() {
 		if !l.run {
-			l.end(ErrResigned)
+			l.abandon()
 		}
 	}
 	select {
 	case <-e.idle:
 	case <-ctx.Done():
+		for _, l := range e.unfinished() {
+			_ = l.session.Finish(ctx) // fails, and stops the renewals if nobody is left
+		}
 		return fmt.Errorf("leader: close: a campaign or Run has not returned: %w", ctx.Err())
 	}
 	terms := e.unfinished()
 	for _, l := range terms {
-		l.end(ErrResigned)
-		l.giveBack()
+		l.abandon()
 	}
 	for _, l := range terms {
 		// Nobody uses the lease any more: one revocation deletes the keys of all.
@@ -374,11 +380,11 @@ func (e *Elector) loop(election, warning string) *retry.Loop {
 // renewal is told of every renewal of the lease.
 func (e *Elector) renewal(r lease.Renewal) {
 	if r.Err == nil {
-		e.failing.Store(false)
+		e.failing.Store(0)
 		e.opts.hooks.Renewed(r.Lease, r.Took, r.Deadline)
 		return
 	}
-	if !e.failing.Swap(true) {
+	if e.failing.Swap(int64(r.Lease)) != int64(r.Lease) {
 		e.opts.log.Warn("renewal of the lease is being retried", "lease", fmt.Sprintf("%x", r.Lease), "deadline", r.Deadline, "error", r.Err)
 	}
 	e.opts.hooks.RenewFailed(r.Lease, r.Took, r.Err)

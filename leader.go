@@ -119,10 +119,11 @@ type Leader struct {
 	done      chan struct{} // closed when watch has returned
 	resigning chan struct{} // holds a token while Resign talks to etcd
 
-	mu       sync.Mutex
-	elected  bool // set only while ctx has not ended
-	returned bool // the session
-	finished bool // nothing of the term is left to be done
+	giveBack func() // gives the session back, once
+
+	mu      sync.Mutex
+	elected bool      // set only while ctx has not ended
+	ended   time.Time // set before ctx ends
 }
 
 // Context returns a context that is cancelled when the term ends, with a [context.Cause] that is
@@ -146,8 +147,13 @@ func (l *Leader) IsLeader() bool {
 // about three times per TTL. It is not after the term's end if that came earlier.
 func (l *Leader) Deadline() time.Time {
 	deadline := l.session.Deadline()
-	if now := time.Now(); !l.IsLeader() && deadline.After(now) {
-		return now
+	if l.IsLeader() {
+		return deadline
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ended.Before(deadline) {
+		return l.ended
 	}
 	return deadline
 }
@@ -223,11 +229,10 @@ func (l *Leader) Resign(ctx context.Context) error {
 		}
 	}
 	select {
-	case <-l.done:
-		return nil
+	case <-l.done: // in moments: it has nothing to ask etcd for
 	case <-ctx.Done():
-		return fmt.Errorf("leader: resign: %w", ctx.Err())
 	}
+	return nil
 }
 
 // end ends the term, or the candidacy. The first cause stands.
@@ -238,6 +243,7 @@ func (l *Leader) end(cause error) {
 		return
 	}
 	if l.elected {
+		l.ended = time.Now()
 		l.claim.release() // first: who waits for the term's end may campaign at once
 	}
 	l.cancel(cause)
@@ -270,6 +276,8 @@ func (l *Leader) watch() {
 	ctx, cancel := context.WithCancel(l.session.Context())
 	defer cancel()
 	defer context.AfterFunc(l.ctx, cancel)()
+	// The context must not end later than it says because a request does.
+	defer context.AfterFunc(l.session.Context(), func() { l.end(l.sessionCause()) })()
 	loop := l.e.loop(l.claim.election, "watch of the own key is being retried")
 	if err := l.queue.WaitDeleted(ctx, loop, l.key, l.token, 0); err == nil {
 		l.evict()
@@ -297,10 +305,10 @@ func (l *Leader) watch() {
 	}
 	l.e.opts.hooks.Ended(l.claim.election, l, cause)
 	if lost {
-		cctx, cancel := retry.Cleanup(ctx)
-		defer cancel()
 		l.tracked.Drop() // deleted, or about to be with its lease, which nobody renews any more
 		l.giveBack()
+		cctx, cancel := retry.Cleanup(ctx, l.e.client)
+		defer cancel()
 		if err := l.session.Finish(cctx); err != nil {
 			log.Warn("lease could not be revoked, it will expire", "error", err)
 		}
@@ -310,10 +318,10 @@ func (l *Leader) watch() {
 
 // leave deletes the key of a term that was resigned.
 func (l *Leader) leave(ctx context.Context) error {
-	l.mu.Lock()
-	finished := l.finished
-	l.mu.Unlock()
-	if finished {
+	l.e.mu.Lock()
+	_, unfinished := l.e.terms[l]
+	l.e.mu.Unlock()
+	if !unfinished {
 		return nil
 	}
 	l.giveBack()
@@ -334,21 +342,15 @@ func (l *Leader) leave(ctx context.Context) error {
 	return nil
 }
 
-// giveBack gives the session back, once.
-func (l *Leader) giveBack() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if !l.returned {
-		l.returned = true
-		l.session.Return()
-	}
+// abandon ends the term and leaves its key to whoever renews the lease, or to the lease's end.
+func (l *Leader) abandon() {
+	l.end(ErrResigned)
+	l.giveBack()
+	l.tracked.Abandon()
 }
 
 // finish forgets the term.
 func (l *Leader) finish() {
-	l.mu.Lock()
-	l.finished = true
-	l.mu.Unlock()
 	l.e.mu.Lock()
 	defer l.e.mu.Unlock()
 	delete(l.e.terms, l)

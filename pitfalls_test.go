@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"slices"
@@ -239,6 +240,30 @@ func TestResignAndCloseReturnWhenCtxEndsWithoutEtcd(t *testing.T) {
 	resign(t, a)
 }
 
+func TestCloseThatFailsDoesNotKeepEndedTermsAlive(t *testing.T) {
+	_, client := start(t)
+	e := newElector(t, client)
+	working, finish, ran := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	go func() {
+		ran <- e.Run(t.Context(), "slow", "", func(context.Context, *leader.Leader) error {
+			close(working)
+			<-finish
+			return nil
+		})
+	}()
+	await(t, "lead", working)
+	l := lead(t, e, "jobs", "")
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	if err := e.Close(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Close returned %v", err)
+	}
+	awaitEnd(t, l, leader.ErrResigned)
+	awaitQueue(t, client, "jobs", queued(0)) // though the lease is renewed for Run
+	close(finish)
+	await(t, "Run", ran)
+}
+
 // etcd-io/etcd#22123, google/trillian#3789: the stock Resign forgets the key, and says nil the
 // second time.
 func TestResignWithACancelledCtxCanBeRetried(t *testing.T) {
@@ -261,6 +286,11 @@ func TestResignWithACancelledCtxCanBeRetried(t *testing.T) {
 		resign(t, l)
 		if guarded(t, client, l) {
 			t.Errorf("shared %v: the retry left the key", shared)
+		}
+		for range 20 { // nothing is left to do, so nothing can fail
+			if err := l.Resign(cancelled); err != nil {
+				t.Fatalf("shared %v: Resign of a term that was resigned returned %v", shared, err)
+			}
 		}
 	}
 
@@ -569,6 +599,69 @@ func TestLeaderLearnsThatItsKeyIsDeletedThoughItsWatchIsDead(t *testing.T) {
 	awaitEnd(t, l, leader.ErrEvicted) // by the next renewal
 }
 
+// A slow client must not hold up the end of the term.
+func TestContextEndsAtTheDeadlineThoughARequestHangs(t *testing.T) {
+	m, client := start(t)
+	link := etcdtest.NewLink(t, m)
+	deaf := wrapped(etcdtest.NewClient(t, link.Endpoint))
+	kv := &hangingKV{KV: deaf.KV, release: make(chan struct{})}
+	deaf.KV = kv
+	l := lead(t, newElector(t, deaf), "jobs", "") // the own key's watch hangs in its first read
+	link.Darken()
+	awaitEnd(t, l, leader.ErrExpired)
+	close(kv.release)
+	awaitQueue(t, client, "jobs", queued(0))
+	link.Heal()
+}
+
+// A hangingKV does not answer reads, and ignores their contexts, until it is released.
+type hangingKV struct {
+	clientv3.KV
+	release chan struct{}
+}
+
+func (kv *hangingKV) Get(ctx context.Context, key string, opts ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+	<-kv.release
+	return kv.KV.Get(ctx, key, opts...)
+}
+
+// A watch that is created and dies again and again is one streak of failures.
+func TestFlappingWatchIsOneStreak(t *testing.T) {
+	_, client := start(t)
+	flapping := wrapped(client)
+	watcher := &flappingWatcher{Watcher: client.Watcher}
+	flapping.Watcher = watcher
+	var log logRecorder
+	l := lead(t, newElector(t, flapping, leader.WithLogger(slog.New(&log))), "jobs", "")
+	const observed = 3 * time.Second
+	time.Sleep(observed)
+	// Pauses double from 50 ms; without that there would be one watch every 50 ms at the most.
+	if n := watcher.watches.Load(); n > int64(observed/(200*time.Millisecond)) {
+		t.Errorf("%d watches in %v", n, observed)
+	}
+	if got := log.lines(); !slices.Equal(got, []string{"INFO elected", "WARN watch of the own key is being retried"}) {
+		t.Errorf("logged %q", got)
+	}
+	resign(t, l)
+}
+
+type flappingWatcher struct {
+	clientv3.Watcher
+	watches atomic.Int64
+}
+
+func (w *flappingWatcher) Watch(ctx context.Context, key string, opts ...clientv3.OpOption) clientv3.WatchChan {
+	w.watches.Add(1)
+	ctx, cancel := context.WithCancel(ctx)
+	in, out := w.Watcher.Watch(ctx, key, opts...), make(chan clientv3.WatchResponse, 1)
+	if created, ok := <-in; ok {
+		out <- created
+	}
+	cancel()
+	close(out)
+	return out
+}
+
 // hashicorp/consul#830 and #912, etcd-io/etcd#15922: needless demotions.
 func TestTermSurvivesAShortOutage(t *testing.T) {
 	m, client := start(t)
@@ -636,7 +729,8 @@ func TestTermSurvivesAChangeOfEtcdsLeader(t *testing.T) {
 		t.Errorf("the term was lost: %v", context.Cause(l.Context()))
 	}
 	resign(t, l)
-	awaitLeader(t, next)
+	resign(t, awaitLeader(t, next))
+	awaitExpiry(t, client) // of a lease whose grant etcd had no time to confirm
 }
 
 // pingcap/dm#1214: stock lets both share one key, and one Resign ends both.
@@ -937,6 +1031,43 @@ func TestRunLetsGoOnlyAfterLeadHasReturned(t *testing.T) {
 	}
 }
 
+// The margin is for work to stop in. It must not be cut short by handing over early, where etcd can be
+// reached again.
+func TestExpiredTermKeepsOthersOutForTheMargin(t *testing.T) {
+	_, client := start(t)
+	broken := wrapped(client)
+	lease := &brokenLease{Lease: client.Lease}
+	broken.Lease = lease
+	refuse := func(context.Context) (*clientv3.LeaseKeepAliveResponse, error) { return nil, rpctypes.ErrNoLeader }
+	lease.keepAlive.Store(&refuse)
+	const ttl, margin = 4 * time.Second, 2 * time.Second
+	var stopped time.Time
+	ctx, cancel := context.WithCancel(t.Context())
+	working, ran := make(chan struct{}, 10), make(chan error, 1)
+	go func() {
+		ran <- leader.Run(ctx, broken, "jobs", "", func(ctx context.Context, l *leader.Leader) error {
+			working <- struct{}{}
+			<-ctx.Done()
+			time.Sleep(margin / 2) // the work that is left
+			if stopped.IsZero() {
+				stopped = time.Now()
+			}
+			return nil
+		}, leader.WithTTL(ttl), leader.WithMargin(margin))
+	}()
+	await(t, "lead", working)
+	next := campaign(t.Context(), newElector(t, client), "jobs", "")
+	o := await(t, "Campaign", next)
+	if o.err != nil {
+		t.Fatal(o.err)
+	}
+	cancel()
+	await(t, "Run", ran)
+	if o.at.Before(stopped) {
+		t.Errorf("the next leader came %v before the work had stopped", stopped.Sub(o.at))
+	}
+}
+
 // elastic/elastic-agent#4543, client-go#1155: the process stays up and never leads again.
 func TestRunCampaignsAgainAfterALostTerm(t *testing.T) {
 	_, client := start(t)
@@ -1199,6 +1330,7 @@ func TestEmptyAnswersAreErrors(t *testing.T) {
 	empty := func(context.Context) (*clientv3.LeaseKeepAliveResponse, error) { return nil, nil }
 	lease.keepAlive.Store(&empty)
 	awaitEnd(t, l, leader.ErrExpired)
+	awaitExpiry(t, client)
 }
 
 func TestCompetesWithStockElections(t *testing.T) {

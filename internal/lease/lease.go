@@ -140,7 +140,7 @@ func Grant(ctx context.Context, client *clientv3.Client, cfg Config) (*Session, 
 	s.session, err = concurrency.NewSession(derived, concurrency.WithLease(s.id), concurrency.WithContext(s.ctx)) //nolint:contextcheck // the session is bound to its own
 	if err != nil {
 		s.cancel()
-		cctx, cancel := retry.Cleanup(ctx)
+		cctx, cancel := retry.Cleanup(ctx, client)
 		defer cancel()
 		_, rerr := client.Revoke(cctx, s.id)
 		return nil, errors.Join(fmt.Errorf("keep lease %x alive: %w", s.id, err), rerr)
@@ -224,9 +224,10 @@ func (s *Session) Gone() bool {
 	return s.gone
 }
 
-// Close ends the session and revokes the lease, unless that is known to be gone. It returns
-// when etcd has confirmed and the renewals have stopped, or when ctx ends. It may be called
-// again after an error.
+// Close ends the session and revokes the lease, unless that is known to be gone. A session that
+// has expired here keeps its lease until it expires in etcd: the margin in between is promised to
+// work that has to stop. Close returns when etcd has confirmed and the renewals have stopped, or
+// when ctx ends. It may be called again after an error.
 func (s *Session) Close(ctx context.Context) error {
 	s.end(ErrClosed)
 	if err := s.revoke(ctx); err != nil {
@@ -241,7 +242,7 @@ func (s *Session) Close(ctx context.Context) error {
 }
 
 func (s *Session) revoke(ctx context.Context) error {
-	if s.Gone() {
+	if s.Gone() || errors.Is(s.Cause(), ErrExpired) {
 		return nil
 	}
 	rctx, cancel := retry.Request(ctx)

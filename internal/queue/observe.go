@@ -3,7 +3,6 @@ package queue
 import (
 	"cmp"
 	"context"
-	"fmt"
 	"slices"
 	"time"
 
@@ -21,15 +20,19 @@ import (
 func (q *Queue) Observe(ctx context.Context, loop *retry.Loop, reread time.Duration, yield func(Candidate) bool) error {
 	o := observer{q: q, yield: yield}
 	for {
-		err := o.follow(ctx, loop, reread)
+		began := time.Now()
+		err := o.follow(ctx, reread)
 		if o.stopped {
 			return nil
+		}
+		if time.Since(began) > retry.RequestTimeout {
+			loop.OK()
 		}
 		if ctx.Err() == nil {
 			_, rerr := q.Leader(ctx)
 			err = cmp.Or(rerr, err) // a watch gives its reasons as text only, see WaitDeleted
 		}
-		if err := loop.Again(ctx, fmt.Errorf("observe %q: %w", q.prefix, err)); err != nil {
+		if err := loop.Again(ctx, err); err != nil {
 			return err
 		}
 	}
@@ -46,7 +49,7 @@ type observer struct {
 }
 
 // follow reads the queue once a watch has been created and follows the watch until it ends.
-func (o *observer) follow(ctx context.Context, loop *retry.Loop, reread time.Duration) error {
+func (o *observer) follow(ctx context.Context, reread time.Duration) error {
 	events, cancel := o.q.watch(ctx, o.q.prefix, clientv3.WithPrefix())
 	defer cancel()
 	ticker := time.NewTicker(reread)
@@ -66,7 +69,6 @@ func (o *observer) follow(ctx context.Context, loop *retry.Loop, reread time.Dur
 				if o.queue, rev, err = o.q.read(ctx); err != nil {
 					return err
 				}
-				loop.OK()
 				o.report()
 			}
 			for i, ev := range resp.Events {

@@ -148,15 +148,21 @@ func (q *Queue) oldest() clientv3.Op {
 	return clientv3.OpGet(q.prefix, append(clientv3.WithFirstCreate(), clientv3.WithKeysOnly())...)
 }
 
+// ErrGone is returned when a candidate's own key turns out to be gone.
+var ErrGone = errors.New("the candidate's key is gone")
+
 // behind reads the place of the candidate with this token.
 func (q *Queue) behind(ctx context.Context, token int64) (Place, error) {
-	resp, err := q.client.Txn(ctx).Then(q.newest(1, clientv3.WithMaxCreateRev(token-1)), q.oldest()).Commit()
+	resp, err := q.client.Txn(ctx).Then(q.newest(2, clientv3.WithMaxCreateRev(token)), q.oldest()).Commit()
 	if err != nil {
 		return Place{}, err
 	}
-	before := resp.Responses[0].GetResponseRange().Kvs
+	newest := resp.Responses[0].GetResponseRange().Kvs
 	oldest := resp.Responses[1].GetResponseRange().Kvs
-	return q.place(ctx, token, before, oldest)
+	if len(newest) == 0 || newest[0].CreateRevision != token {
+		return Place{}, ErrGone
+	}
+	return q.place(ctx, token, newest[1:], oldest)
 }
 
 // place works out the place of the candidate with this token from the newest key before it and
@@ -183,7 +189,8 @@ func (q *Queue) place(ctx context.Context, token int64, before, oldest []*mvccpb
 }
 
 // Wait blocks until nobody is before the candidate, and returns nil then, or until ctx ends or
-// a request fails for good. It does not notice that the candidate itself is gone.
+// a request fails for good. Whether the candidate's own key is still there is for another watch to
+// tell; where that key is deleted together with the one before it, either watch may be the first.
 func (q *Queue) Wait(ctx context.Context, loop *retry.Loop, p Place, reread time.Duration) error {
 	for !p.First() {
 		if err := q.WaitDeleted(ctx, loop, p.before, p.rev, reread); err != nil {
@@ -194,10 +201,17 @@ func (q *Queue) Wait(ctx context.Context, loop *retry.Loop, p Place, reread time
 			// watch event alone elects, without another read.
 			return nil
 		}
+		token, gone := p.Token, false
 		err := loop.Do(ctx, func(ctx context.Context) (err error) {
-			p, err = q.behind(ctx, p.Token)
+			p, err = q.behind(ctx, token)
+			if gone = errors.Is(err, ErrGone); gone {
+				return nil // asking again would not bring it back
+			}
 			return err
 		})
+		if gone {
+			return ErrGone
+		}
 		if err != nil {
 			return err
 		}
@@ -213,9 +227,13 @@ var errWatch = errors.New("watch ended")
 // end of the key, so it is read again at the interval reread, if that is not 0.
 func (q *Queue) WaitDeleted(ctx context.Context, loop *retry.Loop, key string, rev int64, reread time.Duration) error {
 	for {
-		err := q.watchDeleted(ctx, loop, key, rev, reread)
+		began := time.Now()
+		err := q.watchDeleted(ctx, key, rev, reread)
 		if err == nil {
 			return nil
+		}
+		if time.Since(began) > retry.RequestTimeout {
+			loop.OK() // what has lived that long is no streak
 		}
 		// A watch gives its reasons as text. A read that is refused for the same reason says so in
 		// a way that a program can tell.
@@ -237,7 +255,7 @@ func (q *Queue) WaitDeleted(ctx context.Context, loop *retry.Loop, key string, r
 // The watch has no start revision, and the key is read once the watch exists: a watch that
 // starts in the past, by a single revision even, is served by etcd's loop for slow watchers,
 // up to 100 ms late.
-func (q *Queue) watchDeleted(ctx context.Context, loop *retry.Loop, key string, rev int64, reread time.Duration) error {
+func (q *Queue) watchDeleted(ctx context.Context, key string, rev int64, reread time.Duration) error {
 	events, cancel := q.watch(ctx, key, clientv3.WithFilterPut())
 	defer cancel()
 	var again <-chan time.Time
@@ -261,7 +279,6 @@ func (q *Queue) watchDeleted(ctx context.Context, loop *retry.Loop, key string, 
 			if !resp.Created {
 				continue
 			}
-			loop.OK()
 		case <-again:
 		}
 		if gone, err := q.gone(ctx, key, rev); gone || err != nil {

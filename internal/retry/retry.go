@@ -35,14 +35,17 @@ func Request(ctx context.Context) (context.Context, context.CancelFunc) {
 }
 
 // Cleanup returns a context for tidying up. It outlives ctx, whose end is often the reason to
-// tidy up, and is bounded by [CleanupTimeout].
-func Cleanup(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(clientv3.WithRequireLeader(context.WithoutCancel(ctx)), CleanupTimeout)
+// tidy up, and is bounded by [CleanupTimeout] and by the life of the client, which would repeat
+// requests on its closed connection until then.
+func Cleanup(ctx context.Context, client *clientv3.Client) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(context.WithoutCancel(ctx)), CleanupTimeout)
+	stop := context.AfterFunc(client.Ctx(), cancel)
+	return ctx, func() { stop(); cancel() }
 }
 
 // Permanent reports whether err cannot heal by sending the same request again: permission
-// denied, failed authentication, a lease that is gone, a request that etcd rejects as invalid or
-// does not know. Everything else may: no connection, no quorum, no space, a compacted revision,
+// denied, failed authentication, a lease that is gone, a request that etcd rejects as invalid.
+// Everything else may: no connection, no quorum, no space, a compacted revision,
 // an expired auth token.
 func Permanent(err error) bool {
 	var raw interface{ GRPCStatus() *status.Status }
@@ -58,7 +61,7 @@ func Permanent(err error) bool {
 		return false // ResourceExhausted, as is a message over gRPC's limit: that stays too large
 	}
 	switch code(err) {
-	case codes.PermissionDenied, codes.InvalidArgument, codes.Unimplemented, codes.ResourceExhausted:
+	case codes.PermissionDenied, codes.InvalidArgument, codes.ResourceExhausted:
 		return true
 	}
 	return false
@@ -146,9 +149,12 @@ func (l *Loop) Again(ctx context.Context, err error) error {
 }
 
 // OK ends a streak of failures.
-func (l *Loop) OK() { l.backoff.Reset() }
+func (l *Loop) OK() {
+	l.backoff.Reset()
+	l.last = nil
+}
 
-// Last is the last failure that [Loop.Again] was told of.
+// Last is the last failure of the present streak.
 func (l *Loop) Last() error { return l.last }
 
 // Do calls request, each time with a context of its own, until it succeeds or is not worth

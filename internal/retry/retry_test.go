@@ -67,7 +67,6 @@ func TestPermanentIsWhatCannotHeal(t *testing.T) {
 	for c, why := range map[codes.Code]string{
 		codes.PermissionDenied:  "a proxy in between may say so, too",
 		codes.InvalidArgument:   "the request stays the same",
-		codes.Unimplemented:     "etcd is too old or is none",
 		codes.ResourceExhausted: "the message is larger than gRPC's limit",
 	} {
 		check(status.Error(c, "a text unknown to etcd"), true, why)
@@ -275,7 +274,8 @@ func TestContextsOfRequests(t *testing.T) {
 		request, cancelRequest := Request(parent)
 		defer cancelRequest()
 		wantRequest(request, t, time.Second) // the caller's is shorter
-		cleanup, cancelCleanup := Cleanup(parent)
+		client := client(t)
+		cleanup, cancelCleanup := Cleanup(parent, client)
 		defer cancelCleanup()
 		wantRequest(cleanup, t, CleanupTimeout)
 		if request.Value(key{}) != "v" || cleanup.Value(key{}) != "v" {
@@ -284,6 +284,11 @@ func TestContextsOfRequests(t *testing.T) {
 		cancel()
 		if request.Err() == nil || cleanup.Err() != nil {
 			t.Errorf("after the end of the caller's context Request has %v and Cleanup %v", request.Err(), cleanup.Err())
+		}
+		_ = client.Close() // it has no connection, and says so
+		synctest.Wait()
+		if cleanup.Err() == nil {
+			t.Error("Cleanup goes on with a closed client")
 		}
 	})
 }
