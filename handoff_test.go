@@ -124,12 +124,16 @@ func limitHandoff(b *testing.B, from, to *clientv3.Client, waited time.Duration)
 	defer cancel()
 	events := to.Watch(ctx, key, clientv3.WithCreatedNotify())
 	<-events
+	arrived := make(chan time.Time, 1)
+	go func() {
+		<-events
+		arrived <- time.Now()
+	}()
 	time.Sleep(waited)
 	sent := time.Now()
 	created := clientv3.Compare(clientv3.CreateRevision(key), "=", put.Header.Revision)
 	if _, err := from.Txn(b.Context()).If(created).Then(clientv3.OpDelete(key)).Commit(); err != nil {
 		b.Fatal(err)
 	}
-	<-events
-	return time.Since(sent)
+	return await(b, "the event", arrived).Sub(sent)
 }

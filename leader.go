@@ -133,7 +133,7 @@ func (l *Leader) Context() context.Context { return l.ctx }
 
 // IsLeader reports whether the term still holds. It asks the clocks now and does not wait for a
 // timer to fire, so it is right even if the process or the machine was suspended a moment ago. It
-// sends no request and costs less than a microsecond. Once false it stays false.
+// sends no request and does not block. Once false it stays false.
 //
 // Even so, what is done after it has returned true may come too late: see [Leader.Guard].
 func (l *Leader) IsLeader() bool {
@@ -205,8 +205,8 @@ func (l *Leader) Proclaim(ctx context.Context, value string) error {
 }
 
 // Resign ends the term. Its context is cancelled, with [ErrResigned], and IsLeader is false before
-// etcd is asked to delete the key and then, if nothing else uses it, to revoke the lease. Work must have stopped before, since another candidate may lead from then on, before
-// Resign returns.
+// etcd is asked to delete the key and then, if nothing else uses it, to revoke the lease. Another
+// candidate may lead before Resign returns, so work must have stopped before it is called.
 //
 // It blocks until etcd has confirmed, ctx ends, or 5 s have passed. If it fails it may be called
 // again to retry; the term is over all the same, and a key that is left goes with its lease, which
