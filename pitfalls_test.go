@@ -261,7 +261,9 @@ func TestCloseThatFailsDoesNotKeepEndedTermsAlive(t *testing.T) {
 	awaitEnd(t, l, leader.ErrResigned)
 	awaitQueue(t, client, "jobs", queued(0)) // though the lease is renewed for Run
 	close(finish)
-	await(t, "Run", ran)
+	if err := await(t, "Run", ran); !errors.Is(err, leader.ErrClosed) {
+		t.Errorf("Run returned %v", err)
+	}
 }
 
 // etcd-io/etcd#22123, google/trillian#3789: the stock Resign forgets the key, and says nil the
@@ -1045,7 +1047,7 @@ func TestExpiredTermKeepsOthersOutForTheMargin(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	working, ran := make(chan struct{}, 10), make(chan error, 1)
 	go func() {
-		ran <- leader.Run(ctx, broken, "jobs", "", func(ctx context.Context, l *leader.Leader) error {
+		ran <- leader.Run(ctx, broken, "jobs", "", func(ctx context.Context, _ *leader.Leader) error {
 			working <- struct{}{}
 			<-ctx.Done()
 			time.Sleep(margin / 2) // the work that is left
@@ -1062,7 +1064,9 @@ func TestExpiredTermKeepsOthersOutForTheMargin(t *testing.T) {
 		t.Fatal(o.err)
 	}
 	cancel()
-	await(t, "Run", ran)
+	if err := await(t, "Run", ran); !errors.Is(err, context.Canceled) {
+		t.Errorf("Run returned %v", err)
+	}
 	if o.at.Before(stopped) {
 		t.Errorf("the next leader came %v before the work had stopped", stopped.Sub(o.at))
 	}
