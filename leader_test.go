@@ -25,6 +25,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	etcdtest.Main()
 	code := m.Run()
 	if code == 0 {
 		// All of the package's goroutines have an owner that waits for them, so none may be left

@@ -2,6 +2,7 @@ package leader_test
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"flag"
 	"fmt"
@@ -19,9 +20,11 @@ import (
 	"example.com/leader/internal/etcdtest"
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"go.etcd.io/etcd/client/pkg/v3/transport"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/concurrency"
 	"go.etcd.io/etcd/server/v3/embed"
+	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/connectivity"
@@ -1195,6 +1198,41 @@ func enableAuth(t *testing.T, client *clientv3.Client, prefix string) {
 	must(client.UserAdd(ctx, "service", "service"))
 	must(client.UserGrantRole(ctx, "service", "candidate"))
 	must(client.AuthEnable(ctx))
+}
+
+func TestTLSWithClientCertificates(t *testing.T) {
+	t.Parallel()
+	certificate, err := transport.SelfCert(zap.NewNop(), t.TempDir(), []string{"127.0.0.1:0"}, 1, x509.ExtKeyUsageClientAuth)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := etcdtest.Start(t, func(cfg *embed.Config) {
+		cfg.ClientTLSInfo = certificate
+		cfg.ClientTLSInfo.TrustedCAFile, cfg.ClientTLSInfo.ClientCertAuth = certificate.CertFile, true
+		cfg.ListenClientUrls[0].Scheme = "https"
+	})
+	certificate.TrustedCAFile = certificate.CertFile
+	secure, err := certificate.ClientConfig()
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := etcdtest.NewClientFrom(t, clientv3.Config{Endpoints: []string{"https://" + m.Endpoint}, TLS: secure})
+	leavesNothing(t, client)
+	l := lead(t, newElector(t, client), "jobs", "first")
+	next := campaign(t.Context(), newElector(t, client), "jobs", "second")
+	awaitQueue(t, client, "jobs", queued(2))
+	resign(t, l)
+	awaitLeader(t, next)
+
+	// Without a certificate there is no election, and the error says why.
+	secure = secure.Clone()
+	secure.Certificates, secure.GetClientCertificate = nil, nil
+	anonymous := etcdtest.NewClientFrom(t, clientv3.Config{Endpoints: []string{"https://" + m.Endpoint}, TLS: secure})
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	if _, err := newElector(t, anonymous).Campaign(ctx, "jobs", ""); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "last failure: no connection to etcd") {
+		t.Errorf("Campaign without a certificate: %v", err)
+	}
 }
 
 func TestLeaderAndCampaignOutliveAFullEtcd(t *testing.T) {

@@ -84,29 +84,19 @@ func run(dir string, n int, configure []func(*embed.Config)) ([]*Member, error) 
 	members := make([]*Member, n)
 	var initial []string
 	for i := range n {
-		client, peer := urls[2*i], urls[2*i+1]
-		cfg := embed.NewConfig()
-		cfg.Name = fmt.Sprintf("m%d", i)
-		cfg.Dir = filepath.Join(dir, cfg.Name)
-		cfg.ListenClientUrls, cfg.AdvertiseClientUrls = []url.URL{client}, []url.URL{client}
-		cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = []url.URL{peer}, []url.URL{peer}
-		cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
-		cfg.UnsafeNoFsync = true // a test outlives no power cut
-		cfg.TickMs, cfg.ElectionMs = 10, 100
-		if n > 1 {
-			cfg.TickMs, cfg.ElectionMs = 50, 500 // busy machines must not elect for lack of a core
-		}
-		initial = append(initial, fmt.Sprintf("%s=%s", cfg.Name, peer.String()))
+		m := spec{Name: fmt.Sprintf("m%d", i), Client: urls[2*i].Host, Peer: urls[2*i+1].Host, Members: n}
+		m.Dir = filepath.Join(dir, m.Name)
+		initial = append(initial, fmt.Sprintf("%s=http://%s", m.Name, m.Peer))
+		cfg := m.config()
 		for _, f := range configure {
 			f(cfg)
 		}
-		members[i] = &Member{Endpoint: client.Host, cfg: *cfg}
+		members[i] = &Member{Endpoint: m.Client, cfg: *cfg}
 	}
 	var wg sync.WaitGroup
 	errs := make([]error, n)
 	for i, m := range members {
 		m.cfg.InitialCluster = strings.Join(initial, ",")
-		m.cfg.ClusterState = embed.ClusterStateFlagNew
 		wg.Go(func() { errs[i] = m.Start() })
 	}
 	wg.Wait()
@@ -117,6 +107,28 @@ func run(dir string, n int, configure []func(*embed.Config)) ([]*Member, error) 
 		return nil, err
 	}
 	return members, nil
+}
+
+// A spec is what makes one member of a cluster differ from another.
+type spec struct {
+	Name, Dir, Client, Peer string
+	Initial                 string // the initial cluster
+	Members                 int
+}
+
+func (m spec) config() *embed.Config {
+	cfg := embed.NewConfig()
+	cfg.Name, cfg.Dir, cfg.InitialCluster = m.Name, m.Dir, m.Initial
+	cfg.ListenClientUrls = []url.URL{{Scheme: "http", Host: m.Client}}
+	cfg.ListenPeerUrls = []url.URL{{Scheme: "http", Host: m.Peer}}
+	cfg.AdvertiseClientUrls, cfg.AdvertisePeerUrls = cfg.ListenClientUrls, cfg.ListenPeerUrls
+	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
+	cfg.UnsafeNoFsync = true // a test outlives no power cut
+	cfg.TickMs, cfg.ElectionMs = 10, 100
+	if m.Members > 1 {
+		cfg.TickMs, cfg.ElectionMs = 50, 500 // busy machines must not elect for lack of a core
+	}
+	return cfg
 }
 
 func freeURLs(n int) ([]url.URL, error) {

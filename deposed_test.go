@@ -1,0 +1,114 @@
+//go:build unix
+
+package leader_test
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"example.com/leader"
+	"example.com/leader/internal/etcdtest"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// An etcd leader that was paused, deposed meanwhile, and goes on acknowledges renewals that its
+// successor knows nothing of: the lease expires seconds before a client that believes it thinks.
+// Stock believes it.
+func TestRenewalsThatADeposedEtcdLeaderAcknowledgesDoNotCount(t *testing.T) {
+	t.Parallel()
+	members := etcdtest.StartProcesses(t, 3)
+	var endpoints []string
+	for _, m := range members {
+		endpoints = append(endpoints, m.Endpoint)
+	}
+	// It takes luck for a renewal to be acknowledged in the moment between the old leader's resume and
+	// its finding out; in one trial of three it was not.
+	const trials = 8
+	for trial := range trials {
+		if renewalsAcknowledgedByADeposedLeader(t, members, endpoints) {
+			t.Logf("refused in trial %d", trial+1)
+			return
+		}
+	}
+	t.Errorf("no renewal was acknowledged by a deposed leader in %d trials", trials)
+}
+
+// renewalsAcknowledgedByADeposedLeader pauses etcd's leader for longer than an election, while it is
+// the only one that a leader of ours talks to, and checks each renewal that counts afterwards against
+// what the new leader of etcd says of the lease. It reports whether one was refused.
+func renewalsAcknowledgedByADeposedLeader(t *testing.T, members []*etcdtest.Process, endpoints []string) bool {
+	const ttl = 12 * time.Second
+	raftLeader := raftLeaderOf(t, members)
+	var others []string
+	for _, endpoint := range endpoints {
+		if endpoint != raftLeader.Endpoint {
+			others = append(others, endpoint)
+		}
+	}
+	witness := etcdtest.NewClient(t, others...)
+	type renewal struct {
+		id       clientv3.LeaseID
+		deadline time.Time
+		err      error
+	}
+	renewals := make(chan renewal, 1000)
+	e := newElector(t, etcdtest.NewClient(t, raftLeader.Endpoint), leader.WithTTL(ttl), leader.WithHooks(leader.Hooks{
+		Renewed: func(id clientv3.LeaseID, _ time.Duration, deadline time.Time) {
+			renewals <- renewal{id: id, deadline: deadline}
+		},
+		RenewFailed: func(id clientv3.LeaseID, _ time.Duration, err error) { renewals <- renewal{id: id, err: err} },
+	}))
+	l := lead(t, e, "jobs", "")
+	defer resign(t, l)
+	if r := await(t, "a renewal", renewals); r.err != nil {
+		t.Fatal(r.err)
+	}
+	if err := raftLeader.Pause(); err != nil {
+		t.Fatal(err)
+	}
+	// The next renewal is sent at a third of the TTL and waits in the paused member's socket.
+	time.Sleep(ttl/3 + ttl/20)
+	if err := raftLeader.Resume(); err != nil {
+		t.Fatal(err)
+	}
+	refused := false
+	for {
+		r := await(t, "a renewal", renewals)
+		refused = refused || errors.Is(r.err, leader.ErrRefused)
+		if r.err != nil {
+			continue
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		resp, err := witness.TimeToLive(ctx, r.id)
+		cancel()
+		if err != nil {
+			t.Fatal(err)
+		}
+		// etcd answers in whole seconds, rounded down.
+		expiry := time.Now().Add(time.Duration(resp.TTL+1) * time.Second)
+		if believed := r.deadline.Add(ttl / 5); believed.After(expiry) {
+			t.Fatalf("a renewal counts until %v after etcd lets the lease expire", believed.Sub(expiry))
+		}
+		return refused
+	}
+}
+
+func raftLeaderOf(t *testing.T, members []*etcdtest.Process) *etcdtest.Process {
+	t.Helper()
+	for range 100 {
+		for _, m := range members {
+			client := etcdtest.NewClient(t, m.Endpoint)
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			status, err := client.Status(ctx, m.Endpoint)
+			cancel()
+			if err == nil && status.Leader == status.Header.MemberId {
+				return m
+			}
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	t.Fatal("etcd has no leader")
+	return nil
+}
