@@ -77,26 +77,21 @@ func Run(n int, configure ...func(*embed.Config)) (members []*Member, stop func(
 }
 
 func run(dir string, n int, configure []func(*embed.Config)) ([]*Member, error) {
-	urls, err := freeURLs(2 * n)
+	specs, err := newSpecs(dir, n)
 	if err != nil {
 		return nil, err
 	}
 	members := make([]*Member, n)
-	var initial []string
-	for i := range n {
-		m := spec{Name: fmt.Sprintf("m%d", i), Client: urls[2*i].Host, Peer: urls[2*i+1].Host, Members: n}
-		m.Dir = filepath.Join(dir, m.Name)
-		initial = append(initial, fmt.Sprintf("%s=http://%s", m.Name, m.Peer))
-		cfg := m.config()
+	for i, s := range specs {
+		cfg := s.config()
 		for _, f := range configure {
 			f(cfg)
 		}
-		members[i] = &Member{Endpoint: m.Client, cfg: *cfg}
+		members[i] = &Member{Endpoint: s.Client, cfg: *cfg}
 	}
 	var wg sync.WaitGroup
 	errs := make([]error, n)
 	for i, m := range members {
-		m.cfg.InitialCluster = strings.Join(initial, ",")
 		wg.Go(func() { errs[i] = m.Start() })
 	}
 	wg.Wait()
@@ -109,16 +104,36 @@ func run(dir string, n int, configure []func(*embed.Config)) ([]*Member, error) 
 	return members, nil
 }
 
-// A spec is what makes one member of a cluster differ from another.
+// A spec is what makes one member of a cluster differ from others.
 type spec struct {
-	Name, Dir, Client, Peer string
-	Initial                 string // the initial cluster
-	Members                 int
+	Name, Dir    string
+	Client, Peer string // addresses
+	Cluster      string // names and peer addresses of all members, as etcd takes them
+	Members      int
+}
+
+// newSpecs chooses free ports for the members of a cluster, and folders in dir.
+func newSpecs(dir string, n int) ([]spec, error) {
+	addresses, err := freeAddresses(2 * n)
+	if err != nil {
+		return nil, err
+	}
+	specs := make([]spec, n)
+	var cluster []string
+	for i := range specs {
+		name := fmt.Sprintf("m%d", i)
+		specs[i] = spec{Name: name, Dir: filepath.Join(dir, name), Client: addresses[2*i], Peer: addresses[2*i+1], Members: n}
+		cluster = append(cluster, name+"=http://"+specs[i].Peer)
+	}
+	for i := range specs {
+		specs[i].Cluster = strings.Join(cluster, ",")
+	}
+	return specs, nil
 }
 
 func (m spec) config() *embed.Config {
 	cfg := embed.NewConfig()
-	cfg.Name, cfg.Dir, cfg.InitialCluster = m.Name, m.Dir, m.Initial
+	cfg.Name, cfg.Dir, cfg.InitialCluster = m.Name, m.Dir, m.Cluster
 	cfg.ListenClientUrls = []url.URL{{Scheme: "http", Host: m.Client}}
 	cfg.ListenPeerUrls = []url.URL{{Scheme: "http", Host: m.Peer}}
 	cfg.AdvertiseClientUrls, cfg.AdvertisePeerUrls = cfg.ListenClientUrls, cfg.ListenPeerUrls
@@ -131,17 +146,17 @@ func (m spec) config() *embed.Config {
 	return cfg
 }
 
-func freeURLs(n int) ([]url.URL, error) {
-	var urls []url.URL
+func freeAddresses(n int) ([]string, error) {
+	var addresses []string
 	for range n {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			return nil, err
 		}
 		defer l.Close() // only at the end, so that no port is chosen twice
-		urls = append(urls, url.URL{Scheme: "http", Host: l.Addr().String()})
+		addresses = append(addresses, l.Addr().String())
 	}
-	return urls, nil
+	return addresses, nil
 }
 
 // Start runs a stopped member again, on the same ports and data.

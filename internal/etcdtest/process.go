@@ -8,8 +8,6 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"path/filepath"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -57,24 +55,13 @@ type Process struct {
 // StartProcesses runs a cluster of n members, each in a process of its own, until the test ends.
 func StartProcesses(tb testing.TB, n int) []*Process {
 	tb.Helper()
-	urls, err := freeURLs(2 * n)
+	specs, err := newSpecs(tb.TempDir(), n)
 	if err != nil {
 		tb.Fatal(err)
 	}
-	dir := tb.TempDir()
-	specs := make([]spec, n)
-	var initial []string
-	for i := range specs {
-		specs[i] = spec{Name: fmt.Sprintf("p%d", i), Client: urls[2*i].Host, Peer: urls[2*i+1].Host, Members: n}
-		specs[i].Dir = filepath.Join(dir, specs[i].Name)
-		initial = append(initial, fmt.Sprintf("%s=http://%s", specs[i].Name, specs[i].Peer))
-	}
-	var processes []*Process
-	var ready []<-chan error
-	for _, s := range specs {
-		s.Initial = strings.Join(initial, ",")
-		p, r := startProcess(tb, s)
-		processes, ready = append(processes, p), append(ready, r)
+	processes, ready := make([]*Process, n), make([]<-chan error, n)
+	for i, s := range specs {
+		processes[i], ready[i] = startProcess(tb, s)
 	}
 	for _, r := range ready {
 		select {
