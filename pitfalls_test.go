@@ -644,7 +644,8 @@ func TestFlappingWatchIsOneStreak(t *testing.T) {
 	if n := watcher.watches.Load(); n > int64(observed/(200*time.Millisecond)) {
 		t.Errorf("%d watches in %v", n, observed)
 	}
-	if got := log.lines(); !slices.Equal(got, []string{"INFO elected", "WARN watch of the own key is being retried"}) {
+	got := slices.Sorted(slices.Values(log.lines())) // the watch may fail before Campaign returns
+	if !slices.Equal(got, []string{"INFO elected", "WARN watch of the own key is being retried"}) {
 		t.Errorf("logged %q", got)
 	}
 	resign(t, l)
@@ -703,7 +704,6 @@ func TestTermSurvivesAChangeOfEtcdsLeader(t *testing.T) {
 		endpoints = append(endpoints, m.Endpoint)
 	}
 	client := etcdtest.NewClient(t, endpoints...)
-	leavesNothing(t, client)
 	renewed := make(chan struct{}, 1000)
 	e := newElector(t, client, leader.WithTTL(3*time.Second), leader.WithHooks(leader.Hooks{
 		Renewed: func(clientv3.LeaseID, time.Duration, time.Time) { renewed <- struct{}{} },
@@ -735,7 +735,7 @@ func TestTermSurvivesAChangeOfEtcdsLeader(t *testing.T) {
 	}
 	resign(t, l)
 	resign(t, awaitLeader(t, next))
-	awaitExpiry(t, client) // of a lease whose grant etcd had no time to confirm
+	awaitExpiry(t, client) // members list what they know of, which may be late by a moment
 }
 
 // pingcap/dm#1214: stock lets both share one key, and one Resign ends both.
