@@ -255,7 +255,7 @@ func (l *Leader) withdraw(ctx context.Context) {
 	if !l.session.Gone() {
 		err = l.queue.Remove(cctx, l.key, l.token)
 	}
-	denied := err != nil && retry.Permanent(err) // so was the join, and there is no key
+	denied := l.token == 0 && err != nil && retry.Permanent(err) // so was the join, and there is no key
 	switch {
 	case denied:
 		err = nil

@@ -13,7 +13,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// An etcd leader that was paused, deposed meanwhile, and goes on acknowledges renewals that its
+// Pitfall 8: An etcd leader that was paused, deposed meanwhile, and goes on acknowledges renewals that its
 // successor knows nothing of: the lease expires seconds before a client that believes it thinks.
 // Stock believes it.
 func TestRenewalsThatADeposedEtcdLeaderAcknowledgesDoNotCount(t *testing.T) {

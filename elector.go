@@ -23,7 +23,8 @@ import (
 // set of options. Most services want its [Elector.Run], or [Elector.Campaign] for a single term.
 //
 // The lease is granted at the first campaign, replaced when it is lost, and revoked when the last
-// leader has resigned. All terms on it end together when it cannot be renewed.
+// leader has resigned. All terms on it end together when it cannot be renewed, which is also so when
+// the right to write the key of one is withdrawn: etcd refuses the renewal of the whole lease then.
 //
 // An Elector is safe for concurrent use. One that is not in use has no goroutines and nothing in
 // etcd, so it need not be closed.
@@ -155,6 +156,7 @@ func (e *Elector) runTerm(ctx, bound context.Context, l *Leader, lead func(conte
 		defer rcancel()
 		if err := l.Resign(rctx); err != nil {
 			e.log(l.claim.election).Warn("resignation failed, the lease will expire", "token", l.token, "error", err)
+			l.finish() // nobody will try again
 		}
 	}()
 	err = lead(lctx, l)

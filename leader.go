@@ -19,7 +19,8 @@
 //
 // Elections are those of go.etcd.io/etcd/client/v3/concurrency: same keys, same order, so that
 // candidates of this package, of [concurrency.Election] and of etcdctl elect can compete in one
-// election.
+// election. A candidate of the election "name" is whatever key is called name/<lease in hex>, so other
+// data must not be; anything else under name/ is left alone.
 package leader
 
 import (
@@ -56,6 +57,14 @@ var (
 
 	// ErrClosed is returned, wrapped, when the Elector or its client is closed.
 	ErrClosed = errors.New("leader: Elector or client is closed")
+
+	// ErrInvalidName is returned, wrapped, for an election name that is empty or ends in a slash.
+	ErrInvalidName = errors.New("leader: invalid election name")
+
+	// ErrRefused is given to [Hooks].RenewFailed when etcd acknowledged a renewal that does not
+	// count, since etcd's own leader changed meanwhile: the acknowledgement may come from one that
+	// was already deposed and whose word about a lease is worth nothing.
+	ErrRefused = lease.ErrRefused
 )
 
 // Why a term ended: the [context.Cause] of [Leader.Context], possibly wrapped.

@@ -670,7 +670,6 @@ func TestRunReturnsWhatLeadReturns(t *testing.T) {
 
 func TestRunResignsBeforeAPanicGoesOn(t *testing.T) {
 	_, client := start(t)
-	next := make(chan outcome, 1)
 	func() {
 		defer func() {
 			if r := recover(); r != "boom" {
@@ -682,7 +681,6 @@ func TestRunResignsBeforeAPanicGoesOn(t *testing.T) {
 		}()
 		_ = leader.Run(t.Context(), client, "jobs", "", func(context.Context, *leader.Leader) error { panic("boom") }, leader.WithTTL(ttl))
 	}()
-	close(next)
 }
 
 func TestRunReturnsCtxErrorJoinedWithLeads(t *testing.T) {

@@ -7,7 +7,6 @@ import (
 	"strings"
 	"time"
 
-	"example.com/leader/internal/lease"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -140,15 +139,18 @@ type Hooks struct {
 
 	// LeaderChanged is called, while this Elector campaigns or leads in the election, with
 	// whoever leads, this Elector itself included, and on every change of the leader or its value;
-	// the zero Candidate means nobody. It costs a watch of the election.
+	// the zero Candidate means nobody. It does not repeat what it was last called with for the
+	// election, and says nothing between the end of a term and the next campaign. It costs a watch
+	// of the election.
 	LeaderChanged func(election string, leader Candidate)
 
 	// Renewed is called when a renewal of the lease has counted: took is how long that took and
 	// deadline until when all terms on this lease hold now.
 	Renewed func(id clientv3.LeaseID, took time.Duration, deadline time.Time)
 
-	// RenewFailed is called when an attempt to renew the lease has failed. [ErrRefused] is a
-	// reason of its own. There will be other attempts until the deadline.
+	// RenewFailed is called when an attempt to renew the lease has failed; err is [ErrRefused] if
+	// etcd acknowledged the renewal and it does not count all the same. There will be other
+	// attempts until the deadline.
 	RenewFailed func(id clientv3.LeaseID, took time.Duration, err error)
 }
 
@@ -174,14 +176,6 @@ func (h Hooks) withDefaults() Hooks {
 	}
 	return h
 }
-
-// ErrRefused is given to [Hooks].RenewFailed when etcd acknowledged a renewal that does not count,
-// since etcd's own leader changed meanwhile: the acknowledgement may come from one that was
-// already deposed and whose word about a lease is worth nothing.
-var ErrRefused = lease.ErrRefused
-
-// ErrInvalidName is returned, wrapped, for an election name that is empty or ends in a slash.
-var ErrInvalidName = errors.New("leader: invalid election name")
 
 // election returns the etcd prefix of the election, without its last slash.
 func (o *options) election(name string) (string, error) {

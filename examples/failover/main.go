@@ -94,6 +94,10 @@ func demonstrate(ctx context.Context, endpoints string, ttl time.Duration, worke
 
 // startEtcd runs a server that listens on loopback only, with its data in a temporary folder.
 func startEtcd() (*embed.Etcd, error) {
+	peer, err := freeAddress()
+	if err != nil {
+		return nil, err
+	}
 	dir, err := os.MkdirTemp("", "failover-etcd-")
 	if err != nil {
 		return nil, err
@@ -103,10 +107,6 @@ func startEtcd() (*embed.Etcd, error) {
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
 	cfg.ListenClientUrls = []url.URL{{Scheme: "http", Host: "127.0.0.1:0"}}
 	cfg.AdvertiseClientUrls = cfg.ListenClientUrls
-	peer, err := freeAddress()
-	if err != nil {
-		return nil, err
-	}
 	cfg.ListenPeerUrls = []url.URL{{Scheme: "http", Host: peer}}
 	cfg.AdvertisePeerUrls = cfg.ListenPeerUrls
 	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
@@ -366,7 +366,11 @@ func (d *demo) pause(ctx context.Context, old *term) error {
 	if err := d.signal(old.worker, syscall.SIGCONT); err != nil {
 		return err
 	}
+	resumed := time.Now()
 	return d.wait(ctx, "the stale leader's write", func(e event) bool {
+		if e.What == "lost" && e.Token == old.token && e.At.Sub(resumed) > d.ttl/4 {
+			d.finding("%s took %v to know that its term is over", e.Worker, e.At.Sub(resumed))
+		}
 		return e.Token == old.token && (e.What == "refused" || e.What == "accepted")
 	})
 }

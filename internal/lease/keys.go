@@ -68,14 +68,15 @@ type orphan struct {
 }
 
 // sample returns up to most of the keys, in random order, as they are now. It prefers those that
-// are known to have been put: one that was not may be refused for lack of permission.
+// are known to have been put: one that was not may be refused for lack of permission. Of a single
+// key a renewal may depend, so that an abandoned one is the last choice then.
 func (s *Session) sample(most int) []Key {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var keys []Key
 	var unsure *Key
 	for _, k := range s.keys {
-		if k.rev == 0 && !k.abandoned {
+		if k.rev == 0 && !k.abandoned || most == 1 && k.abandoned {
 			unsure = k
 			continue
 		}

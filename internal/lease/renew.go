@@ -81,7 +81,9 @@ func (s *Session) renew(sent stamp, attempt time.Duration) ([]orphan, error) {
 		case err == nil:
 			return orphans, s.extend(sent, ack.TTL)
 		case retry.Permanent(err) && most > 1:
-			most = 1 // one key that may not be read must not cost all the others their lease
+			// One key that may not be read must not cost all the others their lease. (One that may
+			// not be written does: etcd itself refuses the renewal then.)
+			most = 1
 			continue
 		case retry.Permanent(err):
 			return nil, err

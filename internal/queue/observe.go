@@ -20,13 +20,12 @@ import (
 func (q *Queue) Observe(ctx context.Context, loop *retry.Loop, reread time.Duration, yield func(Candidate) bool) error {
 	o := observer{q: q, yield: yield}
 	for {
-		began := time.Now()
-		err := o.follow(ctx, reread)
+		lived, err := o.follow(ctx, reread)
 		if o.stopped {
 			return nil
 		}
-		if time.Since(began) > retry.RequestTimeout {
-			loop.OK()
+		if lived > retry.RequestTimeout {
+			loop.OK() // that was no part of a streak
 		}
 		if ctx.Err() == nil {
 			_, rerr := q.Leader(ctx)
@@ -48,10 +47,13 @@ type observer struct {
 	last  Candidate
 }
 
-// follow reads the queue once a watch has been created and follows the watch until it ends.
-func (o *observer) follow(ctx context.Context, reread time.Duration) error {
+// follow reads the queue once a watch has been created and follows the watch until it ends. It
+// returns how long that was.
+func (o *observer) follow(ctx context.Context, reread time.Duration) (lived time.Duration, err error) {
 	events, cancel := o.q.watch(ctx, o.q.prefix, clientv3.WithPrefix())
 	defer cancel()
+	began := time.Now()
+	defer func() { lived = time.Since(began) }()
 	ticker := time.NewTicker(reread)
 	defer ticker.Stop()
 	var rev int64 // of the copy
@@ -59,15 +61,14 @@ func (o *observer) follow(ctx context.Context, reread time.Duration) error {
 		select {
 		case resp, ok := <-events:
 			if !ok {
-				return errWatch
+				return 0, errWatch
 			}
 			if err := resp.Err(); err != nil {
-				return err
+				return 0, err
 			}
 			if resp.Created {
-				var err error
 				if o.queue, rev, err = o.q.read(ctx); err != nil {
-					return err
+					return 0, err
 				}
 				o.report()
 			}
@@ -84,18 +85,18 @@ func (o *observer) follow(ctx context.Context, reread time.Duration) error {
 		case <-ticker.C:
 			leader, err := o.q.Leader(ctx)
 			if err != nil {
-				return err
+				return 0, err
 			}
 			if leader != o.leader() {
 				// Either an event is still under way or the watch has died silently.
 				if o.queue, rev, err = o.q.read(ctx); err != nil {
-					return err
+					return 0, err
 				}
 				o.report()
 			}
 		}
 	}
-	return nil
+	return 0, nil
 }
 
 func (o *observer) apply(ev *clientv3.Event) {

@@ -227,13 +227,12 @@ var errWatch = errors.New("watch ended")
 // end of the key, so it is read again at the interval reread, if that is not 0.
 func (q *Queue) WaitDeleted(ctx context.Context, loop *retry.Loop, key string, rev int64, reread time.Duration) error {
 	for {
-		began := time.Now()
-		err := q.watchDeleted(ctx, key, rev, reread)
+		lived, err := q.watchDeleted(ctx, key, rev, reread)
 		if err == nil {
 			return nil
 		}
-		if time.Since(began) > retry.RequestTimeout {
-			loop.OK() // what has lived that long is no streak
+		if lived > retry.RequestTimeout {
+			loop.OK() // that was no part of a streak
 		}
 		// A watch gives its reasons as text. A read that is refused for the same reason says so in
 		// a way that a program can tell.
@@ -250,14 +249,16 @@ func (q *Queue) WaitDeleted(ctx context.Context, loop *retry.Loop, key string, r
 	}
 }
 
-// watchDeleted is WaitDeleted as long as one watch lives.
+// watchDeleted is WaitDeleted as long as one watch lives. It returns how long that was.
 //
 // The watch has no start revision, and the key is read once the watch exists: a watch that
 // starts in the past, by a single revision even, is served by etcd's loop for slow watchers,
 // up to 100 ms late.
-func (q *Queue) watchDeleted(ctx context.Context, key string, rev int64, reread time.Duration) error {
+func (q *Queue) watchDeleted(ctx context.Context, key string, rev int64, reread time.Duration) (lived time.Duration, err error) {
 	events, cancel := q.watch(ctx, key, clientv3.WithFilterPut())
 	defer cancel()
+	began := time.Now()
+	defer func() { lived = time.Since(began) }()
 	var again <-chan time.Time
 	if reread > 0 {
 		ticker := time.NewTicker(reread)
@@ -268,13 +269,13 @@ func (q *Queue) watchDeleted(ctx context.Context, key string, rev int64, reread 
 		select {
 		case resp, ok := <-events:
 			if !ok {
-				return errWatch
+				return 0, errWatch
 			}
 			if err := resp.Err(); err != nil {
-				return err
+				return 0, err
 			}
 			if len(resp.Events) > 0 {
-				return nil
+				return 0, nil
 			}
 			if !resp.Created {
 				continue
@@ -282,7 +283,7 @@ func (q *Queue) watchDeleted(ctx context.Context, key string, rev int64, reread 
 		case <-again:
 		}
 		if gone, err := q.gone(ctx, key, rev); gone || err != nil {
-			return err
+			return 0, err
 		}
 	}
 }

@@ -1,11 +1,63 @@
 package queue
 
 import (
+	"context"
+	"errors"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
+	"example.com/leader/internal/retry"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
+
+// An outage is one streak of failures, though a watch takes long to fail.
+func TestOutageIsOneStreak(t *testing.T) {
+	for name, wait := range map[string]func(context.Context, *Queue, *retry.Loop) error{
+		"waiting": func(ctx context.Context, q *Queue, loop *retry.Loop) error {
+			return q.WaitDeleted(ctx, loop, "jobs/1", 1, time.Second)
+		},
+		"observing": func(ctx context.Context, q *Queue, loop *retry.Loop) error {
+			return q.Observe(ctx, loop, time.Second, func(Candidate) bool { return true })
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				client := clientv3.NewCtxClient(t.Context())
+				client.KV, client.Watcher = absent{}, absent{}
+				warnings := 0
+				loop := &retry.Loop{Client: client, Warn: func(error) { warnings++ }}
+				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+				defer cancel()
+				if err := wait(ctx, New(client, "jobs"), loop); !errors.Is(err, context.DeadlineExceeded) {
+					t.Errorf("returned %v", err)
+				}
+				if warnings != 1 || !errors.Is(loop.Last(), rpctypes.ErrNoLeader) {
+					t.Errorf("%d warnings, the last failure %v", warnings, loop.Last())
+				}
+			})
+		})
+	}
+}
+
+// absent is an etcd that cannot be reached.
+type absent struct {
+	clientv3.KV
+	clientv3.Watcher
+}
+
+func (absent) Get(context.Context, string, ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+	return nil, rpctypes.ErrNoLeader
+}
+
+func (absent) Watch(ctx context.Context, _ string, _ ...clientv3.OpOption) clientv3.WatchChan {
+	<-ctx.Done() // as clientv3's does
+	closed := make(chan clientv3.WatchResponse)
+	close(closed)
+	return closed
+}
 
 // A key is a candidate's if and only if it is the one that a lease would give it.
 func FuzzParseKey(f *testing.F) {
