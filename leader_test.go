@@ -258,6 +258,26 @@ func TestCampaignLeadsUntilResign(t *testing.T) {
 	resign(t, l) // once more, to no effect
 }
 
+func TestTermIsOverHereBeforeEtcdIsAskedToDeleteTheKey(t *testing.T) {
+	_, client := start(t)
+	broken := wrapped(client)
+	kv := &brokenKV{KV: client.KV}
+	broken.KV = kv
+	l := lead(t, newElector(t, broken, leader.WithTTL(time.Minute)), "jobs", "")
+	sent := false
+	before := func() {
+		sent = true
+		if l.IsLeader() || l.Context().Err() == nil {
+			t.Error("the deletion is sent while the term goes on")
+		}
+	}
+	kv.before.Store(&before)
+	resign(t, l)
+	if !sent {
+		t.Error("no deletion was sent")
+	}
+}
+
 func onlyKey(t *testing.T, client *clientv3.Client, prefix string) *mvccpb.KeyValue {
 	t.Helper()
 	resp, err := client.Get(t.Context(), prefix, clientv3.WithPrefix())

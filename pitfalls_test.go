@@ -132,8 +132,8 @@ func TestWaitingCandidateWhoseLeaseExpiresJoinsAgain(t *testing.T) {
 // Pitfall 2: pingcap/tidb#54689: the stock leader never notices.
 func TestLeaderWhoseKeyIsDeletedStops(t *testing.T) {
 	_, client := start(t)
-	e := newElector(t, client)
-	lead(t, e, "other", "") // keeps the lease
+	e := newElector(t, client, leader.WithTTL(5*time.Minute)) // no renewal comes before the watch event
+	lead(t, e, "other", "")                                   // keeps the lease
 	for i := range 10 {
 		l := lead(t, e, "jobs", "") // and right after the win
 		if i%2 == 0 {
@@ -848,6 +848,9 @@ func TestObserveYieldsChangesAndVacancies(t *testing.T) {
 	}
 	if c := expect(""); c != (leader.Candidate{}) {
 		t.Errorf("observed %+v though nobody leads", c)
+	}
+	if _, err := client.Put(t.Context(), "jobs/config", "is no candidate"); err != nil {
+		t.Fatal(err)
 	}
 	l := lead(t, e, "jobs", "one")
 	if c := expect("one"); c.Token != l.Token() || c.Key != l.Key() {

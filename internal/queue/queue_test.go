@@ -3,12 +3,15 @@ package queue
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"example.com/leader/internal/retry"
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
@@ -40,6 +43,89 @@ func TestOutageIsOneStreak(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A watch says only in words why it is refused; the read that follows says it in a way to act on.
+func TestWatchThatIsRefusedIsNotRepeated(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client := clientv3.NewCtxClient(t.Context())
+		client.KV, client.Watcher = denied{}, denied{}
+		err := New(client, "jobs").WaitDeleted(t.Context(), &retry.Loop{Client: client}, "jobs/1", 1, 0)
+		if !errors.Is(err, rpctypes.ErrPermissionDenied) {
+			t.Errorf("WaitDeleted returned %v", err)
+		}
+		err = New(client, "jobs").Observe(t.Context(), &retry.Loop{Client: client}, time.Second, func(Candidate) bool { return true })
+		if !errors.Is(err, rpctypes.ErrPermissionDenied) {
+			t.Errorf("Observe returned %v", err)
+		}
+	})
+}
+
+// denied is an etcd that refuses everything.
+type denied struct {
+	clientv3.KV
+	clientv3.Watcher
+}
+
+func (denied) Get(context.Context, string, ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+	return nil, rpctypes.ErrPermissionDenied
+}
+
+func (denied) Watch(context.Context, string, ...clientv3.OpOption) clientv3.WatchChan {
+	c := make(chan clientv3.WatchResponse, 1)
+	c <- clientv3.WatchResponse{Canceled: true, CancelReason: "rpc error: code = PermissionDenied desc = etcdserver: permission denied"}
+	close(c)
+	return c
+}
+
+// The queue is read once the watch exists, so that events may tell again what the read has told;
+// and what happens in one revision happens at once.
+func TestObserveTellsNothingTwiceAndNothingThatNeverWas(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		put := func(key string, created, modified int64) *clientv3.Event {
+			return &clientv3.Event{Type: clientv3.EventTypePut, Kv: &mvccpb.KeyValue{Key: []byte(key), CreateRevision: created, ModRevision: modified, Value: []byte(key)}}
+		}
+		del := func(key string, modified int64) *clientv3.Event {
+			return &clientv3.Event{Type: clientv3.EventTypeDelete, Kv: &mvccpb.KeyValue{Key: []byte(key), ModRevision: modified}}
+		}
+		events := make(chan clientv3.WatchResponse, 10)
+		events <- clientv3.WatchResponse{Created: true}
+		events <- clientv3.WatchResponse{Events: []*clientv3.Event{
+			put("jobs/1", 5, 5),                      // known already
+			del("jobs/1", 11), put("jobs/2", 11, 11), // one hands over to two, in one transaction
+			del("jobs/2", 12),
+			put("jobs/3", 13, 13),
+			put("jobs/4", 14, 14), // is no change
+			put("jobs/3", 13, 15),
+		}}
+		client := clientv3.NewCtxClient(t.Context())
+		client.KV, client.Watcher = present{rev: 10, kv: put("jobs/1", 5, 5).Kv}, present{events: events}
+		var tokens []int64
+		_ = New(client, "jobs").Observe(t.Context(), &retry.Loop{Client: client}, time.Hour, func(c Candidate) bool {
+			tokens = append(tokens, c.Token)
+			return c.Token != 13
+		})
+		if want := []int64{5, 11, 0, 13}; !slices.Equal(tokens, want) {
+			t.Errorf("observed tokens %v, want %v", tokens, want)
+		}
+	})
+}
+
+// present is an etcd with one key, and with the events that it is given.
+type present struct {
+	clientv3.KV
+	clientv3.Watcher
+	rev    int64
+	kv     *mvccpb.KeyValue
+	events chan clientv3.WatchResponse
+}
+
+func (p present) Get(context.Context, string, ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+	return &clientv3.GetResponse{Header: &etcdserverpb.ResponseHeader{Revision: p.rev}, Kvs: []*mvccpb.KeyValue{p.kv}}, nil
+}
+
+func (p present) Watch(context.Context, string, ...clientv3.OpOption) clientv3.WatchChan {
+	return p.events
 }
 
 // absent is an etcd that cannot be reached.
