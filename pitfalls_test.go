@@ -328,6 +328,19 @@ func TestResignWithACancelledCtxCanBeRetried(t *testing.T) {
 	}
 }
 
+// Pitfall 5: and where nobody retries, the lease is not renewed on behalf of the key.
+func TestKeyLeftByAFailedResignExpires(t *testing.T) {
+	_, client := start(t)
+	cancelled, cancel := context.WithCancel(t.Context())
+	cancel()
+	l := lead(t, newElector(t, client), "jobs", "")
+	if err := l.Resign(cancelled); !errors.Is(err, context.Canceled) {
+		t.Errorf("Resign with a cancelled ctx returned %v", err)
+	}
+	awaitQueue(t, client, "jobs", queued(0))
+	awaitExpiry(t, client)
+}
+
 // Pitfall 5: A key that a failed resignation has left must not keep its election blocked for as long as other
 // elections keep the lease, nor come back to life in a new term.
 func TestKeyLeftByAFailedResignIsDeletedWhileTheLeaseLives(t *testing.T) {
