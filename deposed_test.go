@@ -1,4 +1,4 @@
-//go:build unix
+//go:build linux
 
 package leader_test
 
@@ -38,7 +38,7 @@ func TestRenewalsThatADeposedEtcdLeaderAcknowledgesDoNotCount(t *testing.T) {
 // renewalsAcknowledgedByADeposedLeader pauses etcd's leader for longer than an election, while it is
 // the only one that a leader of ours talks to, and checks each renewal that counts afterwards against
 // what the new leader of etcd says of the lease. It reports whether one was refused.
-func renewalsAcknowledgedByADeposedLeader(t *testing.T, members []*etcdtest.Process, endpoints []string) bool {
+func renewalsAcknowledgedByADeposedLeader(t *testing.T, members []*etcdtest.Member, endpoints []string) bool {
 	const ttl = 12 * time.Second
 	raftLeader := raftLeaderOf(t, members)
 	var others []string
@@ -93,22 +93,4 @@ func renewalsAcknowledgedByADeposedLeader(t *testing.T, members []*etcdtest.Proc
 		}
 		return refused
 	}
-}
-
-func raftLeaderOf(t *testing.T, members []*etcdtest.Process) *etcdtest.Process {
-	t.Helper()
-	for range 100 {
-		for _, m := range members {
-			client := etcdtest.NewClient(t, m.Endpoint)
-			ctx, cancel := context.WithTimeout(t.Context(), patience)
-			status, err := client.Status(ctx, m.Endpoint)
-			cancel()
-			if err == nil && status.Leader == status.Header.MemberId {
-				return m
-			}
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-	t.Fatal("etcd has no leader")
-	return nil
 }

@@ -11,7 +11,6 @@ import (
 	"example.com/leader/internal/etcdtest"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/concurrency"
-	"go.etcd.io/etcd/server/v3/embed"
 )
 
 // BenchmarkHandoff measures the time from before a leader resigns until the Campaign of the next
@@ -32,7 +31,7 @@ func BenchmarkHandoff(b *testing.B) {
 
 func benchmarkHandoff(b *testing.B, members int, waited time.Duration) {
 	var endpoints []string
-	for _, m := range etcdtest.StartCluster(b, members, func(cfg *embed.Config) { cfg.UnsafeNoFsync = false }) {
+	for _, m := range etcdtest.StartCluster(b, members, etcdtest.Settings{"unsafe-no-fsync": false}) {
 		endpoints = append(endpoints, m.Endpoint)
 	}
 	from, to := etcdtest.NewClient(b, endpoints...), etcdtest.NewClient(b, endpoints...)

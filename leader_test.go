@@ -105,6 +105,25 @@ func awaitExpiry(t *testing.T, client *clientv3.Client) {
 	}
 }
 
+// raftLeaderOf waits until the members of a cluster have a leader.
+func raftLeaderOf(t *testing.T, members []*etcdtest.Member) *etcdtest.Member {
+	t.Helper()
+	for range 100 {
+		for _, m := range members {
+			client := etcdtest.NewClient(t, m.Endpoint)
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			status, err := client.Status(ctx, m.Endpoint)
+			cancel()
+			if err == nil && status.Leader == status.Header.MemberId {
+				return m
+			}
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	t.Fatal("etcd has no leader")
+	return nil
+}
+
 // newElector returns an Elector that is closed with the test.
 func newElector(t *testing.T, client *clientv3.Client, opts ...leader.Option) *leader.Elector {
 	t.Helper()

@@ -23,7 +23,6 @@ import (
 	"go.etcd.io/etcd/client/pkg/v3/transport"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/concurrency"
-	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
@@ -743,19 +742,13 @@ func TestTermSurvivesAChangeOfEtcdsLeader(t *testing.T) {
 	next := campaign(t.Context(), newElector(t, client), "jobs", "")
 	awaitQueue(t, client, "jobs", queued(2))
 	for range 3 {
-		var old *embed.Etcd
-		var to uint64
-		for _, m := range members {
-			if s := m.Embed().Server; s.Leader() == s.MemberID() {
-				old = m.Embed()
-			} else {
-				to = uint64(s.MemberID())
-			}
+		old := etcdtest.NewClient(t, raftLeaderOf(t, members).Endpoint)
+		list, err := old.MemberList(t.Context())
+		if err != nil {
+			t.Fatal(err)
 		}
-		if old == nil {
-			t.Fatal("etcd has no leader")
-		}
-		if err := old.Server.MoveLeader(t.Context(), uint64(old.Server.MemberID()), to); err != nil {
+		to := slices.IndexFunc(list.Members, func(m *etcdserverpb.Member) bool { return m.ID != list.Header.MemberId })
+		if _, err := old.MoveLeader(t.Context(), list.Members[to].ID); err != nil {
 			t.Fatal(err)
 		}
 		await(t, "a renewal", renewed)
@@ -1174,10 +1167,7 @@ func TestRetriesBackOff(t *testing.T) {
 // Pitfall 23: etcd-io/etcd#17623, #14850.
 func TestExpiredAuthTokensAndARoleForThePrefixOnly(t *testing.T) {
 	t.Parallel()
-	m := etcdtest.Start(t, func(cfg *embed.Config) {
-		cfg.AuthTokenTTL = 1
-		cfg.BcryptCost = 4
-	})
+	m := etcdtest.Start(t, etcdtest.Settings{"auth-token-ttl": 1, "bcrypt-cost": 4})
 	root := etcdtest.NewClient(t, m.Endpoint)
 	enableAuth(t, root, "svc/jobs/")
 	as := func(user string) *clientv3.Client {
@@ -1218,7 +1208,7 @@ func TestExpiredAuthTokensAndARoleForThePrefixOnly(t *testing.T) {
 // Pitfall 6: as where the right to read is taken away from a candidate that waits.
 func TestCandidateThatIsDeniedAfterItHasJoinedIsNotForgotten(t *testing.T) {
 	t.Parallel()
-	m := etcdtest.Start(t, func(cfg *embed.Config) { cfg.BcryptCost = 4 })
+	m := etcdtest.Start(t, etcdtest.Settings{"bcrypt-cost": 4})
 	enableAuth(t, etcdtest.NewClient(t, m.Endpoint), "svc/")
 	as := func(user string) *clientv3.Client {
 		return etcdtest.NewClientFrom(t, clientv3.Config{Endpoints: []string{m.Endpoint}, Username: user, Password: user})
@@ -1281,11 +1271,12 @@ func TestTLSWithClientCertificates(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := etcdtest.Start(t, func(cfg *embed.Config) {
-		cfg.ClientTLSInfo = certificate
-		cfg.ClientTLSInfo.TrustedCAFile, cfg.ClientTLSInfo.ClientCertAuth = certificate.CertFile, true
-		cfg.ListenClientUrls[0].Scheme = "https"
-	})
+	m := etcdtest.Start(t, etcdtest.Settings{"client-transport-security": etcdtest.Settings{
+		"cert-file":        certificate.CertFile,
+		"key-file":         certificate.KeyFile,
+		"trusted-ca-file":  certificate.CertFile,
+		"client-cert-auth": true,
+	}})
 	certificate.TrustedCAFile = certificate.CertFile
 	secure, err := certificate.ClientConfig()
 	if err != nil {
@@ -1318,9 +1309,13 @@ func TestLeaderAndCampaignOutliveAFullEtcd(t *testing.T) {
 	other := lead(t, newElector(t, client, leader.WithHooks(leader.Hooks{
 		Renewed: func(clientv3.LeaseID, time.Duration, time.Time) { renewed <- struct{}{} },
 	})), "other", "")
-	server := m.Embed().Server
-	alarm := &etcdserverpb.AlarmRequest{Action: etcdserverpb.AlarmRequest_ACTIVATE, MemberID: uint64(server.MemberID()), Alarm: etcdserverpb.AlarmType_NOSPACE}
-	if _, err := server.Alarm(t.Context(), alarm); err != nil {
+	status, err := client.Status(t.Context(), m.Endpoint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	maintenance := etcdserverpb.NewMaintenanceClient(client.ActiveConnection())
+	alarm := &etcdserverpb.AlarmRequest{Action: etcdserverpb.AlarmRequest_ACTIVATE, MemberID: status.Header.MemberId, Alarm: etcdserverpb.AlarmType_NOSPACE}
+	if _, err := maintenance.Alarm(t.Context(), alarm); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := client.Put(t.Context(), "x", "y"); !errors.Is(err, rpctypes.ErrNoSpace) {
@@ -1340,7 +1335,7 @@ func TestLeaderAndCampaignOutliveAFullEtcd(t *testing.T) {
 	default:
 	}
 	alarm.Action = etcdserverpb.AlarmRequest_DEACTIVATE
-	if _, err := server.Alarm(t.Context(), alarm); err != nil {
+	if _, err := maintenance.Alarm(t.Context(), alarm); err != nil {
 		t.Fatal(err)
 	}
 	awaitLeader(t, next)

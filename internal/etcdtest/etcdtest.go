@@ -1,13 +1,16 @@
-// Package etcdtest runs real etcd servers inside a test, and faults between them and a client.
+// Package etcdtest runs real etcd servers for a test, and faults between them and a client.
 //
-// Everything listens on loopback or on a unix socket, writes to temporary folders, logs nothing,
-// and ends with the test.
+// A server is the one that the test is linked with, and runs inside it, unless ETCDTEST_ETCD names
+// a binary of etcd, of any version from 3.4 on, to run instead. Everything listens on loopback or on
+// a unix socket, writes to temporary folders, logs nothing, and ends with the test.
 package etcdtest
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/url"
 	"os"
@@ -23,28 +26,48 @@ import (
 	"go.uber.org/zap"
 )
 
+// binaryEnv names the binary of etcd to run, if not the one that the test is linked with.
+const binaryEnv = "ETCDTEST_ETCD"
+
 // startTimeout bounds how long a member may take to become ready.
 const startTimeout = time.Minute
+
+// Settings are what a test wants to be otherwise in the configuration file of etcd. A version that
+// does not know a setting ignores it.
+type Settings map[string]any
 
 // A Member is a running etcd server.
 type Member struct {
 	// Endpoint is where it serves clients. It stays the same across Stop and Start.
 	Endpoint string
 
-	cfg embed.Config
-	etc *embed.Etcd // nil while stopped
+	binary string // of etcd; "" for the one that runs inside this process
+	config string // path of the configuration file
+	health string // address that tells whether it is ready
+	server server // nil while stopped
+}
+
+// A server is a started etcd.
+type server interface {
+	// stop ends it without a graceful transfer of leadership: faults are not graceful either.
+	stop()
 }
 
 // Start runs a cluster of one member until the test ends. It grants leases from 1 s on.
-func Start(tb testing.TB, configure ...func(*embed.Config)) *Member {
+func Start(tb testing.TB, settings ...Settings) *Member {
 	tb.Helper()
-	return StartCluster(tb, 1, configure...)[0]
+	return StartCluster(tb, 1, settings...)[0]
 }
 
 // StartCluster runs a cluster of n members until the test ends.
-func StartCluster(tb testing.TB, n int, configure ...func(*embed.Config)) []*Member {
+func StartCluster(tb testing.TB, n int, settings ...Settings) []*Member {
 	tb.Helper()
-	members, stop, err := Run(n, configure...)
+	return startCluster(tb, os.Getenv(binaryEnv), n, settings...)
+}
+
+func startCluster(tb testing.TB, binary string, n int, settings ...Settings) []*Member {
+	tb.Helper()
+	members, stop, err := run(binary, n, settings...)
 	if err != nil {
 		tb.Fatalf("start etcd: %v", err)
 	}
@@ -53,7 +76,11 @@ func StartCluster(tb testing.TB, n int, configure ...func(*embed.Config)) []*Mem
 }
 
 // Run runs a cluster of n members until stop is called, which also removes their data.
-func Run(n int, configure ...func(*embed.Config)) (members []*Member, stop func(), err error) {
+func Run(n int, settings ...Settings) (members []*Member, stop func(), err error) {
+	return run(os.Getenv(binaryEnv), n, settings...)
+}
+
+func run(binary string, n int, settings ...Settings) (members []*Member, stop func(), err error) {
 	dir, err := os.MkdirTemp("", "etcdtest-")
 	if err != nil {
 		return nil, nil, err
@@ -67,7 +94,7 @@ func Run(n int, configure ...func(*embed.Config)) (members []*Member, stop func(
 	// The ports are free when they are chosen; should somebody take one before etcd does, others
 	// are chosen.
 	for try := range 5 {
-		members, err = run(filepath.Join(dir, fmt.Sprint(try)), n, configure)
+		members, err = tryRun(filepath.Join(dir, fmt.Sprint(try)), binary, n, settings)
 		if err == nil {
 			return members, stop, nil
 		}
@@ -76,18 +103,10 @@ func Run(n int, configure ...func(*embed.Config)) (members []*Member, stop func(
 	return nil, nil, err
 }
 
-func run(dir string, n int, configure []func(*embed.Config)) ([]*Member, error) {
-	specs, err := newSpecs(dir, n)
+func tryRun(dir, binary string, n int, settings []Settings) ([]*Member, error) {
+	members, err := newMembers(dir, binary, n, settings)
 	if err != nil {
 		return nil, err
-	}
-	members := make([]*Member, n)
-	for i, s := range specs {
-		cfg := s.config()
-		for _, f := range configure {
-			f(cfg)
-		}
-		members[i] = &Member{Endpoint: s.Client, cfg: *cfg}
 	}
 	var wg sync.WaitGroup
 	errs := make([]error, n)
@@ -104,46 +123,59 @@ func run(dir string, n int, configure []func(*embed.Config)) ([]*Member, error) 
 	return members, nil
 }
 
-// A spec is what makes one member of a cluster differ from others.
-type spec struct {
-	Name, Dir    string
-	Client, Peer string // addresses
-	Cluster      string // names and peer addresses of all members, as etcd takes them
-	Members      int
-}
-
-// newSpecs chooses free ports for the members of a cluster, and folders in dir.
-func newSpecs(dir string, n int) ([]spec, error) {
-	addresses, err := freeAddresses(2 * n)
+// newMembers chooses free ports for the members of a cluster, and writes their configuration to dir.
+func newMembers(dir, binary string, n int, settings []Settings) ([]*Member, error) {
+	addresses, err := freeAddresses(3 * n)
 	if err != nil {
 		return nil, err
 	}
-	specs := make([]spec, n)
-	var cluster []string
-	for i := range specs {
+	clients, peers, healths := addresses[:n], addresses[n:2*n], addresses[2*n:]
+	cluster := make([]string, n)
+	for i, peer := range peers {
+		cluster[i] = fmt.Sprintf("m%d=http://%s", i, peer)
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return nil, err
+	}
+	members := make([]*Member, n)
+	for i := range members {
 		name := fmt.Sprintf("m%d", i)
-		specs[i] = spec{Name: name, Dir: filepath.Join(dir, name), Client: addresses[2*i], Peer: addresses[2*i+1], Members: n}
-		cluster = append(cluster, name+"=http://"+specs[i].Peer)
+		file := Settings{
+			"name":                name,
+			"data-dir":            filepath.Join(dir, name),
+			"initial-cluster":     strings.Join(cluster, ","),
+			"listen-peer-urls":    "http://" + peers[i],
+			"listen-metrics-urls": "http://" + healths[i],
+			"heartbeat-interval":  10,
+			"election-timeout":    100,
+			"unsafe-no-fsync":     true, // a test outlives no power cut
+			"logger":              "zap",
+			"log-outputs":         []string{"stderr"},
+			"log-level":           "fatal",
+		}
+		if n > 1 { // busy machines must not elect for lack of a core
+			file["heartbeat-interval"], file["election-timeout"] = 50, 500
+		}
+		for _, s := range settings {
+			maps.Copy(file, s)
+		}
+		scheme := "http://"
+		if file["client-transport-security"] != nil {
+			scheme = "https://"
+		}
+		file["listen-client-urls"] = scheme + clients[i]
+		file["advertise-client-urls"] = file["listen-client-urls"]
+		file["initial-advertise-peer-urls"] = file["listen-peer-urls"]
+		text, err := json.Marshal(file)
+		if err != nil {
+			return nil, err
+		}
+		members[i] = &Member{Endpoint: clients[i], binary: binary, config: filepath.Join(dir, name+".json"), health: healths[i]}
+		if err := os.WriteFile(members[i].config, text, 0o600); err != nil {
+			return nil, err
+		}
 	}
-	for i := range specs {
-		specs[i].Cluster = strings.Join(cluster, ",")
-	}
-	return specs, nil
-}
-
-func (m spec) config() *embed.Config {
-	cfg := embed.NewConfig()
-	cfg.Name, cfg.Dir, cfg.InitialCluster = m.Name, m.Dir, m.Cluster
-	cfg.ListenClientUrls = []url.URL{{Scheme: "http", Host: m.Client}}
-	cfg.ListenPeerUrls = []url.URL{{Scheme: "http", Host: m.Peer}}
-	cfg.AdvertiseClientUrls, cfg.AdvertisePeerUrls = cfg.ListenClientUrls, cfg.ListenPeerUrls
-	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
-	cfg.UnsafeNoFsync = true // a test outlives no power cut
-	cfg.TickMs, cfg.ElectionMs = 10, 100
-	if m.Members > 1 {
-		cfg.TickMs, cfg.ElectionMs = 50, 500 // busy machines must not elect for lack of a core
-	}
-	return cfg
+	return members, nil
 }
 
 func freeAddresses(n int) ([]string, error) {
@@ -160,37 +192,51 @@ func freeAddresses(n int) ([]string, error) {
 }
 
 // Start runs a stopped member again, on the same ports and data.
-func (m *Member) Start() error {
-	cfg := m.cfg
-	etc, err := embed.StartEtcd(&cfg)
-	if err != nil {
-		return err
+func (m *Member) Start() (err error) {
+	if m.binary == "" {
+		m.server, err = startEmbedded(m.config)
+	} else {
+		m.server, err = startProcess(m)
 	}
-	m.etc = etc
-	select {
-	case <-etc.Server.ReadyNotify():
-		return nil
-	case err := <-etc.Err():
-		m.Stop()
-		return err
-	case <-time.After(startTimeout):
-		m.Stop()
-		return fmt.Errorf("not ready after %v", startTimeout)
-	}
+	return err
 }
 
 // Stop ends the member. Connections to it are refused until Start.
 func (m *Member) Stop() {
-	if m.etc == nil {
-		return
+	if m.server != nil {
+		m.server.stop()
+		m.server = nil
 	}
-	m.etc.Server.HardStop() // no graceful transfer of leadership: faults are not graceful either
-	m.etc.Close()
-	m.etc = nil
 }
 
-// Embed gives the server itself.
-func (m *Member) Embed() *embed.Etcd { return m.etc }
+// An embedded is a server inside this process.
+type embedded struct{ *embed.Etcd }
+
+func startEmbedded(config string) (server, error) {
+	cfg, err := embed.ConfigFromFile(config)
+	if err != nil {
+		return nil, err
+	}
+	etc, err := embed.StartEtcd(cfg)
+	if err != nil {
+		return nil, err
+	}
+	s := embedded{etc}
+	select {
+	case <-etc.Server.ReadyNotify():
+		return s, nil
+	case err = <-etc.Err():
+	case <-time.After(startTimeout):
+		err = fmt.Errorf("not ready after %v", startTimeout)
+	}
+	s.stop()
+	return nil, err
+}
+
+func (s embedded) stop() {
+	s.Server.HardStop()
+	s.Close()
+}
 
 // NewClient returns a client of the endpoints. It is closed with the test.
 func NewClient(tb testing.TB, endpoints ...string) *clientv3.Client {
@@ -214,20 +260,32 @@ func NewClientFrom(tb testing.TB, cfg clientv3.Config) *clientv3.Client {
 type Link struct {
 	proxy.Server
 	Endpoint string
+
+	close func()
 }
 
-// NewLink returns a working link to a member.
+// NewLink returns a working link to a member. It is closed with the test.
 func NewLink(tb testing.TB, m *Member) *Link {
 	tb.Helper()
+	l, err := StartLink(m.Endpoint)
+	if err != nil {
+		tb.Fatalf("start a link: %v", err)
+	}
+	tb.Cleanup(l.Close)
+	return l
+}
+
+// StartLink returns a working link to an address, host:port, until its Close.
+func StartLink(to string) (*Link, error) {
 	dir, err := os.MkdirTemp("", "link") // not tb.TempDir: a unix socket's path must be short
 	if err != nil {
-		tb.Fatal(err)
+		return nil, err
 	}
 	socket := filepath.Join(dir, "s")
 	server := proxy.NewServer(proxy.ServerConfig{
 		Logger: zap.NewNop(),
 		From:   url.URL{Scheme: "unix", Host: socket},
-		To:     url.URL{Scheme: "tcp", Host: m.Endpoint},
+		To:     url.URL{Scheme: "tcp", Host: to},
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	drained := make(chan struct{})
@@ -242,19 +300,24 @@ func NewLink(tb testing.TB, m *Member) *Link {
 			}
 		}
 	}()
-	select {
-	case <-server.Ready():
-	case <-time.After(startTimeout):
-		tb.Fatal("proxy is not ready")
-	}
-	tb.Cleanup(func() {
-		server.Close() // also when it was closed before
+	l := &Link{Server: server, Endpoint: "unix://" + socket}
+	l.close = sync.OnceFunc(func() {
+		server.Close()
 		cancel()
 		<-drained
 		os.RemoveAll(dir)
 	})
-	return &Link{Server: server, Endpoint: "unix://" + socket}
+	select {
+	case <-server.Ready():
+		return l, nil
+	case <-time.After(startTimeout):
+		l.Close()
+		return nil, fmt.Errorf("not ready after %v", startTimeout)
+	}
 }
+
+// Close ends the link, also if it has ended before.
+func (l *Link) Close() { l.close() }
 
 // Darken drops everything, both ways and without a sign, until Heal: what is on its way then
 // arrives late, as TCP would have it.

@@ -1,11 +1,13 @@
-//go:build unix
+//go:build linux
 
 package etcdtest
 
 import (
-	"encoding/json"
+	"bytes"
+	"cmp"
+	"errors"
 	"fmt"
-	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"syscall"
@@ -13,109 +15,94 @@ import (
 	"time"
 )
 
-// memberEnv tells a process of the test's own binary to be a member.
+// memberEnv tells a process of the test's own binary to be a member, and names its configuration.
 const memberEnv = "ETCDTEST_MEMBER"
 
 // Main runs the process as a member of a cluster if [StartProcesses] has started it as one, and
 // does not return then. A TestMain of a package that uses StartProcesses begins with it.
 func Main() {
-	text := os.Getenv(memberEnv)
-	if text == "" {
+	config := os.Getenv(memberEnv)
+	if config == "" {
 		return
 	}
-	if err := serve(text); err != nil {
-		fmt.Fprintln(os.Stderr, "etcd member:", err)
+	if _, err := startEmbedded(config); err != nil {
+		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	os.Exit(0)
+	select {} // until it is killed
 }
 
-// serve runs a member until standard input ends, as it does when the test ends, in whatever way.
-func serve(text string) error {
-	var s spec
-	if err := json.Unmarshal([]byte(text), &s); err != nil {
-		return err
-	}
-	m := &Member{cfg: *s.config()}
-	if err := m.Start(); err != nil {
-		return err
-	}
-	fmt.Println("ready")
-	_, err := io.Copy(io.Discard, os.Stdin)
-	return err // without Stop: the test removes the data
-}
-
-// A Process is a member that runs in a process of its own, which can be paused.
-type Process struct {
-	Endpoint string
-
-	cmd *exec.Cmd
-}
-
-// StartProcesses runs a cluster of n members, each in a process of its own, until the test ends.
-func StartProcesses(tb testing.TB, n int) []*Process {
+// StartProcesses is [StartCluster] with each member in a process of its own, which can be paused.
+func StartProcesses(tb testing.TB, n int, settings ...Settings) []*Member {
 	tb.Helper()
-	specs, err := newSpecs(tb.TempDir(), n)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	processes, ready := make([]*Process, n), make([]<-chan error, n)
-	for i, s := range specs {
-		processes[i], ready[i] = startProcess(tb, s)
-	}
-	for _, r := range ready {
-		select {
-		case err := <-r:
-			if err != nil {
-				tb.Fatalf("etcd member is not ready: %v", err)
-			}
-		case <-time.After(startTimeout):
-			tb.Fatalf("etcd member is not ready after %v", startTimeout)
-		}
-	}
-	return processes
-}
-
-func startProcess(tb testing.TB, s spec) (*Process, <-chan error) {
-	tb.Helper()
-	text, err := json.Marshal(s)
-	if err != nil {
-		tb.Fatal(err)
-	}
 	self, err := os.Executable()
 	if err != nil {
 		tb.Fatal(err)
 	}
-	cmd := exec.Command(self)
-	cmd.Env = append(os.Environ(), memberEnv+"="+string(text))
-	cmd.Stderr = os.Stderr
-	if _, err := cmd.StdinPipe(); err != nil { // open for as long as this process lives
-		tb.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		tb.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		tb.Fatal(err)
-	}
-	ready := make(chan error, 1)
-	read := make(chan struct{})
-	go func() {
-		defer close(read)
-		_, err := io.ReadFull(stdout, make([]byte, len("ready\n")))
-		ready <- err
-	}()
-	tb.Cleanup(func() {
-		_ = cmd.Process.Kill() // paused or not; an error says that it has ended
-		<-read
-		_ = cmd.Wait() // says that it was killed
-	})
-	return &Process{Endpoint: s.Client, cmd: cmd}, ready
+	return startCluster(tb, cmp.Or(os.Getenv(binaryEnv), self), n, settings...)
 }
 
-// Pause stops the process where it is, until Resume.
-func (p *Process) Pause() error { return p.cmd.Process.Signal(syscall.SIGSTOP) }
+// Pause stops the process of a member where it is, until Resume.
+func (m *Member) Pause() error { return m.signal(syscall.SIGSTOP) }
 
 // Resume lets a paused process go on.
-func (p *Process) Resume() error { return p.cmd.Process.Signal(syscall.SIGCONT) }
+func (m *Member) Resume() error { return m.signal(syscall.SIGCONT) }
+
+func (m *Member) signal(s os.Signal) error {
+	p, ok := m.server.(*process)
+	if !ok {
+		return errors.New("etcdtest: not a running process")
+	}
+	return p.cmd.Process.Signal(s)
+}
+
+// A process is a server in a process of its own.
+type process struct {
+	cmd    *exec.Cmd
+	exited chan struct{}
+}
+
+// startProcess runs a member's binary until stop, or until this process ends, in whatever way.
+func startProcess(m *Member) (server, error) {
+	cmd := exec.Command(m.binary, "--config-file", m.config)
+	cmd.Env = append(os.Environ(), memberEnv+"="+m.config)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	p := &process{cmd: cmd, exited: make(chan struct{})}
+	go func() {
+		defer close(p.exited)
+		_ = cmd.Wait() // says that it was killed; where it was not, stderr says more
+	}()
+	for began := time.Now(); time.Since(began) < startTimeout; {
+		if healthy(m.health) {
+			return p, nil
+		}
+		select {
+		case <-p.exited:
+			return nil, fmt.Errorf("%s has ended: %v: %s", m.binary, cmd.ProcessState, stderr.String())
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+	p.stop()
+	return nil, fmt.Errorf("not ready after %v: %s", startTimeout, stderr.String())
+}
+
+func (p *process) stop() {
+	_ = p.cmd.Process.Kill() // paused or not; an error says that it has ended
+	<-p.exited
+}
+
+// healthy reports whether a member answers linearizable reads.
+func healthy(address string) bool {
+	client := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	resp, err := client.Get("http://" + address + "/health")
+	if err != nil {
+		return false
+	}
+	resp.Body.Close()
+	return resp.StatusCode == http.StatusOK
+}
