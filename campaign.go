@@ -253,7 +253,9 @@ func (l *Leader) withdraw(ctx context.Context) {
 	defer cancel()
 	var err error
 	if !l.session.Gone() {
-		err = l.queue.Remove(cctx, l.key, l.token)
+		err = retry.Persist(cctx, l.e.client, func(ctx context.Context) error {
+			return l.queue.Remove(ctx, l.key, l.token)
+		})
 	}
 	denied := l.token == 0 && err != nil && retry.Permanent(err) // so was the join, and there is no key
 	switch {

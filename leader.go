@@ -339,7 +339,9 @@ func (l *Leader) leave(ctx context.Context) error {
 	// The deletion comes first and alone: on a cluster a revocation hands over more slowly.
 	var err error
 	if !l.session.Gone() {
-		err = l.session.Election(l.queue.Prefix(), l.key, l.token).Resign(rctx)
+		err = retry.Persist(rctx, l.e.client, func(ctx context.Context) error {
+			return l.session.Election(l.queue.Prefix(), l.key, l.token).Resign(ctx)
+		})
 	}
 	err = errors.Join(err, l.session.Finish(rctx))
 	if err != nil && !l.session.Gone() {

@@ -429,6 +429,7 @@ func TestJoinThatArrivesAfterItsCampaignFailedIsSweptAway(t *testing.T) {
 	l := lead(t, e, "other", "")
 	ctx, cancel := context.WithCancel(t.Context())
 	fail := func(*clientv3.TxnResponse, error) (*clientv3.TxnResponse, error) {
+		kv.after.Store(nil)
 		cancel()
 		return nil, rpctypes.ErrTimeoutDueToConnectionLost
 	}
@@ -436,7 +437,6 @@ func TestJoinThatArrivesAfterItsCampaignFailedIsSweptAway(t *testing.T) {
 	if _, err := e.Campaign(ctx, "jobs", ""); !errors.Is(err, context.Canceled) {
 		t.Fatalf("Campaign returned %v", err)
 	}
-	kv.after.Store(nil)
 	id := awaitQueue(t, client, "other", queued(1))[0].Lease
 	if _, err := client.Put(t.Context(), fmt.Sprintf("jobs/%x", id), "late", clientv3.WithLease(id)); err != nil {
 		t.Fatal(err)
@@ -559,6 +559,39 @@ func TestLeaderSurvivesOneDarkEndpointOfThree(t *testing.T) {
 	}
 	for _, link := range links {
 		link.Heal()
+	}
+}
+
+// Pitfall 9: a request that happens to go to the dark endpoint must not be the only one that a resignation
+// sends: nobody would lead until the lease has expired.
+func TestResignationAsksAnotherEndpointWhereOneIsDark(t *testing.T) {
+	t.Parallel()
+	members := etcdtest.StartCluster(t, 3)
+	var endpoints []string
+	var links []*etcdtest.Link
+	for _, m := range members {
+		links = append(links, etcdtest.NewLink(t, m))
+		endpoints = append(endpoints, links[len(links)-1].Endpoint)
+	}
+	client := etcdtest.NewClient(t, endpoints...)
+	var terms []*leader.Leader
+	for i := range 4 { // each resignation sends two requests: some go to the dark endpoint
+		terms = append(terms, lead(t, newElector(t, client), fmt.Sprintf("jobs%d", i), ""))
+	}
+	links[0].Darken()
+	defer links[0].Heal()
+	resigned := make(chan error, len(terms))
+	for _, l := range terms {
+		go func() {
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			resigned <- l.Resign(ctx)
+		}()
+	}
+	for range terms {
+		if err := await(t, "a resignation", resigned); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

@@ -247,7 +247,10 @@ func (s *Session) revoke(ctx context.Context) error {
 	}
 	rctx, cancel := retry.Request(ctx)
 	defer cancel()
-	_, err := s.client.Revoke(rctx, s.id)
+	err := retry.Persist(rctx, s.client, func(ctx context.Context) error {
+		_, err := s.client.Revoke(ctx, s.id)
+		return err
+	})
 	if err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
 		return fmt.Errorf("revoke lease %x: %w", s.id, err)
 	}

@@ -61,14 +61,14 @@ func TestFinishMayBeRetriedAfterAnError(t *testing.T) {
 		e := newEtcd(t)
 		e.onRevoke = func(_ context.Context, n int) error {
 			if n == 1 {
-				return rpctypes.ErrNoLeader
+				return rpctypes.ErrPermissionDenied
 			}
 			return nil
 		}
 		l := get(t, newPool(e))
 		l.Return()
-		if err := l.Finish(t.Context()); !errors.Is(err, rpctypes.ErrNoLeader) {
-			t.Errorf("Finish() = %v, want %v", err, rpctypes.ErrNoLeader)
+		if err := l.Finish(t.Context()); !errors.Is(err, rpctypes.ErrPermissionDenied) {
+			t.Errorf("Finish() = %v, want %v", err, rpctypes.ErrPermissionDenied)
 		}
 		if err := l.Finish(t.Context()); err != nil || !l.Gone() {
 			t.Errorf("Finish() = %v, Gone() = %v, want nil and true", err, l.Gone())

@@ -43,6 +43,30 @@ func Cleanup(ctx context.Context, client *clientv3.Client) (context.Context, con
 	return ctx, func() { stop(); cancel() }
 }
 
+// Persist repeats a request that tidies up until etcd has answered it, or it cannot heal, or ctx ends,
+// which must have a deadline. An attempt gets a third of the time that is left: one endpoint that
+// does not answer must not take the time in which another would.
+func Persist(ctx context.Context, client *clientv3.Client, request func(context.Context) error) error {
+	backoff := Backoff{Min: 10 * time.Millisecond, Max: 200 * time.Millisecond}
+	for {
+		deadline, _ := ctx.Deadline()
+		rctx, cancel := context.WithTimeout(ctx, time.Until(deadline)/3)
+		err := request(rctx)
+		cancel()
+		if err == nil || Permanent(err) {
+			return err
+		}
+		Reconnect(client)
+		if backoff.Wait(ctx) == nil {
+			continue
+		}
+		if errors.Is(err, ctx.Err()) {
+			return err
+		}
+		return fmt.Errorf("%w (last failure: %w)", ctx.Err(), err)
+	}
+}
+
 // Permanent reports whether err cannot heal by sending the same request again: permission
 // denied, failed authentication, a lease that is gone, a request that etcd rejects as invalid.
 // Everything else may: no connection, no quorum, no space, a compacted revision,

@@ -325,3 +325,56 @@ func wantRequest(ctx context.Context, t *testing.T, d time.Duration) {
 		t.Errorf("request has %s: %q", rpctypes.MetadataRequireLeaderKey, got)
 	}
 }
+
+func TestPersistLeavesTimeForOthersWhereOneDoesNotAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+		defer cancel()
+		tries := 0
+		err := Persist(ctx, client(t), func(ctx context.Context) error {
+			if tries++; tries < 3 {
+				<-ctx.Done()
+				return ctx.Err()
+			}
+			return nil
+		})
+		if err != nil || ctx.Err() != nil {
+			t.Errorf("after %d tries: %v, %v", tries, err, ctx.Err())
+		}
+	})
+}
+
+func TestPersistGivesUpOnWhatCannotHeal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		tries := 0
+		err := Persist(ctx, client(t), func(context.Context) error {
+			tries++
+			return rpctypes.ErrPermissionDenied
+		})
+		if tries != 1 || !errors.Is(err, rpctypes.ErrPermissionDenied) {
+			t.Errorf("%d tries: %v", tries, err)
+		}
+	})
+}
+
+func TestPersistTellsTheLastFailureWhenItsContextEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		ctx, stop := context.WithTimeout(ctx, time.Minute)
+		defer stop()
+		time.AfterFunc(time.Second, cancel)
+		tries := 0
+		err := Persist(ctx, client(t), func(context.Context) error {
+			tries++
+			return rpctypes.ErrNoLeader
+		})
+		if !errors.Is(err, context.Canceled) || !errors.Is(err, rpctypes.ErrNoLeader) {
+			t.Errorf("got %v", err)
+		}
+		if tries < 5 || tries > 30 {
+			t.Errorf("%d tries in a second", tries)
+		}
+	})
+}
