@@ -1,0 +1,226 @@
+//go:build linux
+
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+)
+
+const (
+	opIsLeader = "IsLeader"
+	opContext  = "Context"
+
+	// overlapAllowed is how long a leader whose key was taken may need to know, when nothing hinders it.
+	overlapAllowed = 500 * time.Millisecond
+	// settled is how long there must have been no fault for nothing to hinder it.
+	settled = time.Second
+	// pauseOf a process is what a time without belief shows, if it is longer than that.
+	pauseOf = 50 * time.Millisecond
+	// lateTimer is how late a timer may fire after a pause.
+	lateTimer = 100 * time.Millisecond
+)
+
+// beliefs of a history.
+type beliefs struct {
+	of map[term][]*piece // in the order of T
+	in map[string][]*piece
+}
+
+// A piece of belief.
+type piece struct {
+	*Entry
+	// late says that it is of a context and comes soon after a pause. Its process may also have been
+	// paused before its first piece.
+	late     bool
+	reported bool // as late
+}
+
+// from and to are what the piece spans, the time in which a single answer was true at some instant included.
+func (p *piece) from() int64 { return min(p.From, p.T) }
+func (p *piece) to() int64   { return max(p.From, p.T) }
+
+func readBeliefs(entries []*Entry) beliefs {
+	b := beliefs{of: make(map[term][]*piece), in: make(map[string][]*piece)}
+	pieces := make([]piece, len(entries))
+	for i, e := range entries {
+		p := &pieces[i]
+		p.Entry = e
+		b.of[termOf(e)] = append(b.of[termOf(e)], p)
+		if e.Op == opIsLeader || e.Op == opContext {
+			b.in[e.Election] = append(b.in[e.Election], p)
+		}
+	}
+	for _, pieces := range b.of {
+		var resumed, last int64
+		for _, p := range pieces {
+			if p.from()-last > int64(pauseOf) { // also the first
+				resumed = p.from()
+			}
+			last = max(last, p.to())
+			p.late = p.Op == opContext && p.T-resumed <= int64(lateTimer)
+		}
+	}
+	return b
+}
+
+// lateContext reports whether a piece is excused since its process was paused just before.
+func (c *checker) lateContext(p *piece) bool {
+	if p.late && !p.reported {
+		p.reported = true
+		c.LateContexts = append(c.LateContexts, *p.Entry)
+	}
+	return p.late
+}
+
+// An Overlap is a time in which two believed that they led.
+type Overlap struct {
+	Election string
+	Tokens   [2]int64 // the earlier term first
+	Procs    [2]string
+	Why      string
+	From, To int64         // both had believed at From
+	Certain  time.Duration // how much of it both certainly believed
+
+	first [2]*Entry // pieces that overlap
+	spans [][2]int64
+}
+
+// checkExclusion goes through the pieces of each election in the order of their beginning.
+func (c *checker) checkExclusion() {
+	for _, election := range slices.Sorted(maps.Keys(c.in)) {
+		pieces := c.in[election]
+		slices.SortFunc(pieces, func(a, b *piece) int { return cmp.Compare(a.from(), b.from()) })
+		overlaps := make(map[[2]int64]*Overlap)
+		var open []*piece
+		for _, p := range pieces {
+			open = slices.DeleteFunc(open, func(q *piece) bool { return q.to() < p.from() })
+			for _, q := range open {
+				if q.Token != p.Token && q.From <= p.T && p.From <= q.T {
+					c.overlap(overlaps, q, p)
+				}
+			}
+			open = append(open, p)
+		}
+		for _, o := range slices.SortedFunc(maps.Values(overlaps), func(a, b *Overlap) int { return cmp.Compare(a.From, b.From) }) {
+			c.judge(o)
+		}
+	}
+}
+
+// overlap adds what two pieces have in common to the overlap of their terms.
+func (c *checker) overlap(overlaps map[[2]int64]*Overlap, older, newer *piece) {
+	if older.Token > newer.Token {
+		older, newer = newer, older
+	}
+	if c.lateContext(older) {
+		return
+	}
+	from, to := max(older.From, newer.From), min(older.T, newer.T)
+	tokens := [2]int64{older.Token, newer.Token}
+	o := overlaps[tokens]
+	if o == nil {
+		o = &Overlap{
+			Election: older.Election, Tokens: tokens, Procs: [2]string{older.Proc, newer.Proc},
+			From: from, To: max(from, to), first: [2]*Entry{older.Entry, newer.Entry},
+		}
+		overlaps[tokens] = o
+	}
+	o.From, o.To = min(o.From, from), max(o.To, from, to)
+	if from < to { // else a single answer, which was true at some instant
+		o.spans = append(o.spans, [2]int64{from, to})
+	}
+}
+
+// judge measures an overlap and decides whether it is excused.
+func (c *checker) judge(o *Overlap) {
+	slices.SortFunc(o.spans, func(a, b [2]int64) int { return cmp.Compare(a[0], b[0]) })
+	end := o.From
+	for _, s := range o.spans {
+		if s[1] > end {
+			o.Certain += time.Duration(s[1] - max(s[0], end))
+			end = s[1]
+		}
+	}
+	why, entries, excused := c.excuse(o)
+	o.Why = why
+	if excused {
+		c.Overlaps = append(c.Overlaps, *o)
+		return
+	}
+	c.violate(ruleExclusion, append(o.first[:], entries...), "%s: %s believed in term %d and %s in term %d from %s to %s, for %v in all; %s",
+		o.Election, o.Procs[0], o.Tokens[0], o.Procs[1], o.Tokens[1], c.at(o.From), c.at(o.To), o.Certain, why)
+}
+
+// excuse says what was with the key of the earlier term, which entries show it and whether it excuses
+// the overlap.
+func (c *checker) excuse(o *Overlap) (why string, entries []*Entry, excused bool) {
+	l := c.lives[term{o.Election, o.Tokens[0]}]
+	if l == nil {
+		return "no key of the earlier term is known", nil, false
+	}
+	how, taken := c.endingOf(l, o.From)
+	entries = []*Entry{taken, l.deleted}
+	brief := o.Certain <= overlapAllowed
+	switch how {
+	case operator:
+		why := fmt.Sprintf("an operator took the earlier key (%s, from %s)", taken.Op, c.at(taken.From))
+		return why, entries, brief || !c.calm(taken.From-int64(settled), o.To)
+	case early:
+		return "etcd deleted the earlier key before its lease could expire", entries, brief
+	}
+	return fmt.Sprintf("the earlier key's end: %s", how), entries, false
+}
+
+// calm reports whether there were no faults in that time, and no request of an operator excepted.
+func (c *checker) calm(from, to int64) bool {
+	return slices.ContainsFunc(c.by[Calm], func(e *Entry) bool { return e.From <= from && to <= e.T })
+}
+
+// checkMargins compares the end of belief with the end of the key.
+func (c *checker) checkMargins() {
+	for _, won := range c.by[Term] {
+		if !ours(won) {
+			continue
+		}
+		t := termOf(won)
+		if ended := c.ended[t]; ended != nil {
+			c.checkBelief(t, ended.T, ended.T, "the term had ended", ended)
+		}
+		l := c.lives[t]
+		if l == nil {
+			continue
+		}
+		switch how, _ := c.endingOf(l, l.gone); how {
+		case operator:
+			c.Checked.Taken++
+		case early:
+			c.Checked.Early++
+			c.checkLease(l)
+		case resigned:
+			c.Checked.Resigned++
+			c.checkBelief(t, l.gone, l.gone, "it had deleted its key", l.deleted)
+		case expired:
+			c.Checked.Expired++
+			c.checkBelief(t, l.gone-int64(c.Margin), l.gone-int64(c.Margin*3/4), "the margin before its lease expired had begun", l.deleted)
+		}
+	}
+}
+
+// checkBelief objects to the last belief in a term that is later than it may be.
+func (c *checker) checkBelief(t term, isLeader, context int64, since string, because *Entry) {
+	for _, p := range slices.Backward(c.of[t]) {
+		limit := isLeader
+		if p.Op == opContext {
+			limit = context
+		}
+		if p.T > limit && !c.lateContext(p) {
+			c.violate(ruleMargin, []*Entry{c.terms[t], p.Entry, because}, "%s believed in %s by %s at %s, when %s, at %s",
+				p.Proc, t, p.Op, c.at(p.T), since, c.at(limit))
+			return
+		}
+	}
+}

@@ -1,0 +1,599 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"example.com/leader/internal/etcdtest"
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// A sort of fault strikes, holds for a while, and heals. What strikes is chosen beforehand, from the
+// seed; whom it strikes may depend on who leads just then.
+type sort struct {
+	name string
+	// on says what it strikes. Two faults of one round do not strike the same.
+	on target
+	// strike returns when all is healed, also if ctx ends before its time.
+	strike func(ctx context.Context, f *fault) error
+}
+
+type target int
+
+const (
+	onWorker target = iota
+	onMember        // one fault at a time: with two, etcd has no quorum, which is a fault of its own
+	onData          // what is in etcd
+	onAuth
+	onSpace
+)
+
+// A fault is one of a sort.
+type fault struct {
+	*schedule
+	sort   sort
+	rand   *rand.Rand
+	worker *process // if it strikes one
+	victim string   // for the history
+}
+
+// hold blocks for a random part from..to of the TTL, or until ctx ends.
+func (f *fault) hold(ctx context.Context, from, to float64) {
+	ttl := float64(f.p.TTL)
+	sleep(ctx, f.rand, time.Duration(from*ttl), time.Duration(to*ttl))
+}
+
+// sorts are all sorts of faults.
+func sorts() []sort {
+	return []sort{
+		{"kill-candidate", onWorker, killCandidate},
+		{"stop-candidate-short", onWorker, stopCandidate(0.1, 0.7)},
+		{"stop-candidate-long", onWorker, stopCandidate(1.1, 1.8)},
+		{"link-dark", onWorker, onLinks((*etcdtest.Link).Darken, 0.3, 1.8)},
+		{"link-dark-sending", onWorker, onLinks(func(l *etcdtest.Link) { l.PauseTx() }, 0.3, 1.8)},
+		{"link-dark-receiving", onWorker, onLinks(func(l *etcdtest.Link) { l.PauseRx() }, 0.3, 1.8)},
+		{"link-reset", onWorker, onLinks((*etcdtest.Link).Cut, 0.1, 0.7)},
+		{"link-slow", onWorker, slowLinks},
+		{"link-slow-dark", onWorker, slowThenDarkenLinks},
+		{"link-flapping", onWorker, flapLinks},
+		{"endpoint-dark", onWorker, darkEndpoint},
+		{"kill-member", onMember, killMember},
+		{"stop-member", onMember, stopMember(anyMember)},
+		{"stop-raft-leader", onMember, stopMember(raftLeader)},
+		{"depose-raft-leader", onMember, deposeRaftLeader},
+		{"partition-member", onMember, partitionMember},
+		{"quorum-lost-short", onMember, loseQuorum(0.3, 0.6)},
+		{"quorum-lost-long", onMember, loseQuorum(1.2, 1.7)},
+		{"move-raft-leader", onMember, moveRaftLeader},
+		{"compact-defragment", onMember, compactAndDefragment},
+		{"operator-deletes-key", onData, deleteKey},
+		{"operator-revokes-lease", onData, revokeLease},
+		{"no-space", onSpace, noSpace},
+		{"auth", onAuth, enableAuth},
+	}
+}
+
+// leaderProcess is the worker that leads a random election, if that can be told.
+func (f *fault) leaderProcess(ctx context.Context) *process {
+	leader, err := f.candidateOf(ctx, elections[f.rand.IntN(len(elections))], true)
+	if err != nil {
+		return nil
+	}
+	name, _, _ := strings.Cut(leader.Value, "/") // what it proclaims goes on after a slash
+	i := slices.IndexFunc(f.faulty, func(p *process) bool { return p.name == name })
+	if i < 0 {
+		return nil
+	}
+	return f.faulty[i]
+}
+
+// candidateOf returns the first candidate of an election, or a random one.
+func (f *fault) candidateOf(ctx context.Context, election string, first bool) (Entry, error) {
+	var found Entry
+	err := f.ask(ctx, func(ctx context.Context) error {
+		resp, err := f.root.Get(ctx, root+election+"/", clientv3.WithPrefix(), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
+		if err != nil {
+			return err
+		}
+		if len(resp.Kvs) == 0 {
+			return fmt.Errorf("%s has no candidate", election)
+		}
+		kv := resp.Kvs[0]
+		if !first {
+			kv = resp.Kvs[f.rand.IntN(len(resp.Kvs))]
+		}
+		found = Entry{Election: root + election, Token: kv.CreateRevision, Key: string(kv.Key), Lease: kv.Lease, Value: string(kv.Value)}
+		return nil
+	})
+	return found, err
+}
+
+func killCandidate(ctx context.Context, f *fault) error {
+	f.worker.kill()
+	f.hold(ctx, 0, 1.2)
+	return f.worker.start()
+}
+
+func stopCandidate(from, to float64) func(context.Context, *fault) error {
+	return func(ctx context.Context, f *fault) error {
+		if err := f.worker.signal(syscall.SIGSTOP); err != nil {
+			return err
+		}
+		f.hold(ctx, from, to)
+		return f.worker.signal(syscall.SIGCONT)
+	}
+}
+
+// onLinks does the same to all links of a worker.
+func onLinks(spoil func(*etcdtest.Link), from, to float64) func(context.Context, *fault) error {
+	return func(ctx context.Context, f *fault) error {
+		for _, l := range f.links[f.worker] {
+			spoil(l)
+			defer l.Heal()
+		}
+		f.hold(ctx, from, to)
+		return nil
+	}
+}
+
+func slowLinks(ctx context.Context, f *fault) error {
+	latency := between(f.rand, 50*time.Millisecond, 500*time.Millisecond)
+	f.victim += fmt.Sprintf(" %v", latency.Round(time.Millisecond))
+	for _, l := range f.links[f.worker] {
+		l.DelayTx(latency/2, latency/4)
+		l.DelayRx(latency/2, latency/4)
+		defer l.UndelayTx()
+		defer l.UndelayRx()
+	}
+	f.hold(ctx, 0.5, 2)
+	return nil
+}
+
+// flapLinks lets through what comes in short moments between darkness.
+func flapLinks(ctx context.Context, f *fault) error {
+	for range 4 {
+		for _, l := range f.links[f.worker] {
+			l.Darken()
+		}
+		f.hold(ctx, 0.1, 0.3)
+		for _, l := range f.links[f.worker] {
+			l.Heal()
+		}
+		sleep(ctx, f.rand, 20*time.Millisecond, 300*time.Millisecond)
+	}
+	return nil
+}
+
+// slowThenDarkenLinks lets answers come late, and then nothing for longer than the lease lasts: the
+// last renewal that counted is older than it looks.
+func slowThenDarkenLinks(ctx context.Context, f *fault) error {
+	for _, l := range f.links[f.worker] {
+		l.DelayRx(250*time.Millisecond, 50*time.Millisecond)
+		defer l.UndelayRx()
+	}
+	f.hold(ctx, 0.45, 0.65)
+	for _, l := range f.links[f.worker] {
+		l.Darken()
+		defer l.Heal()
+	}
+	f.hold(ctx, 1.1, 1.3)
+	return nil
+}
+
+func darkEndpoint(ctx context.Context, f *fault) error {
+	i := f.rand.IntN(len(f.members))
+	f.victim += "-" + f.members[i].name
+	l := f.links[f.worker][i]
+	l.Darken()
+	defer l.Heal()
+	f.hold(ctx, 0.5, 2)
+	return nil
+}
+
+// anyMember and raftLeader choose whom a fault strikes.
+func anyMember(_ context.Context, f *fault) (*member, error) {
+	return f.members[f.rand.IntN(len(f.members))], nil
+}
+
+func raftLeader(ctx context.Context, f *fault) (*member, error) { return f.raftLeader(ctx) }
+
+func killMember(ctx context.Context, f *fault) error {
+	m, err := anyMember(ctx, f)
+	if l, lerr := f.raftLeader(ctx); f.rand.IntN(2) == 0 && lerr == nil {
+		m = l
+	}
+	if err != nil {
+		return err
+	}
+	f.victim = m.name
+	m.kill()
+	f.hold(ctx, 0.2, 1)
+	return f.restart(context.WithoutCancel(ctx), m)
+}
+
+// restart runs a killed member again and waits until it has rejoined.
+func (f *fault) restart(ctx context.Context, m *member) error {
+	if err := m.start(); err != nil {
+		return err
+	}
+	return f.awaitMember(ctx, m)
+}
+
+func stopMember(choose func(context.Context, *fault) (*member, error)) func(context.Context, *fault) error {
+	return func(ctx context.Context, f *fault) error {
+		m, err := choose(ctx, f)
+		if err != nil {
+			return err
+		}
+		f.victim = m.name
+		if err := m.signal(syscall.SIGSTOP); err != nil {
+			return err
+		}
+		f.hold(ctx, 0.4, 1.5)
+		return m.signal(syscall.SIGCONT)
+	}
+}
+
+// deposeRaftLeader pauses etcd's leader for longer than an election, and lets it go on in a partition: for
+// a moment it takes itself for the leader still, and acknowledges what one worker, which leads if that
+// can be had, has been sending meanwhile. That worker talks to this member alone, until the member has learned better
+// and answers its reads again, and to nobody after that: its lease lasts as long as it was told in that moment.
+// Pitfall 8.
+func deposeRaftLeader(ctx context.Context, f *fault) error {
+	m, err := f.raftLeader(ctx)
+	if err != nil {
+		return err
+	}
+	f.victim = m.name
+	var link *etcdtest.Link
+	if f.worker = f.pick(ctx); f.worker != nil {
+		f.victim += " with " + f.worker.name
+		for i, l := range f.links[f.worker] {
+			defer l.Heal()
+			if f.members[i] == m {
+				link = l
+			} else {
+				l.Cut() // not darkened: the client is to know that these are of no use
+			}
+		}
+		sleep(ctx, f.rand, 300*time.Millisecond, 500*time.Millisecond)
+		link.Darken()
+	}
+	rejoin := f.partition(m, true, true)
+	defer rejoin()
+	if err := m.signal(syscall.SIGSTOP); err != nil {
+		return err
+	}
+	f.hold(ctx, 0.4, 0.45)
+	if err := m.signal(syscall.SIGCONT); err != nil {
+		return err
+	}
+	// It trusts itself from its first tick on, which comes with a heartbeat's interval.
+	sleep(ctx, f.rand, electionTimeout/5, electionTimeout/4)
+	if link != nil {
+		link.Heal()
+	}
+	sleep(ctx, f.rand, electionTimeout/2, electionTimeout)
+	rejoin()
+	sleep(ctx, f.rand, 2*electionTimeout, 3*electionTimeout)
+	if link != nil {
+		link.Darken()
+	}
+	f.hold(ctx, 1, 1.1)
+	return nil
+}
+
+// partition darkens the links between a member and the others, for what it says to them, for what they
+// say to it, or both, until the function that it returns is called. Most of what a member says it answers on
+// connections that the others have made.
+func (s *system) partition(m *member, out, in bool) (heal func()) {
+	var links []*etcdtest.Link
+	to := slices.Index(s.members, m)
+	for i, other := range s.members {
+		if other == m {
+			continue
+		}
+		made, taken := m.peers[i], other.peers[to]
+		links = append(links, made, taken)
+		if out {
+			made.PauseTx()
+			taken.PauseRx()
+		}
+		if in {
+			made.PauseRx()
+			taken.PauseTx()
+		}
+	}
+	return func() {
+		for _, l := range links {
+			l.Heal()
+		}
+	}
+}
+
+func partitionMember(ctx context.Context, f *fault) error {
+	m, err := anyMember(ctx, f)
+	if l, lerr := f.raftLeader(ctx); f.rand.IntN(2) == 0 && lerr == nil {
+		m = l
+	}
+	if err != nil {
+		return err
+	}
+	way := f.rand.IntN(3)
+	f.victim = m.name + []string{"", " sends nothing", " gets nothing"}[way]
+	defer f.partition(m, way != 2, way != 1)()
+	f.hold(ctx, 0.5, 1.5)
+	return nil
+}
+
+// loseQuorum stops or kills all members but one.
+func loseQuorum(from, to float64) func(context.Context, *fault) error {
+	return func(ctx context.Context, f *fault) error {
+		kill := f.rand.IntN(2) == 0
+		f.victim = "stopped:"
+		if kill {
+			f.victim = "killed:"
+		}
+		lost := slices.Clone(f.members)
+		f.rand.Shuffle(len(lost), func(i, j int) { lost[i], lost[j] = lost[j], lost[i] })
+		lost = lost[len(lost)/2:]
+		var errs []error
+		for _, m := range lost {
+			f.victim += " " + m.name
+			if kill {
+				m.kill()
+			} else {
+				errs = append(errs, m.signal(syscall.SIGSTOP))
+			}
+		}
+		f.hold(ctx, from, to)
+		for _, m := range lost {
+			if kill {
+				errs = append(errs, m.start())
+			} else {
+				errs = append(errs, m.signal(syscall.SIGCONT))
+			}
+		}
+		for _, m := range lost {
+			errs = append(errs, f.awaitMember(context.WithoutCancel(ctx), m))
+		}
+		return errors.Join(errs...)
+	}
+}
+
+func moveRaftLeader(ctx context.Context, f *fault) error {
+	m, err := f.raftLeader(ctx)
+	if err != nil {
+		return err
+	}
+	others := slices.DeleteFunc(slices.Clone(f.members), func(other *member) bool { return other == m })
+	to := others[f.rand.IntN(len(others))]
+	f.victim = m.name + " to " + to.name
+	client, err := f.newRootClient(m) // only the leader takes this request
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	return f.ask(ctx, func(ctx context.Context) error {
+		_, err := client.MoveLeader(ctx, to.id)
+		return err
+	})
+}
+
+// deleteKey deletes the key of a candidate, the leader's for the most part.
+func deleteKey(ctx context.Context, f *fault) error {
+	return f.take(ctx, "delete", func(ctx context.Context, key Entry) error {
+		resp, err := f.root.Txn(ctx).
+			If(clientv3.Compare(clientv3.CreateRevision(key.Key), "=", key.Token)).
+			Then(clientv3.OpDelete(key.Key)).Commit()
+		if err == nil && !resp.Succeeded {
+			return errGone
+		}
+		return err
+	})
+}
+
+func revokeLease(ctx context.Context, f *fault) error {
+	return f.take(ctx, "revoke", func(ctx context.Context, key Entry) error {
+		_, err := f.root.Revoke(ctx, clientv3.LeaseID(key.Lease))
+		return err
+	})
+}
+
+var errGone = errors.New("the key is gone already")
+
+// take takes the key of a candidate away, and records it before anybody can notice and after.
+func (f *fault) take(ctx context.Context, op string, request func(context.Context, Entry) error) error {
+	victim, err := f.candidateOf(ctx, elections[f.rand.IntN(len(elections))], f.rand.IntN(4) != 0)
+	if err != nil {
+		return err
+	}
+	f.victim = fmt.Sprintf("%s of %s", victim.Key, victim.Value)
+	e := victim
+	e.Kind, e.Op, e.From = Taken, op, now()
+	err = f.ask(ctx, func(ctx context.Context) error { return request(ctx, victim) })
+	e.T, e.Result = now(), OK
+	if err != nil {
+		e.Result, e.Err = Unknown, err.Error()
+	}
+	if errors.Is(err, errGone) { // a lease that is not found may have gone by an answer that was lost
+		e.Result = Failed
+	}
+	f.add(e)
+	return err
+}
+
+// compactAndDefragment forgets all that was, and then blocks a member for a moment.
+func compactAndDefragment(ctx context.Context, f *fault) error {
+	err := f.ask(ctx, func(ctx context.Context) error {
+		_, err := f.root.Compact(ctx, f.audit.recorded(), clientv3.WithCompactPhysical())
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	m, err := anyMember(ctx, f)
+	if err != nil {
+		return err
+	}
+	f.victim = m.name
+	return f.ask(ctx, func(ctx context.Context) error {
+		_, err := f.root.Defragment(ctx, m.client)
+		return err
+	})
+}
+
+// noSpace raises the alarm that a member raises when its database is full.
+func noSpace(ctx context.Context, f *fault) error {
+	m, err := anyMember(ctx, f)
+	if err != nil {
+		return err
+	}
+	f.victim = m.name
+	alarm := func(action etcdserverpb.AlarmRequest_AlarmAction) func(context.Context) error {
+		return func(ctx context.Context) error {
+			_, err := etcdserverpb.NewMaintenanceClient(f.root.ActiveConnection()).Alarm(ctx,
+				&etcdserverpb.AlarmRequest{Action: action, MemberID: m.id, Alarm: etcdserverpb.AlarmType_NOSPACE})
+			return err
+		}
+	}
+	err = f.ask(ctx, alarm(etcdserverpb.AlarmRequest_ACTIVATE))
+	f.hold(ctx, 0.2, 1.5)
+	return errors.Join(err, f.insist(context.WithoutCancel(ctx), alarm(etcdserverpb.AlarmRequest_DEACTIVATE)))
+}
+
+// enableAuth makes everybody prove who he is, again and again: a token lasts for 2 s.
+func enableAuth(ctx context.Context, f *fault) error {
+	err := f.ask(ctx, func(ctx context.Context) error {
+		_, err := f.root.AuthEnable(ctx)
+		return err
+	})
+	f.hold(ctx, 0.8, 2)
+	return errors.Join(err, f.insist(context.WithoutCancel(ctx), func(ctx context.Context) error {
+		_, err := f.root.AuthDisable(ctx)
+		if errors.Is(err, rpctypes.ErrAuthNotEnabled) {
+			err = nil
+		}
+		return err
+	}))
+}
+
+// A schedule strikes with faults of some sorts, round by round, each with a few at once, until ctx ends.
+// What it strikes with follows from the seed.
+type schedule struct {
+	*system
+	sorts []sort
+	rand  *rand.Rand
+
+	mu     sync.Mutex
+	struck map[*process]bool
+}
+
+func (s *schedule) run(ctx context.Context) {
+	for round := 1; ctx.Err() == nil; round++ {
+		var wg sync.WaitGroup
+		for _, f := range s.round() {
+			wg.Go(func() { s.strike(ctx, f) })
+		}
+		wg.Wait()
+		if round%4 == 0 && ctx.Err() == nil {
+			s.calm(ctx)
+		} else {
+			sleep(ctx, s.rand, 100*time.Millisecond, time.Second)
+		}
+	}
+}
+
+// round chooses what strikes at once.
+func (s *schedule) round() []*fault {
+	var faults []*fault
+	taken := make(map[target]bool)
+	workers := 0
+	for n := 3 + s.rand.IntN(4); n > 0; n-- {
+		sort := s.sorts[s.rand.IntN(len(s.sorts))]
+		if sort.on == onWorker {
+			if workers++; workers > len(s.faulty)/2 {
+				continue // somebody is to be left to lead
+			}
+		} else if taken[sort.on] {
+			continue
+		}
+		taken[sort.on] = true
+		faults = append(faults, &fault{schedule: s, sort: sort, rand: rand.New(rand.NewPCG(s.rand.Uint64(), 0))})
+	}
+	return faults
+}
+
+// strike runs one fault and records it.
+func (s *schedule) strike(ctx context.Context, f *fault) {
+	e := Entry{Kind: Fault, Op: f.sort.name, From: now()}
+	var err error
+	if f.sort.on == onWorker {
+		if f.worker = f.pick(ctx); f.worker == nil {
+			err = errors.New("nobody is left to strike")
+		} else {
+			f.victim = f.worker.name
+		}
+	}
+	if err == nil {
+		err = f.sort.strike(ctx, f)
+	}
+	e.T, e.Value = now(), f.victim
+	if err != nil {
+		e.Err = err.Error()
+	}
+	s.add(e)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.struck, f.worker)
+}
+
+// pick chooses a worker that nothing else strikes, one that leads for the most part.
+func (f *fault) pick(ctx context.Context) *process {
+	var leader *process
+	if f.rand.IntN(3) != 0 {
+		leader = f.leaderProcess(ctx)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	free := slices.DeleteFunc(slices.Clone(f.faulty), func(p *process) bool { return f.struck[p] })
+	if len(free) == 0 {
+		return nil
+	}
+	p := free[f.rand.IntN(len(free))]
+	if slices.Contains(free, leader) {
+		p = leader
+	}
+	f.struck[p] = true
+	return p
+}
+
+// calm lets everybody recover, and then has an operator take away a leader's key: in a calm system
+// the leader must know at once.
+func (s *schedule) calm(ctx context.Context) {
+	began := now()
+	sleep(ctx, s.rand, s.p.TTL+recovery, s.p.TTL+recovery)
+	for _, sort := range s.sorts {
+		if sort.on == onData && ctx.Err() == nil {
+			s.strike(ctx, &fault{schedule: s, sort: sort, rand: s.rand})
+			sleep(ctx, s.rand, time.Second, time.Second)
+		}
+	}
+	if ctx.Err() == nil {
+		s.add(Entry{Kind: Calm, From: began})
+	}
+}
+
+// recovery is how long after the TTL every election must have a leader again.
+const recovery = 3 * time.Second

@@ -1,0 +1,358 @@
+//go:build linux
+
+// Command chaos proves the guarantees of package leader under faults: it runs an etcd cluster and
+// candidates, each in a process of its own, strikes them and the links between them with faults,
+// records what everybody believes and does, and checks the record. It exits with status 1 if a
+// guarantee was violated, and says where the record is.
+//
+//	go run ./internal/chaos -duration 30m
+//	go run ./internal/chaos -mutation margin   # a safeguard is off: a violation must be found
+//	go run ./internal/chaos -check DIR         # check a record again
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := command(ctx, os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "chaos:", err)
+		os.Exit(1)
+	}
+}
+
+// command runs one of the processes of a campaign, or the campaign.
+func command(ctx context.Context, args []string) error {
+	if len(args) > 0 {
+		switch args[0] {
+		case "member":
+			return serveMember(ctx, args[1])
+		case "resource":
+			return serveResource(ctx, args[1], args[2])
+		case "worker":
+			var w worker
+			if err := json.Unmarshal([]byte(args[1]), &w); err != nil {
+				return err
+			}
+			return w.run(ctx)
+		}
+	}
+	return campaign(ctx, args)
+}
+
+// campaign parses the flags, runs the campaign, checks its record and reports.
+func campaign(ctx context.Context, args []string) error {
+	var p Parameters
+	flags := flag.NewFlagSet("chaos", flag.ExitOnError)
+	flags.DurationVar(&p.Duration, "duration", time.Minute, "how long to inject faults")
+	flags.Uint64Var(&p.Seed, "seed", 0, "of the schedule of faults; 0 chooses one")
+	flags.IntVar(&p.Members, "members", 3, "of the etcd cluster")
+	flags.IntVar(&p.Candidates, "candidates", 5, "processes of this package that compete")
+	flags.DurationVar(&p.TTL, "ttl", 3*time.Second, "of the leases, in whole seconds")
+	flags.BoolVar(&p.Race, "race", false, "build the candidates with the race detector")
+	flags.StringVar(&p.Mutation, "mutation", "", "switch a safeguard off, with the faults, TTL and duration that show it: "+names(mutations, func(m mutation) string { return m.name }))
+	only := flags.String("faults", "", "comma-separated sorts of faults, or with a minus those to leave out; all by default: "+names(sorts(), func(s sort) string { return s.name }))
+	out := flags.String("o", "", "folder for the record and the report; a temporary one by default")
+	etcd := flags.String("etcd", "", "path of an etcd to run instead of the embedded one")
+	list := flags.Bool("mutations", false, "list the mutations; nothing is run")
+	check := flags.String("check", "", "folder of a record to check again; nothing is run")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	if *list {
+		for _, m := range mutations {
+			fmt.Println(m.name)
+		}
+		return nil
+	}
+	if *check != "" {
+		return judge(*check, nil)
+	}
+	if flags.NArg() > 0 {
+		return fmt.Errorf("%q is no flag", flags.Arg(0))
+	}
+	var m *mutation
+	if p.Mutation != "" {
+		i := slices.IndexFunc(mutations, func(m mutation) bool { return m.name == p.Mutation })
+		if i < 0 {
+			return fmt.Errorf("-mutation %s: must be one of %s", p.Mutation, names(mutations, func(m mutation) string { return m.name }))
+		}
+		m = &mutations[i]
+		p.TTL, p.Duration, p.Faults = m.ttl, m.duration, m.faults
+	} else if *only != "" {
+		p.Faults = strings.Split(*only, ",")
+	}
+	chosen, err := choose(p.Faults)
+	if err != nil {
+		return err
+	}
+	switch {
+	case p.TTL < 2*time.Second || p.TTL%time.Second != 0 || p.TTL >= etcdctlTTL:
+		return fmt.Errorf("-ttl %v: must be at least 2s and less than %v, in whole seconds", p.TTL, etcdctlTTL)
+	case p.Members < 3:
+		return fmt.Errorf("-members %d: must be at least 3", p.Members)
+	case p.Candidates < 3:
+		return fmt.Errorf("-candidates %d: must be at least 3", p.Candidates)
+	}
+	for p.Seed == 0 {
+		p.Seed = rand.Uint64() >> 32
+	}
+	p.Margin = p.TTL / 5
+	p.Elections = nil
+	for _, name := range elections {
+		p.Elections = append(p.Elections, root+name)
+	}
+	dir := *out
+	if dir == "" {
+		if dir, err = os.MkdirTemp("", "chaos-record-"); err != nil {
+			return err
+		}
+	} else if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	if old, err := filepath.Glob(filepath.Join(dir, "*.jsonl")); err != nil || len(old) > 0 {
+		return errors.Join(err, fmt.Errorf("-o %s: has a record already", dir))
+	}
+	fmt.Printf("seed %d, record in %s\n", p.Seed, dir)
+	tmp, err := os.MkdirTemp("", "chaos-build-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(tmp)
+	binary, err := build(ctx, tmp, p.Race, m)
+	if err != nil {
+		return err
+	}
+	if err := record(ctx, dir, p, *etcd, binary, chosen); err != nil {
+		return err
+	}
+	return judge(dir, m)
+}
+
+// choose returns the sorts of these names: all if there are none, all but those that have a minus if
+// there are only such.
+func choose(list []string) ([]sort, error) {
+	all := sorts()
+	var chosen, dropped []sort
+	for _, name := range list {
+		bare, drop := strings.CutPrefix(name, "-")
+		i := slices.IndexFunc(all, func(s sort) bool { return s.name == bare })
+		switch {
+		case i < 0:
+			return nil, fmt.Errorf("-faults %s: must be among %s", name, names(all, func(s sort) string { return s.name }))
+		case drop:
+			dropped = append(dropped, all[i])
+		default:
+			chosen = append(chosen, all[i])
+		}
+	}
+	if len(chosen) == 0 {
+		chosen = all
+	}
+	return slices.DeleteFunc(chosen, func(s sort) bool {
+		return slices.ContainsFunc(dropped, func(d sort) bool { return d.name == s.name })
+	}), nil
+}
+
+func names[T any](list []T, name func(T) string) string {
+	var s []string
+	for _, t := range list {
+		s = append(s, name(t))
+	}
+	return strings.Join(s, ",")
+}
+
+// record runs the system and the faults, until the time is up and everything is quiet again.
+func record(ctx context.Context, dir string, p Parameters, etcd, binary string, chosen []sort) error {
+	s, err := startSystem(ctx, dir, p, etcd, binary, slices.ContainsFunc(chosen, func(s sort) bool { return s.on == onAuth }))
+	if s != nil {
+		defer s.close()
+	}
+	if err != nil {
+		return err
+	}
+	parameters, err := json.Marshal(s.p)
+	if err != nil {
+		return err
+	}
+	s.add(Entry{Kind: Run, Value: string(parameters)})
+
+	peers, stop := context.WithCancel(ctx)
+	defer stop()
+	var etcdctl sync.WaitGroup
+	etcdctl.Go(func() { s.etcdctl(peers, mixed) })
+	defer etcdctl.Wait()
+	defer stop()
+
+	faults := &schedule{system: s, sorts: chosen, rand: rand.New(rand.NewPCG(p.Seed, 0)), struck: make(map[*process]bool)}
+	faults.calm(ctx) // also shows that all is well before it begins
+	timed, cancel := context.WithTimeout(ctx, p.Duration)
+	defer cancel()
+	faults.run(timed)
+	faults.calm(ctx)
+	stop()
+	etcdctl.Wait()
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return s.end(ctx)
+}
+
+// end has everybody resign and records what is left.
+func (s *system) end(ctx context.Context) error {
+	fail := func(err error) {
+		if err != nil {
+			s.add(Entry{Kind: Failure, Err: err.Error()})
+		}
+	}
+	var wg sync.WaitGroup
+	for _, p := range s.workers {
+		wg.Go(func() { fail(p.stop(syscall.SIGTERM, 20*time.Second)) })
+	}
+	wg.Wait()
+	var rev int64
+	keys := func(ctx context.Context) error {
+		resp, err := s.root.Get(ctx, root, clientv3.WithPrefix(), clientv3.WithKeysOnly())
+		if err != nil {
+			return err
+		}
+		for _, kv := range resp.Kvs {
+			if !strings.HasPrefix(string(kv.Key), dataRoot) {
+				s.add(Entry{Kind: Left, Op: "key", Value: string(kv.Key)})
+			}
+		}
+		rev = resp.Header.Revision
+		return nil
+	}
+	if err := s.insist(ctx, keys); err != nil {
+		return err
+	}
+	sleep(ctx, rand.New(rand.NewPCG(0, 0)), recovery, recovery) // for observers to see the last
+	for _, p := range s.watchers {
+		fail(p.stop(syscall.SIGTERM, 20*time.Second))
+	}
+	fail(s.resource.stop(syscall.SIGTERM, 20*time.Second))
+	// A grant whose answer was lost may have left a lease without keys, which expires.
+	var leases []string
+	deadline := time.Now().Add(s.p.TTL + recovery)
+	for {
+		err := s.insist(ctx, func(ctx context.Context) error {
+			resp, err := s.root.Leases(ctx)
+			if err != nil {
+				return err
+			}
+			leases = nil
+			for _, l := range resp.Leases {
+				ttl, err := s.root.TimeToLive(ctx, l.ID)
+				if err != nil {
+					return err
+				}
+				if ttl.GrantedTTL == int64(s.p.TTL/time.Second) { // those of etcdctl have another
+					leases = append(leases, fmt.Sprintf("%x", int64(l.ID)))
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		if len(leases) == 0 || time.Now().After(deadline) {
+			break
+		}
+		sleep(ctx, rand.New(rand.NewPCG(0, 0)), 200*time.Millisecond, 200*time.Millisecond)
+	}
+	for _, id := range leases {
+		s.add(Entry{Kind: Left, Op: "lease", Value: id})
+	}
+	// Revisions of what is not under root do not show in the audit; this one does.
+	err := s.insist(ctx, func(ctx context.Context) error {
+		resp, err := s.root.Put(ctx, root+"end", "")
+		if err == nil {
+			rev = resp.Header.Revision
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	fail(s.audit.stop(rev))
+	for _, m := range s.members {
+		m.kill()
+	}
+	return nil
+}
+
+// judge checks a record and writes the report. A mutation must have been found out.
+func judge(dir string, m *mutation) error {
+	history, err := readHistory(dir)
+	if err != nil {
+		return err
+	}
+	p := parameters(history)
+	verdict := check(history)
+	report := filepath.Join(dir, "report.md")
+	if err := writeFile(report, func(f *os.File) error { return writeReport(f, history, verdict, p.command()) }); err != nil {
+		return err
+	}
+	if err := writeFile(filepath.Join(dir, "timeline.svg"), func(f *os.File) error { return writeTimeline(f, history, 0, 0) }); err != nil {
+		return err
+	}
+	text, err := os.ReadFile(report)
+	if err != nil {
+		return err
+	}
+	fmt.Printf("%s\n", text)
+	switch found := len(verdict.Violations); {
+	case m != nil && found == 0:
+		return fmt.Errorf("mutation %s was not found out: it is not proven that %s", m.name, m.safeguard)
+	case m != nil:
+		fmt.Printf("mutation %s was found out: it matters that %s\n", m.name, m.safeguard)
+		return nil
+	case found > 0:
+		return fmt.Errorf("%d violations; seed %d, record in %s", found, p.Seed, dir)
+	}
+	return nil
+}
+
+// command runs a campaign with the same parameters, and another etcd if it was a given one.
+func (p Parameters) command() string {
+	args := []string{"go run ./internal/chaos", "-seed", fmt.Sprint(p.Seed)}
+	if p.Mutation != "" {
+		args = append(args, "-mutation", p.Mutation)
+	} else {
+		args = append(args, "-duration", p.Duration.String(), "-ttl", p.TTL.String())
+		if len(p.Faults) > 0 {
+			args = append(args, "-faults", strings.Join(p.Faults, ","))
+		}
+	}
+	args = append(args, "-members", fmt.Sprint(p.Members), "-candidates", fmt.Sprint(p.Candidates))
+	if p.Race {
+		args = append(args, "-race")
+	}
+	return strings.Join(args, " ")
+}
+
+func writeFile(name string, write func(*os.File) error) error {
+	f, err := os.Create(name)
+	if err != nil {
+		return err
+	}
+	return errors.Join(write(f), f.Close())
+}

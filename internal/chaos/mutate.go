@@ -1,0 +1,116 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// A mutation switches one safeguard of the library off, for a run that must find that out. It is a
+// change of the source that only the compiler sees, so that the library itself has no switch.
+type mutation struct {
+	name, safeguard string
+	file, old, new  string
+	// The faults that the safeguard is for, and the TTL and the duration with which they show it.
+	faults   []string
+	ttl      time.Duration
+	duration time.Duration
+}
+
+var mutations = []mutation{
+	{
+		name: "send-time", safeguard: "a renewal counts from when it was sent",
+		file:   "internal/lease/renew.go",
+		old:    "return orphans, s.extend(sent, ack.TTL)",
+		new:    "return orphans, s.extend(s.now(), ack.TTL)",
+		faults: []string{"link-slow-dark"}, ttl: 8 * time.Second, duration: 100 * time.Second,
+	},
+	{
+		name: "same-term", safeguard: "a renewal counts only if a read in the same raft term follows",
+		file:   "internal/lease/renew.go",
+		old:    "case err == nil && term != ack.RaftTerm:",
+		new:    "case err == nil && term == 0:",
+		faults: []string{"depose-raft-leader"}, ttl: 15 * time.Second, duration: 2 * time.Minute,
+	},
+	{
+		name: "margin", safeguard: "a term ends a margin before the lease can",
+		file:   "internal/lease/lease.go",
+		old:    "return s.ttl - s.margin - age",
+		new:    "return s.ttl - age",
+		faults: []string{"link-slow-dark"}, ttl: 5 * time.Second, duration: time.Minute,
+	},
+	{
+		name: "own-key", safeguard: "a leader watches its own key",
+		file:   "leader.go",
+		old:    "l.queue.WaitDeleted(ctx, loop, l.key, l.token, 0); err == nil {",
+		new:    "loop.Do(ctx, func(context.Context) error { <-ctx.Done(); return ctx.Err() }); err == nil {",
+		faults: []string{"operator-deletes-key", "operator-revokes-lease"}, ttl: 8 * time.Second, duration: 90 * time.Second,
+	},
+	{
+		name: "guard", safeguard: "a guarded transaction fails once the term is over",
+		file:   "leader.go",
+		old:    `return clientv3.Compare(clientv3.CreateRevision(l.key), "=", l.token)`,
+		new:    `return clientv3.Compare(clientv3.CreateRevision(l.key), ">", -1)`,
+		faults: []string{"stop-candidate-long"}, ttl: 3 * time.Second, duration: time.Minute,
+	},
+}
+
+// build builds the workers' program and returns its path: this one, but with the race detector or a
+// mutation.
+func build(ctx context.Context, dir string, race bool, m *mutation) (string, error) {
+	if !race && m == nil {
+		return os.Executable()
+	}
+	module, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}").Output()
+	if err != nil {
+		return "", fmt.Errorf("the module is not here: %w", err)
+	}
+	dir, err = filepath.Abs(dir)
+	if err != nil {
+		return "", err
+	}
+	binary := filepath.Join(dir, "worker")
+	args := []string{"build", "-o", binary}
+	if race {
+		args = append(args, "-race")
+	}
+	if m != nil {
+		overlay, err := m.overlay(dir, strings.TrimSpace(string(module)))
+		if err != nil {
+			return "", err
+		}
+		args = append(args, "-overlay", overlay)
+	}
+	cmd := exec.CommandContext(ctx, "go", append(args, "example.com/leader/internal/chaos")...)
+	cmd.Stderr = os.Stderr
+	return binary, cmd.Run()
+}
+
+// overlay writes the changed file, and the file that tells the compiler of it.
+func (m *mutation) overlay(dir, module string) (string, error) {
+	file := filepath.Join(module, m.file)
+	source, err := os.ReadFile(file)
+	if err != nil {
+		return "", err
+	}
+	if n := strings.Count(string(source), m.old); n != 1 {
+		return "", fmt.Errorf("mutation %s is out of date: %s has %q %d times", m.name, m.file, m.old, n)
+	}
+	changed := filepath.Join(dir, "mutation.go.txt")
+	if err := os.WriteFile(changed, []byte(strings.Replace(string(source), m.old, m.new, 1)), 0o600); err != nil {
+		return "", err
+	}
+	text, err := json.Marshal(map[string]map[string]string{"Replace": {file: changed}})
+	if err != nil {
+		return "", err
+	}
+	overlay := filepath.Join(dir, "overlay.json")
+	return overlay, os.WriteFile(overlay, text, 0o600)
+}

@@ -1,0 +1,379 @@
+//go:build linux
+
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Measures are what happened in a history, whether it was right or not.
+type Measures struct {
+	Faults   []FaultMeasure // by sort
+	Terms    map[string]int // by who won them: "leader", "stock", "etcdctl"
+	Renewed  int
+	Refused  int
+	Observed int
+	Writes   map[string]int // by result
+	Appends  map[string]int // by result
+	Started  map[string]int // processes by sort
+	Killed   map[string]int // processes by sort
+}
+
+// A FaultMeasure is how often a sort of fault was injected, and what it did to the elections. Of
+// every fault and every election the longest time without leader counts that has to do with it.
+// Other faults of the same time may be its cause just as well.
+type FaultMeasure struct {
+	Op            string
+	Injected      int
+	Refused       int // could not be injected
+	Median, Worst time.Duration
+}
+
+// A span is a stretch of time, both ends included.
+type span struct{ from, to int64 }
+
+func (s span) touches(other span) bool { return s.from <= other.to && other.from <= s.to }
+
+// believed returns when a [Belief] was held: a point, if all that there is of it is one answer.
+func believed(e Entry) span { return span{min(e.From, e.T), e.T} }
+
+// merge joins the spans that are no further apart than slack. It sorts them in place.
+func merge(spans []span, slack time.Duration) []span {
+	slices.SortFunc(spans, func(a, b span) int { return cmp.Compare(a.from, b.from) })
+	var merged []span
+	for _, s := range spans {
+		if last := len(merged) - 1; last >= 0 && s.from-merged[last].to <= int64(slack) {
+			merged[last].to = max(merged[last].to, s.to)
+		} else {
+			merged = append(merged, s)
+		}
+	}
+	return merged
+}
+
+// gaps returns what the spans leave of the whole.
+func gaps(whole span, spans []span) []span {
+	var left []span
+	for _, s := range merge(spans, 0) {
+		if whole.from < s.from {
+			left = append(left, span{whole.from, s.from})
+		}
+		whole.from = s.to
+	}
+	if whole.from < whole.to {
+		left = append(left, whole)
+	}
+	return left
+}
+
+// measure counts what happened in the history.
+func measure(history []Entry) Measures {
+	m := Measures{
+		Terms:   make(map[string]int),
+		Writes:  make(map[string]int),
+		Appends: make(map[string]int),
+		Started: make(map[string]int),
+		Killed:  make(map[string]int),
+	}
+	var faults []Entry
+	beliefs := make(map[string][]span) // by election
+	sortOf := make(map[string]string)  // process
+	for _, e := range history {
+		switch e.Kind {
+		case Term:
+			m.Terms[e.Op]++
+		case Belief:
+			beliefs[e.Election] = append(beliefs[e.Election], believed(e))
+		case Renewed:
+			m.Renewed++
+		case Refused:
+			m.Refused++
+		case Observed:
+			m.Observed++
+		case Write:
+			m.Writes[e.Result]++
+		case Append:
+			m.Appends[e.Result]++
+		case Fault:
+			faults = append(faults, e)
+		case Start:
+			if e.Err == "" {
+				sortOf[e.Proc] = e.Op
+				m.Started[e.Op]++
+			}
+		case Exit:
+			if strings.Contains(e.Err, "killed") {
+				m.Killed[sortOf[e.Proc]]++
+			}
+		}
+	}
+	m.Faults = measureFaults(faults, leaderless(beliefs), parameters(history).TTL)
+	return m
+}
+
+// leaderless returns, per election, when nobody believed that it led, in order. What comes before
+// the first leader of all and after the last is no part of the campaign.
+func leaderless(beliefs map[string][]span) [][]span {
+	whole := span{from: never}
+	for _, spans := range beliefs {
+		for _, s := range spans {
+			whole = span{min(whole.from, s.from), max(whole.to, s.to)}
+		}
+	}
+	var vacant [][]span
+	for _, spans := range beliefs {
+		vacant = append(vacant, gaps(whole, spans))
+	}
+	return vacant
+}
+
+func measureFaults(faults []Entry, leaderless [][]span, ttl time.Duration) []FaultMeasure {
+	measures := make(map[string]*FaultMeasure)
+	samples := make(map[string][]time.Duration)
+	for _, f := range faults {
+		m := measures[f.Op]
+		if m == nil {
+			m = &FaultMeasure{Op: f.Op}
+			measures[f.Op] = m
+		}
+		if f.Err != "" {
+			m.Refused++
+			continue
+		}
+		m.Injected++
+		struck := span{f.From, f.T + int64(ttl+recoverTime)}
+		for _, gaps := range leaderless {
+			samples[f.Op] = append(samples[f.Op], longest(gaps, struck))
+		}
+	}
+	var result []FaultMeasure
+	for _, op := range slices.Sorted(maps.Keys(measures)) {
+		m := measures[op]
+		m.Median, m.Worst = medianAndWorst(samples[op])
+		result = append(result, *m)
+	}
+	return result
+}
+
+// longest returns the length of the longest gap that touches s. The gaps are in order.
+func longest(gaps []span, s span) time.Duration {
+	first, _ := slices.BinarySearchFunc(gaps, s.from, func(g span, t int64) int { return cmp.Compare(g.to, t) })
+	var result int64
+	for _, g := range gaps[first:] {
+		if g.from > s.to {
+			break
+		}
+		result = max(result, g.to-g.from)
+	}
+	return time.Duration(result)
+}
+
+// medianAndWorst are 0 of nothing. Of an even number the median is the larger one of the middle,
+// so that it is one that was measured.
+func medianAndWorst(ds []time.Duration) (median, worst time.Duration) {
+	if len(ds) == 0 {
+		return 0, 0
+	}
+	sorted := slices.Sorted(slices.Values(ds))
+	return sorted[len(sorted)/2], sorted[len(sorted)-1]
+}
+
+// parameters returns those that the run was started with, as far as the history has them.
+func parameters(history []Entry) Parameters {
+	var p Parameters
+	if i := slices.IndexFunc(history, isRun); i >= 0 {
+		// A report of a run that cannot say how it was started is better than none.
+		_ = json.Unmarshal([]byte(history[i].Value), &p)
+	}
+	return p
+}
+
+// began is where times in a report count from.
+func began(history []Entry) int64 {
+	if len(history) == 0 {
+		return 0
+	}
+	return history[max(0, slices.IndexFunc(history, isRun))].T
+}
+
+func isRun(e Entry) bool { return e.Kind == Run }
+
+// writeReport writes in Markdown what a run was, what it did and whether that was right. The command
+// is the one that repeats it.
+func writeReport(w io.Writer, history []Entry, v Verdict, command string) error {
+	p, m := parameters(history), measure(history)
+	var b bytes.Buffer
+	fmt.Fprintf(&b, "# Fault campaign\n\n**%s**\n\nTo repeat it:\n\n    %s\n\n", verdict(v), command)
+	table(&b, "Run | with", [][]any{
+		{"seed", p.Seed},
+		{"duration", p.Duration},
+		{"members", p.Members},
+		{"candidates", p.Candidates},
+		{"elections", len(p.Elections)},
+		{"TTL", p.TTL},
+		{"margin", p.Margin},
+		{"etcd", p.Etcd},
+		{"race detector", map[bool]string{true: "on", false: "off"}[p.Race]},
+		{"mutation", cmp.Or(p.Mutation, "none")},
+	})
+
+	b.WriteString("## Faults\n\n")
+	if len(m.Faults) == 0 {
+		b.WriteString("None.\n\n")
+	} else {
+		fmt.Fprintf(&b, "Without leader is, of each fault and each election, the longest time without one that touches the time from\n"+
+			"the injection until %v after the healing. Several faults act at a time, so that what one has done is put down to\n"+
+			"others too, and every term ends by itself after a while: the figures are an upper limit of what a fault does.\n\n",
+			p.TTL+recoverTime)
+		var rows [][]any
+		for _, f := range m.Faults {
+			row := []any{f.Op, f.Injected, f.Refused, "", ""}
+			if f.Injected > 0 {
+				row[3], row[4] = brief(f.Median), brief(f.Worst)
+			}
+			rows = append(rows, row)
+		}
+		table(&b, "Fault | injected | not injected | without leader, median | worst", rows)
+	}
+
+	b.WriteString("## What happened\n\n")
+	table(&b, "What | how often", slices.Concat(
+		counts("processes started: %s", m.Started),
+		counts("processes killed, at the end too: %s", m.Killed),
+		counts("terms of %s", m.Terms),
+		[][]any{{"renewals that counted", m.Renewed}, {"renewals acknowledged in vain", m.Refused}},
+		counts("guarded writes: %s", m.Writes),
+		counts("appends outside etcd: %s", m.Appends),
+		[][]any{{"observations", m.Observed}},
+	))
+	checked(&b, v.Checked)
+	excused(&b, v, history)
+	violations(&b, v.Violations)
+	_, err := w.Write(b.Bytes())
+	return err
+}
+
+// longestList is how many of a sort the report shows. The record has all.
+const longestList = 20
+
+// checked writes how much there was to object to.
+func checked(b *bytes.Buffer, n Counts) {
+	b.WriteString("## What was checked\n\n")
+	table(b, "What | how often", [][]any{
+		{"entries of the record", n.Entries},
+		{"changes in etcd", n.Events},
+		{"terms", n.Terms},
+		{"terms that were resigned", n.Resigned},
+		{"terms that expired", n.Expired},
+		{"terms that etcd ended before their lease could expire", n.Early},
+		{"terms that an operator ended", n.Taken},
+		{"terms of peers", n.PeerTerms},
+		{"pieces of belief", n.Beliefs},
+		{"reads of data", n.Reads},
+		{"guarded writes", n.Writes},
+		{"writes that took effect", n.Effects},
+		{"writes without an answer of which the audit knows better", n.Resolved},
+		{"writes whose writer was killed before it could tell", n.Recovered},
+		{"appends outside etcd", n.Appends},
+		{"observations", n.Observations},
+		{"observers that were to know the last state", n.LastStates},
+		{"times of calm", n.Calms},
+	})
+}
+
+// excused writes what would be a violation, had it not a cause that no client can do anything about.
+func excused(b *bytes.Buffer, v Verdict, history []Entry) {
+	overlaps := slices.SortedFunc(slices.Values(v.Overlaps), func(x, y Overlap) int { return cmp.Compare(y.Certain, x.Certain) })
+	var certain []time.Duration
+	var rows [][]any
+	for _, o := range overlaps {
+		certain = append(certain, o.Certain)
+		rows = append(rows, []any{
+			fmt.Sprintf("%s: %s (%d) and %s (%d)", strings.TrimPrefix(o.Election, root), o.Procs[0], o.Tokens[0], o.Procs[1], o.Tokens[1]),
+			brief(o.Certain), fmt.Sprintf("%.3fs", time.Duration(o.From-began(history)).Seconds()), o.Why,
+		})
+	}
+	median, worst := medianAndWorst(certain)
+	b.WriteString("## What is excused\n\n")
+	table(b, "What | how often | median | worst", [][]any{
+		{"two terms overlap, since an operator or etcd itself took the earlier key", len(overlaps), brief(median), brief(worst)},
+		{"a context is late, since its process was paused when its timer was to fire", len(v.LateContexts), "", ""},
+	})
+	if len(rows) > 0 {
+		table(b, "Longest overlaps | for | from | why", rows[:min(len(rows), longestList)])
+	}
+}
+
+func violations(b *bytes.Buffer, violations []Violation) {
+	if len(violations) == 0 {
+		return
+	}
+	b.WriteString("## Violations\n\n")
+	for _, v := range violations[:min(len(violations), longestList)] {
+		fmt.Fprintf(b, "- **%s**: %s\n\n", v.Rule, plain(v.What))
+		for _, e := range v.Entries[:min(len(v.Entries), longestList)] {
+			line, _ := json.Marshal(e) // as it was read
+			fmt.Fprintf(b, "      %s\n", line)
+		}
+		b.WriteString("\n")
+	}
+	if more := len(violations) - longestList; more > 0 {
+		fmt.Fprintf(b, "And %d more.\n", more)
+	}
+}
+
+func verdict(v Verdict) string {
+	switch n := len(v.Violations); n {
+	case 0:
+		return "Passed: no violation."
+	case 1:
+		return "Failed: 1 violation."
+	default:
+		return fmt.Sprintf("Failed: %d violations.", n)
+	}
+}
+
+// counts are rows of a table, one for each key.
+func counts(format string, of map[string]int) [][]any {
+	var rows [][]any
+	for _, key := range slices.Sorted(maps.Keys(of)) {
+		rows = append(rows, []any{fmt.Sprintf(format, key), of[key]})
+	}
+	return rows
+}
+
+// table writes rows below a head of columns, of which all but the first are figures.
+func table(b *bytes.Buffer, head string, rows [][]any) {
+	fmt.Fprintf(b, "| %s |\n", head)
+	b.WriteString("|---|" + strings.Repeat("---:|", strings.Count(head, "|")) + "\n")
+	for _, row := range rows {
+		for _, value := range row {
+			fmt.Fprintf(b, "| %s ", plain(fmt.Sprint(value)))
+		}
+		b.WriteString("|\n")
+	}
+	b.WriteString("\n")
+}
+
+// plain keeps a text in its line and its cell.
+var plain = strings.NewReplacer("\n", " ", "|", `\|`, "<", "&lt;", "`", "'").Replace
+
+// brief writes a duration with as many digits as are of interest.
+func brief(d time.Duration) string {
+	switch {
+	case d < 10*time.Millisecond:
+		return fmt.Sprintf("%.1f ms", float64(d)/float64(time.Millisecond))
+	case d < time.Second:
+		return fmt.Sprintf("%d ms", d.Milliseconds())
+	default:
+		return fmt.Sprintf("%.2f s", d.Seconds())
+	}
+}

@@ -1,0 +1,593 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"example.com/leader/internal/etcdtest"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/server/v3/embed"
+	"go.uber.org/zap"
+)
+
+const (
+	user, password         = "chaos", "chaos" // may read and write what begins with root, no more
+	rootUser, rootPassword = "root", "root"
+	// electionTimeout is that of the members.
+	electionTimeout = 500 * time.Millisecond
+	// patience bounds what takes long only on a machine that is too busy.
+	patience = time.Minute
+)
+
+// A member of the etcd cluster. Its clients and the other members reach it through links alone; only
+// the campaign itself talks to it directly.
+type member struct {
+	*process
+	id           uint64
+	client, peer string           // addresses
+	peers        []*etcdtest.Link // by member, as this one dials it; nil for itself
+}
+
+// A system is what is under test: members, links and workers.
+type system struct {
+	*Recorder
+	dir      string // of the history and the logs
+	tmp      string // of sockets and data
+	p        Parameters
+	binary   string // of workers
+	auth     bool   // workers have a user
+	root     *clientv3.Client
+	members  []*member
+	workers  []*process // that take part in elections
+	faulty   []*process // workers that faults strike
+	watchers []*process // that only observe
+	resource *process
+	links    map[*process][]*etcdtest.Link // of a worker's clients, by member
+	audit    *audit
+	closers  []func()
+}
+
+// startSystem starts everything and waits until it is ready.
+func startSystem(ctx context.Context, dir string, p Parameters, etcd, binary string, auth bool) (s *system, err error) {
+	s = &system{dir: dir, p: p, binary: binary, auth: auth, links: make(map[*process][]*etcdtest.Link)}
+	defer func() {
+		if err != nil {
+			s.close()
+		}
+	}()
+	if s.Recorder, err = newRecorder(dir, "chaos"); err != nil {
+		return s, err
+	}
+	if s.tmp, err = os.MkdirTemp("", "chaos"); err != nil {
+		return s, err
+	}
+	s.closers = append(s.closers, func() { os.RemoveAll(s.tmp) })
+	if err := s.startMembers(ctx, etcd); err != nil {
+		return s, err
+	}
+	return s, s.startWorkers() //nolint:contextcheck // what it starts ends with close
+}
+
+// close ends what is left, however it is.
+func (s *system) close() {
+	var all []*process
+	for _, m := range s.members {
+		all = append(all, m.process)
+	}
+	for _, p := range append(append(all, s.workers...), s.watchers...) {
+		if p.exited != nil {
+			p.kill()
+		}
+	}
+	if s.resource != nil {
+		s.resource.kill()
+	}
+	for _, close := range s.closers {
+		defer close()
+	}
+}
+
+func (s *system) newProcess(sort, name string, command func() *exec.Cmd) *process {
+	return &process{name: name, sort: sort, command: command, dir: s.dir, recorder: s.Recorder}
+}
+
+// startMembers runs the cluster.
+func (s *system) startMembers(ctx context.Context, etcd string) error {
+	var cluster []string
+	for i := range s.p.Members {
+		m := &member{peers: make([]*etcdtest.Link, s.p.Members)}
+		var err error
+		if m.client, err = freeAddress(); err != nil {
+			return err
+		}
+		if m.peer, err = freeAddress(); err != nil {
+			return err
+		}
+		s.members = append(s.members, m)
+		cluster = append(cluster, fmt.Sprintf("m%d=%s", i, peerURL(i)))
+	}
+	for i, m := range s.members {
+		proxy, err := s.startPeerProxy(i) //nolint:contextcheck // it ends with close
+		if err != nil {
+			return err
+		}
+		name := fmt.Sprintf("m%d", i)
+		config, err := json.Marshal(map[string]any{ // JSON is YAML
+			"name":                        name,
+			"data-dir":                    filepath.Join(s.tmp, name),
+			"listen-client-urls":          "http://" + m.client,
+			"advertise-client-urls":       "http://" + m.client,
+			"listen-peer-urls":            "http://" + m.peer,
+			"initial-advertise-peer-urls": peerURL(i),
+			"initial-cluster":             strings.Join(cluster, ","),
+			"initial-cluster-state":       "new",
+			"heartbeat-interval":          electionTimeout / 10 / time.Millisecond,
+			"election-timeout":            electionTimeout / time.Millisecond,
+			"pre-vote":                    true,
+			"auth-token-ttl":              2, // seconds
+			"bcrypt-cost":                 4, // there is nothing to protect
+			"unsafe-no-fsync":             true,
+			"logger":                      "zap",
+			"log-level":                   "error",
+			"log-outputs":                 []string{"stderr"},
+		})
+		if err != nil {
+			return err
+		}
+		file := filepath.Join(s.tmp, name+".json")
+		if err := os.WriteFile(file, config, 0o600); err != nil {
+			return err
+		}
+		m.process = s.newProcess("member", name, func() *exec.Cmd {
+			cmd := exec.Command(s.self(), "member", file)
+			if etcd != "" {
+				cmd = exec.Command(etcd, "--config-file", file)
+			}
+			cmd.Env = append(os.Environ(), "HTTP_PROXY=http://"+proxy, "http_proxy=http://"+proxy, "NO_PROXY=", "no_proxy=")
+			return cmd
+		})
+		if err := m.start(); err != nil {
+			return err
+		}
+	}
+	if err := s.dialRoot(); err != nil {
+		return err
+	}
+	for _, m := range s.members {
+		if err := s.awaitMember(ctx, m); err != nil {
+			return err
+		}
+	}
+	if err := s.addUsers(ctx); err != nil {
+		return err
+	}
+	s.audit = startAudit(s) //nolint:contextcheck // it lasts until it is stopped
+	return nil
+}
+
+// self is the program that runs the campaign.
+func (s *system) self() string {
+	path, err := os.Executable()
+	if err != nil {
+		panic(err)
+	}
+	return path
+}
+
+// peerURL is where others reach a member, by way of the proxy that they are told to use.
+func peerURL(i int) string { return fmt.Sprintf("http://10.255.0.%d:2380", i+1) }
+
+// startPeerProxy runs the HTTP proxy that a member is told to use for the others: it sends each request
+// over the link to whom it is for. So each pair of members has a link for each of both that dials,
+// with any build of etcd.
+func (s *system) startPeerProxy(from int) (address string, err error) {
+	m := s.members[from]
+	hosts := make(map[string]*etcdtest.Link)
+	for to, other := range s.members {
+		if to == from {
+			continue
+		}
+		if m.peers[to], err = etcdtest.StartLink(other.peer); err != nil {
+			return "", err
+		}
+		s.closers = append(s.closers, m.peers[to].Close)
+		hosts[strings.TrimPrefix(peerURL(to), "http://")] = m.peers[to]
+	}
+	transport := &http.Transport{
+		DisableCompression: true,
+		DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
+			link, ok := hosts[address]
+			if !ok {
+				return nil, fmt.Errorf("%s is no other member", address)
+			}
+			return (&net.Dialer{}).DialContext(ctx, "unix", strings.TrimPrefix(link.Endpoint, "unix://"))
+		},
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	silent := log.New(io.Discard, "", 0) // its connections fail, as they are made to
+	server := &http.Server{
+		ErrorLog: silent,
+		Handler: &httputil.ReverseProxy{
+			Rewrite: func(*httputil.ProxyRequest) {}, Transport: transport, FlushInterval: -1, ErrorLog: silent,
+		},
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = server.Serve(l) // ends with Close
+	}()
+	s.closers = append(s.closers, func() {
+		server.Close()
+		<-done
+		transport.CloseIdleConnections()
+	})
+	return l.Addr().String(), nil
+}
+
+// serveMember is a process that is a member.
+func serveMember(ctx context.Context, file string) error {
+	cfg, err := embed.ConfigFromFile(file)
+	if err != nil {
+		return err
+	}
+	etcd, err := embed.StartEtcd(cfg)
+	if err != nil {
+		return err
+	}
+	select {
+	case err := <-etcd.Err():
+		return err
+	case <-ctx.Done():
+		return nil
+	}
+}
+
+func freeAddress() (string, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	return l.Addr().String(), l.Close()
+}
+
+// newRootClient returns a client that may do everything, past all links.
+func (s *system) newRootClient(members ...*member) (*clientv3.Client, error) {
+	var endpoints []string
+	for _, m := range members {
+		endpoints = append(endpoints, m.client)
+	}
+	return clientv3.New(clientv3.Config{Endpoints: endpoints, Username: rootUser, Password: rootPassword, Logger: zap.NewNop()})
+}
+
+func (s *system) dialRoot() (err error) {
+	s.root, err = s.newRootClient(s.members...)
+	if err == nil {
+		s.closers = append(s.closers, func() { s.root.Close() })
+	}
+	return err
+}
+
+// ask sends a request as an operator does, who has other things to do if it takes long.
+func (s *system) ask(ctx context.Context, request func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(ctx), 2*time.Second)
+	defer cancel()
+	return request(ctx)
+}
+
+// insist repeats a request until it succeeds.
+func (s *system) insist(ctx context.Context, request func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		err := s.ask(ctx, request)
+		if err == nil {
+			return nil
+		}
+		if conn := s.root.ActiveConnection(); conn != nil {
+			conn.ResetConnectBackoff()
+		}
+		select {
+		case <-time.After(100 * time.Millisecond):
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+// awaitMember waits until a member answers and knows a raft leader.
+func (s *system) awaitMember(ctx context.Context, m *member) error {
+	err := s.insist(ctx, func(ctx context.Context) error {
+		status, err := s.root.Status(ctx, m.client)
+		if err != nil {
+			return err
+		}
+		if status.Leader == 0 {
+			return errors.New("no raft leader")
+		}
+		m.id, s.p.Etcd = status.Header.MemberId, status.Version
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("member %s is not ready: %w", m.name, err)
+	}
+	return nil
+}
+
+// raftLeader returns the leader of etcd; the last that says so, should two.
+func (s *system) raftLeader(ctx context.Context) (*member, error) {
+	var leader *member
+	var term uint64
+	for _, m := range s.members {
+		sctx, cancel := context.WithTimeout(ctx, 300*time.Millisecond)
+		status, err := s.root.Status(sctx, m.client)
+		cancel()
+		if err == nil && status.Leader == status.Header.MemberId && status.RaftTerm > term {
+			leader, term = m, status.RaftTerm
+		}
+	}
+	if leader == nil {
+		return nil, errors.New("etcd has no leader")
+	}
+	return leader, nil
+}
+
+// addUsers makes the users for when auth is enabled.
+func (s *system) addUsers(ctx context.Context) error {
+	role := "candidate"
+	for _, request := range []func(context.Context) error{
+		func(ctx context.Context) error { _, err := s.root.RoleAdd(ctx, role); return err },
+		func(ctx context.Context) error {
+			_, err := s.root.RoleGrantPermission(ctx, role, root, clientv3.GetPrefixRangeEnd(root), clientv3.PermissionType(clientv3.PermReadWrite))
+			return err
+		},
+		func(ctx context.Context) error { _, err := s.root.UserAdd(ctx, user, password); return err },
+		func(ctx context.Context) error { _, err := s.root.UserGrantRole(ctx, user, role); return err },
+		func(ctx context.Context) error { _, err := s.root.RoleAdd(ctx, "root"); return err },
+		func(ctx context.Context) error { _, err := s.root.UserAdd(ctx, rootUser, rootPassword); return err },
+		func(ctx context.Context) error { _, err := s.root.UserGrantRole(ctx, rootUser, "root"); return err },
+	} {
+		err := s.insist(ctx, func(ctx context.Context) error {
+			err := request(ctx)
+			if errors.Is(err, rpctypes.ErrRoleAlreadyExist) || errors.Is(err, rpctypes.ErrUserAlreadyExist) {
+				return nil
+			}
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("add users: %w", err)
+		}
+	}
+	return nil
+}
+
+// linksOf makes the links of one worker's clients.
+func (s *system) linksOf(p *process) ([]*etcdtest.Link, error) {
+	for _, m := range s.members {
+		link, err := etcdtest.StartLink(m.client)
+		if err != nil {
+			return nil, err
+		}
+		s.closers = append(s.closers, link.Close)
+		s.links[p] = append(s.links[p], link)
+	}
+	return s.links[p], nil
+}
+
+// mixed is the election in which peers compete with this package.
+const mixed = "mixed"
+
+// elections are the names of all elections.
+var elections = []string{"e0", "e1", "e2", mixed}
+
+// startWorkers runs the resource, the candidates and the observers.
+func (s *system) startWorkers() error {
+	socket := filepath.Join(s.tmp, "resource")
+	s.resource = s.newProcess("resource", "resource", func() *exec.Cmd {
+		return exec.Command(s.self(), "resource", s.dir, socket)
+	})
+	if err := s.resource.start(); err != nil {
+		return err
+	}
+	add := func(sort string, w worker, endpoints int) (*process, error) {
+		p := s.newProcess(sort, w.Name, nil)
+		links, err := s.linksOf(p)
+		if err != nil {
+			return nil, err
+		}
+		for _, link := range links {
+			w.Endpoints = append(w.Endpoints, link.Endpoint)
+		}
+		if endpoints > 0 {
+			w.Endpoints = w.Endpoints[:endpoints]
+		}
+		w.Dir, w.Resource, w.TTL, w.Margin = s.dir, socket, s.p.TTL, s.p.Margin
+		// A client with a user authenticates before each renewal, which takes a quorum. So those without are
+		// the ones whom a deposed leader of etcd can deceive.
+		if s.auth {
+			w.User, w.Password = user, password
+		}
+		p.command = func() *exec.Cmd {
+			w.Seed = s.p.Seed + uint64(p.started)<<32
+			config, err := json.Marshal(w)
+			if err != nil {
+				panic(err)
+			}
+			cmd := exec.Command(s.binary, "worker", string(config))
+			cmd.Env = append(os.Environ(), "GORACE=halt_on_error=1")
+			return cmd
+		}
+		return p, p.start()
+	}
+	for i := range s.p.Candidates {
+		w := worker{Name: fmt.Sprintf("c%d", i)}
+		endpoints := 0
+		switch i % 4 {
+		case 0, 2: // one lease for all
+			w.Run, w.Observe = elections, elections[:1]
+		case 1: // a lease for each term
+			w.Campaign = []string{elections[0], mixed}
+		case 3: // and one that knows only one member
+			w.Run, w.Campaign, endpoints = elections[1:2], elections[2:3], 1
+		}
+		p, err := add("candidate", w, endpoints)
+		if err != nil {
+			return err
+		}
+		s.workers, s.faulty = append(s.workers, p), append(s.faulty, p)
+	}
+	stock, err := add("stock", worker{Name: "stock", Stock: []string{mixed}}, 0)
+	if err != nil {
+		return err
+	}
+	s.workers = append(s.workers, stock)
+	observer, err := add("observer", worker{Name: "observer", Observe: elections}, 0)
+	if err != nil {
+		return err
+	}
+	s.watchers, s.faulty = append(s.watchers, observer), append(s.faulty, observer)
+	return nil
+}
+
+// etcdctlTTL is that of the lease of etcdctl elect.
+const etcdctlTTL = time.Minute
+
+// etcdctl takes part in an election by the command of that name until ctx ends.
+func (s *system) etcdctl(ctx context.Context, name string) {
+	path, err := exec.LookPath("etcdctl")
+	if err != nil {
+		s.add(Entry{Kind: Start, Proc: "etcdctl", Op: "etcdctl", Err: err.Error()})
+		return
+	}
+	for ctx.Err() == nil {
+		s.etcdctlTerm(ctx, path, root+name)
+		select {
+		case <-time.After(500 * time.Millisecond):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// etcdctlTerm is one campaign of etcdctl elect, and one term if it is elected.
+func (s *system) etcdctlTerm(ctx context.Context, path, election string) {
+	const proc = "etcdctl"
+	stdout, w := io.Pipe()
+	var endpoints []string
+	for _, m := range s.members {
+		endpoints = append(endpoints, m.client)
+	}
+	p := s.newProcess(proc, proc, func() *exec.Cmd {
+		cmd := exec.Command(path, "--endpoints", strings.Join(endpoints, ","), "--user", user+":"+password, "elect", election, proc)
+		cmd.Env = append(os.Environ(), "ETCDCTL_API=3")
+		cmd.Stdout = w
+		return cmd
+	})
+	began := now()
+	if err := p.start(); err != nil {
+		s.add(Entry{Kind: Failure, Err: err.Error()})
+		return
+	}
+	p.disown()
+	key := make(chan string, 1)
+	read := make(chan struct{})
+	go func() {
+		defer close(read)
+		var line strings.Builder
+		buffer := make([]byte, 256)
+		for {
+			n, err := stdout.Read(buffer)
+			line.Write(buffer[:n])
+			if first, _, ok := strings.Cut(line.String(), "\n"); ok {
+				select {
+				case key <- first:
+				default:
+				}
+			}
+			if err != nil {
+				return
+			}
+		}
+	}()
+	select {
+	case k := <-key:
+		s.etcdctlLeads(ctx, p, election, k, began)
+	case <-p.exited:
+	case <-ctx.Done():
+	}
+	_ = p.signal(syscall.SIGINT) // it resigns
+	select {
+	case <-p.exited:
+	case <-time.After(s.p.TTL): // it has lost its connection for good
+		p.kill()
+	}
+	w.Close()
+	<-read
+	s.removeKeysOf(context.WithoutCancel(ctx), proc, election)
+}
+
+// etcdctlLeads records a term of etcdctl.
+func (s *system) etcdctlLeads(ctx context.Context, p *process, election, key string, began int64) {
+	var token, lease int64
+	err := s.ask(ctx, func(ctx context.Context) error {
+		resp, err := s.root.Get(ctx, key)
+		if err == nil && len(resp.Kvs) > 0 {
+			token, lease = resp.Kvs[0].CreateRevision, resp.Kvs[0].Lease
+		}
+		return err
+	})
+	if err != nil || token == 0 {
+		return
+	}
+	e := Entry{Proc: p.name, Kind: Term, From: began, Election: election, Token: token, Key: key, Lease: lease, Op: "etcdctl"}
+	s.add(e)
+	last := now()
+	for range 10 {
+		select {
+		case <-time.After(pieceEvery):
+		case <-p.exited:
+			return
+		case <-ctx.Done():
+			return
+		}
+		e.Kind, e.From, e.T = Belief, last, now()
+		last = e.T
+		s.add(e)
+	}
+}
+
+// removeKeysOf deletes what a peer has left behind: etcdctl's lease lasts for a minute.
+func (s *system) removeKeysOf(ctx context.Context, peer, election string) {
+	_ = s.insist(ctx, func(ctx context.Context) error {
+		resp, err := s.root.Get(ctx, election+"/", clientv3.WithPrefix())
+		if err != nil {
+			return err
+		}
+		for _, kv := range resp.Kvs {
+			if string(kv.Value) == peer {
+				_, err := s.root.Revoke(ctx, clientv3.LeaseID(kv.Lease))
+				if err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+}
