@@ -137,7 +137,8 @@ type Leader struct {
 
 // Context returns a context that is cancelled when the term ends, with a [context.Cause] that is
 // [ErrResigned], [ErrExpired] or [ErrEvicted]. It carries the values of Campaign's context. It is
-// for the work that a leader does.
+// for the work that a leader does. A timer cancels it, so in a process that goes on after a pause it is
+// live for a moment even if the term is over; IsLeader has no such moment.
 func (l *Leader) Context() context.Context { return l.ctx }
 
 // IsLeader reports whether the term still holds. It asks the clocks now and does not wait for a

@@ -55,11 +55,9 @@ func (w worker) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	client, err := clientv3.New(clientv3.Config{
-		Endpoints: w.Endpoints, Username: w.User, Password: w.Password, Logger: zap.NewNop(),
-	})
-	if err != nil {
-		return err
+	client := w.dial(ctx)
+	if client == nil {
+		return nil // it has had no part in anything
 	}
 	c := &candidate{worker: w, Recorder: r, client: client}
 	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -102,6 +100,24 @@ func (w worker) run(ctx context.Context) error {
 		c.fail("goroutines are left: %v", err)
 	}
 	return nil
+}
+
+// dial makes the client, or returns nil when ctx ends. A client with a user authenticates at once, and cannot
+// be made while etcd does not answer.
+func (w worker) dial(ctx context.Context) *clientv3.Client {
+	for {
+		client, err := clientv3.New(clientv3.Config{
+			Endpoints: w.Endpoints, Username: w.User, Password: w.Password, Logger: zap.NewNop(),
+		})
+		if err == nil {
+			return client
+		}
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-ctx.Done():
+			return nil
+		}
+	}
 }
 
 func (w worker) rand(n int) *rand.Rand { return rand.New(rand.NewPCG(w.Seed, uint64(n))) }

@@ -24,7 +24,7 @@ const (
 	// given up, and not after the term was said to have ended.
 	ruleMargin = "margin"
 	// ruleLease is that etcd keeps a lease for its TTL from when a renewal was sent that counted. Where
-	// it does not, the renewal ought not to have counted. Old versions of etcd break it themselves.
+	// it does not, the renewal ought not to have counted, unless a deposed leader of etcd has revoked it.
 	ruleLease = "lease"
 	// ruleToken is that a term has a token of its own, the create revision of its key, and that
 	// tokens grow from term to term.
@@ -53,6 +53,10 @@ const (
 
 // recoverTime is what an election has beside the TTL to have a leader once faults have ceased.
 const recoverTime = 3 * time.Second
+
+// deposedFor is how long a leader of etcd that goes on after a pause may revoke leases: until it has heard from
+// the others.
+const deposedFor = 2 * time.Second
 
 // A Verdict is what a history comes to. It is good if there are no violations.
 type Verdict struct {
@@ -256,7 +260,7 @@ func (c *checker) gaveUp(l *life) bool {
 // checkLease objects to a renewal that counted, and in vain.
 func (c *checker) checkLease(l *life) {
 	ended := c.ended[l.term]
-	if revokesEarly(c.Etcd) || ended != nil && strings.HasPrefix(ended.Err, leader.ErrResigned.Error()) {
+	if c.deposed(l.gone) || ended != nil && strings.HasPrefix(ended.Err, leader.ErrResigned.Error()) {
 		return
 	}
 	if e := c.renewal(l); e != nil {
@@ -265,9 +269,12 @@ func (c *checker) checkLease(l *life) {
 	}
 }
 
-// revokesEarly reports whether a deposed leader of that version of etcd still revokes leases
-// (etcd-io/etcd#15247, mended in 3.4.28 and 3.5.10).
-func revokesEarly(version string) bool { return strings.HasPrefix(version, "3.4.") }
+// deposed reports whether there may have been, at that time, a leader of etcd that did not know yet that it
+// was deposed. It revokes what has expired by its own count: etcd-io/etcd#15247, which the leadership check of
+// 3.5.10 and later does not prevent in one that was paused.
+func (c *checker) deposed(at int64) bool {
+	return slices.ContainsFunc(c.by[Resumed], func(e *Entry) bool { return e.T <= at && at <= e.T+int64(deposedFor) })
+}
 
 // renewal is the last that counted while the key was there.
 func (c *checker) renewal(l *life) (last *Entry) {

@@ -170,7 +170,7 @@ func (c *checker) excuse(o *Overlap) (why string, entries []*Entry, excused bool
 		why := fmt.Sprintf("an operator took the earlier key (%s, from %s)", taken.Op, c.at(taken.From))
 		return why, entries, brief || !c.calm(taken.From-int64(settled), o.To)
 	case early:
-		return "etcd deleted the earlier key before its lease could expire", entries, brief
+		return "etcd deleted the earlier key before its lease could expire", entries, brief && c.deposed(l.gone)
 	}
 	return fmt.Sprintf("the earlier key's end: %s", how), entries, false
 }

@@ -374,6 +374,9 @@ func (s scene) history() []Entry {
 		{T: 12, From: 12, Proc: "c1", Kind: Write, Election: election, Token: 10, Op: "register", Value: "1 10:1", Rev: 25, Result: OK},
 		{T: 12, Proc: "audit", Kind: Event, Op: "put", Rev: 25, Token: 25, Key: dataRoot + "a/register", Value: "1 10:1"},
 	}
+	for t := int64(1000); t < 10000; t += 1000 { // so that etcd may be early at any time
+		h = append(h, Entry{T: t, Proc: "m0", Kind: Resumed})
+	}
 	if s.gone != 0 {
 		h = append(h, Entry{T: s.gone, Proc: "audit", Kind: Event, Op: "delete", Rev: 30, Token: 10, Key: election + "/1"})
 	}
@@ -639,29 +642,29 @@ func BenchmarkCheck(b *testing.B) {
 	}
 }
 
-func TestRenewalThatCountedInVainIsExcusedOfOldEtcdAlone(t *testing.T) {
+func TestEtcdIsExcusedAfterAMemberWentOnAlone(t *testing.T) {
 	t.Parallel()
 	resigned := Entry{T: 4998, Proc: "c1", Kind: Ended, Token: 10, Err: leader.ErrResigned.Error()}
+	believed := []Entry{renewed1, beliefOf("c1", 10, opIsLeader, 4000, 5100), beliefOf("c2", 20, opIsLeader, 5000, 9000)}
 	for name, test := range map[string]struct {
-		etcd  string
-		gone  int64
-		extra []Entry
-		want  []string
+		resumed, gone int64
+		extra         []Entry
+		want          []string
 	}{
-		"old etcd":                {oldEtcd, 4999, []Entry{renewed1}, nil},
-		"etcd":                    {"3.7.3", 4999, []Entry{renewed1}, []string{ruleLease}},
-		"the holder has resigned": {"3.7.3", 4999, []Entry{renewed1, resigned}, nil},
-		"the lease has expired":   {"3.7.3", 6000, []Entry{renewed1}, nil},
-		"never renewed":           {"3.7.3", 2009, nil, nil},
+		"a member went on":           {2999, 4999, believed, nil},
+		"a member went on long ago":  {2998, 4999, believed, []string{ruleExclusion, ruleLease}},
+		"a member went on later":     {5000, 4999, believed, []string{ruleExclusion, ruleLease}},
+		"nobody believed any longer": {5000, 4999, []Entry{renewed1}, []string{ruleLease}},
+		"the holder has resigned":    {5000, 4999, []Entry{renewed1, resigned}, nil},
+		"the lease has expired":      {9000, 6000, []Entry{renewed1}, nil},
+		"never renewed":              {5000, 2009, nil, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			history := scene{test.gone, append([]Entry{first, second}, test.extra...)}.history()
-			for i, e := range history {
-				history[i].Value = strings.Replace(e.Value, oldEtcd, test.etcd, 1)
-			}
+			history = slices.DeleteFunc(history, func(e Entry) bool { return e.Kind == Resumed })
 			var got []string
-			for _, v := range check(history).Violations {
+			for _, v := range check(byTime(append(history, Entry{T: test.resumed * ms, Proc: "m0", Kind: Resumed}))).Violations {
 				got = append(got, v.Rule)
 			}
 			if !slices.Equal(got, test.want) {

@@ -18,14 +18,11 @@ const (
 	ms     = int64(time.Millisecond)
 	ttl    = 2000 * ms
 	margin = 400 * ms
-
-	// oldEtcd revokes leases early.
-	oldEtcd = "3.4.23"
 )
 
 // runEntry is the entry of a run of these elections.
 func runEntry(t int64, elections ...string) Entry {
-	parameters, err := json.Marshal(Parameters{Etcd: oldEtcd, TTL: time.Duration(ttl), Margin: time.Duration(margin), Elections: elections})
+	parameters, err := json.Marshal(Parameters{TTL: time.Duration(ttl), Margin: time.Duration(margin), Elections: elections})
 	if err != nil {
 		panic(err)
 	}
@@ -191,8 +188,9 @@ func (e *contest) term() {
 		e.add(taken)
 		believed = end + e.within(0, 100*ms)
 		tell(believed+1, Ended, leader.ErrEvicted.Error())
-	case 5: // taken by etcd
+	case 5: // taken by a deposed leader of etcd
 		gone = end
+		e.add(Entry{T: end - e.within(0, 1000*ms), Proc: "m0", Kind: Resumed})
 		believed = end + e.within(0, 100*ms)
 		tell(believed+1, Ended, leader.ErrEvicted.Error())
 	case 6: // paused
@@ -202,9 +200,9 @@ func (e *contest) term() {
 		}
 		tell(resumed+ms, Ended, leader.ErrExpired.Error())
 		e.add(e.write(n, "register", resumed+2*ms, resumed+4*ms, Failed))
-	case 7: // cut off, and the lease revoked as soon as the term was over
+	case 7: // closed, and the lease revoked as soon as the term was over
 		believed = deadline - 1
-		tell(deadline, Ended, leader.ErrExpired.Error())
+		tell(deadline, Ended, leader.ErrResigned.Error())
 		gone = deadline + 1
 	}
 	e.believe(n, op, won, believed)

@@ -582,6 +582,7 @@ func (f *fault) pick(ctx context.Context) *process {
 // calm lets everybody recover, and then has an operator take away a leader's key: in a calm system
 // the leader must know at once.
 func (s *schedule) calm(ctx context.Context) {
+	s.clean(ctx)
 	began := now()
 	sleep(ctx, s.rand, s.p.TTL+recovery, s.p.TTL+recovery)
 	for _, sort := range s.sorts {
@@ -590,9 +591,34 @@ func (s *schedule) calm(ctx context.Context) {
 			sleep(ctx, s.rand, time.Second, time.Second)
 		}
 	}
-	if ctx.Err() == nil {
+	if s.clean(ctx) && ctx.Err() == nil {
 		s.add(Entry{Kind: Calm, From: began})
 	}
+}
+
+// clean ends what a fault has asked of etcd and may have got only after it had been given up. It reports
+// whether there was nothing of that sort.
+func (s *schedule) clean(ctx context.Context) bool {
+	clean := true
+	err := s.insist(ctx, func(ctx context.Context) error {
+		alarms, err := s.root.AlarmList(ctx)
+		if err != nil {
+			return err
+		}
+		for _, a := range alarms.Alarms {
+			clean = false
+			if _, err := s.root.AlarmDisarm(ctx, (*clientv3.AlarmMember)(a)); err != nil {
+				return err
+			}
+		}
+		_, err = s.root.AuthDisable(ctx)
+		if errors.Is(err, rpctypes.ErrAuthNotEnabled) {
+			return nil
+		}
+		clean = false
+		return err
+	})
+	return clean && err == nil
 }
 
 // recovery is how long after the TTL every election must have a leader again.

@@ -70,6 +70,8 @@ const (
 	// Fault is one fault, From its injection until T, when it was healed. Op (which sort), Value (whom
 	// it struck), Err if it could not be injected.
 	Fault Kind = "fault"
+	// Resumed is a member of etcd that goes on after a pause.
+	Resumed Kind = "resumed"
 	// Calm is a time without faults, From..T.
 	Calm Kind = "calm"
 	// Taken is a key that an operator deleted, or that went with a lease that an operator revoked;

@@ -44,7 +44,7 @@ var mutations = []mutation{
 		file:   "internal/lease/lease.go",
 		old:    "return s.ttl - s.margin - age",
 		new:    "return s.ttl - age",
-		faults: []string{"link-slow-dark"}, ttl: 5 * time.Second, duration: time.Minute,
+		faults: []string{"link-dark"}, ttl: 3 * time.Second, duration: time.Minute,
 	},
 	{
 		name: "own-key", safeguard: "a leader watches its own key",

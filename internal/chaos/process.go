@@ -13,6 +13,9 @@ import (
 	"time"
 )
 
+// sortMember is the sort of a process that is a member of etcd.
+const sortMember = "member"
+
 // A process is one of the system under test. It can be started again after it has ended.
 type process struct {
 	name, sort string
@@ -74,6 +77,9 @@ func (p *process) wait(cmd *exec.Cmd, exited chan struct{}) {
 func (p *process) signal(s syscall.Signal) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if s == syscall.SIGCONT && p.sort == sortMember {
+		p.recorder.add(Entry{Kind: Resumed, Proc: p.name})
+	}
 	return p.cmd.Process.Signal(s)
 }
 

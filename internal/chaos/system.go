@@ -154,7 +154,7 @@ func (s *system) startMembers(ctx context.Context, etcd string) error {
 		if err := os.WriteFile(file, config, 0o600); err != nil {
 			return err
 		}
-		m.process = s.newProcess("member", name, func() *exec.Cmd {
+		m.process = s.newProcess(sortMember, name, func() *exec.Cmd {
 			cmd := exec.Command(s.self(), "member", file)
 			if etcd != "" {
 				cmd = exec.Command(etcd, "--config-file", file)
