@@ -249,7 +249,7 @@ func (l *Leader) elect() bool {
 func (l *Leader) withdraw(ctx context.Context) {
 	l.end(ErrResigned)
 	<-l.done
-	cctx, cancel := retry.Cleanup(ctx, l.e.client)
+	cctx, cancel := retry.Cleanup(ctx)
 	defer cancel()
 	var err error
 	if !l.session.Gone() {

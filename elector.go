@@ -152,7 +152,7 @@ func (e *Elector) runTerm(ctx, bound context.Context, l *Leader, lead func(conte
 	defer func() { // also when lead panics
 		stop()
 		cancel(nil)
-		rctx, rcancel := retry.Cleanup(ctx, e.client)
+		rctx, rcancel := retry.Cleanup(ctx)
 		defer rcancel()
 		if err := l.Resign(rctx); err != nil {
 			e.log(l.claim.election).Warn("resignation failed, the lease will expire", "token", l.token, "error", err)

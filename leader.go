@@ -13,9 +13,10 @@
 // over one lease, and observes them.
 //
 // The argument behind "in time" needs etcd to keep a lease for its TTL. Where it does not, because
-// an operator deletes the key or revokes the lease, or because a deposed leader of etcd still
-// revokes leases it had queued, two terms overlap until the watch event arrives that ends the
-// first one: milliseconds, in which guard and token hold all the same.
+// an operator deletes the key or revokes the lease, or because a leader of etcd that was paused
+// for longer than the TTL goes on and revokes what its successor has renewed
+// (etcd-io/etcd#15247), two terms overlap until the watch event arrives that ends the first one:
+// milliseconds, in which guard and token hold all the same.
 //
 // Elections are those of go.etcd.io/etcd/client/v3/concurrency: same keys, same order, so that
 // candidates of this package, of [concurrency.Election] and of etcdctl elect can compete in one
@@ -317,7 +318,7 @@ func (l *Leader) watch() {
 	if lost {
 		l.tracked.Drop() // deleted, or about to be with its lease, which nobody renews any more
 		l.giveBack()
-		cctx, cancel := retry.Cleanup(ctx, l.e.client)
+		cctx, cancel := retry.Cleanup(ctx)
 		defer cancel()
 		if err := l.session.Finish(cctx); err != nil {
 			log.Warn("lease could not be revoked, it will expire", "error", err)

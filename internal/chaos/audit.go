@@ -22,10 +22,10 @@ type audit struct {
 	rev int64 // recorded so far
 }
 
-func startAudit(s *system) *audit {
+func startAudit(s *system) (*audit, error) {
 	r, err := newRecorder(s.dir, "audit")
 	if err != nil {
-		panic(err)
+		return nil, err
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	a := &audit{Recorder: r, cancel: cancel}
@@ -40,7 +40,8 @@ func startAudit(s *system) *audit {
 			}
 		})
 	}
-	return a
+	s.closers = append(s.closers, func() { cancel(); a.wg.Wait() })
+	return a, nil
 }
 
 // follow records what a member tells, for as long as it does.

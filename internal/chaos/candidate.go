@@ -108,6 +108,7 @@ func (w worker) dial(ctx context.Context) *clientv3.Client {
 	for {
 		client, err := clientv3.New(clientv3.Config{
 			Endpoints: w.Endpoints, Username: w.User, Password: w.Password, Logger: zap.NewNop(),
+			DialTimeout: requestTimeout, // of the authentication
 		})
 		if err == nil {
 			return client
@@ -233,8 +234,6 @@ func (c *candidate) term(ctx context.Context, l *leader.Leader, election string,
 const (
 	sampleEvery = time.Millisecond
 	pieceEvery  = 100 * time.Millisecond
-	// pause is the shortest time without an answer that counts as a pause of the process.
-	pause = 50 * time.Millisecond
 )
 
 // sample asks believes until it says no, and records the time in which it certainly said yes: from
@@ -246,7 +245,7 @@ func (c *candidate) sample(e Entry, believes func() bool) {
 		question := now()
 		yes := believes()
 		answer := now()
-		paused := answer-asked > int64(pause) // between these, or within the last one
+		paused := answer-asked > int64(pauseOf) // between these, or within the last one
 		if answered != 0 && (!yes || paused || question-answered > int64(pieceEvery)) {
 			e.From, e.T = answered, asked
 			c.add(e)

@@ -32,7 +32,7 @@ const (
 	// ruleData is that reads and guarded writes of a value in etcd are linearizable, a write
 	// replaces what its writer has read, and answers about writes are true.
 	ruleData = "data"
-	// ruleUndecided is that the check for linearizability has come to an end.
+	// ruleUndecided is that the check for linearizability has not run out of time.
 	ruleUndecided = "undecided"
 	// ruleGuard is that a guarded write has had its effect during the life of its term's key.
 	ruleGuard = "guard"
@@ -53,6 +53,10 @@ const (
 
 // recoverTime is what an election has beside the TTL to have a leader once faults have ceased.
 const recoverTime = 3 * time.Second
+
+// lateRequest is how late a request may have its effect that was given up: etcd itself gives up on a
+// proposal after 7 s, and what waits for a member that is paused comes with it.
+const lateRequest = 15 * time.Second
 
 // deposedFor is how long a leader of etcd that goes on after a pause may revoke leases: until it has heard from
 // the others.
@@ -179,7 +183,7 @@ func newChecker(history []Entry) *checker {
 			c.states[e.Election] = []state{{}}
 		}
 	}
-	c.beliefs = readBeliefs(c.by[Belief])
+	c.beliefs = readBeliefs(c.by[Belief], c.terms)
 	return c
 }
 
@@ -234,7 +238,8 @@ const (
 // that began by a time at which the key was gone.
 func (c *checker) endingOf(l *life, by int64) (ending, *Entry) {
 	for _, e := range []*Entry{c.taken[l.term], c.revoked[l.lease]} {
-		if e != nil && e.From <= min(by, l.gone) {
+		late := e != nil && e.Result == Unknown && l.gone > e.T+int64(lateRequest)
+		if e != nil && e.From <= min(by, l.gone) && !late {
 			return operator, e
 		}
 	}
@@ -306,10 +311,13 @@ func ours(e *Entry) bool { return e != nil && e.Op == "leader" }
 
 // checkAnything objects to a history that proves nothing.
 func (c *checker) checkAnything() {
-	for _, kind := range []Kind{Run, Term, Event} {
+	for _, kind := range []Kind{Run, Term, Event, Calm, Read, Append, Observed} {
 		if len(c.by[kind]) == 0 {
 			c.violate(ruleNothing, nil, "the history has no entry of the kind %q", kind)
 		}
+	}
+	if !slices.ContainsFunc(c.by[Fault], func(e *Entry) bool { return e.Err == "" }) {
+		c.violate(ruleNothing, nil, "no fault was injected")
 	}
 	if !slices.ContainsFunc(c.by[Write], func(e *Entry) bool { return e.Result == OK }) {
 		c.violate(ruleNothing, nil, "no guarded write has succeeded")
@@ -404,7 +412,7 @@ func (c *checker) checkLiveness() {
 	}
 	leads := func(election string, from, to int64) {
 		i, _ := slices.BinarySearchFunc(calms, from, func(e *Entry, t int64) int { return cmp.Compare(e.From+within, t) })
-		for ; i < len(calms) && calms[i].From <= to; i++ {
+		for ; i < len(calms) && calms[i].From+int64(c.TTL) <= to; i++ {
 			led[i][election] = true
 		}
 	}
@@ -417,8 +425,8 @@ func (c *checker) checkLiveness() {
 	for i, e := range calms {
 		for _, election := range c.Elections {
 			if !led[i][election] {
-				c.violate(ruleLiveness, []*Entry{e}, "%s had no leader from %s to %s, though it was calm",
-					election, c.at(e.From), c.at(e.From+within))
+				c.violate(ruleLiveness, []*Entry{e}, "%s had no leader from %s to %s, though it was calm since %s",
+					election, c.at(e.From+int64(c.TTL)), c.at(e.From+within), c.at(e.From))
 			}
 		}
 	}

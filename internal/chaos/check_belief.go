@@ -33,8 +33,7 @@ type beliefs struct {
 // A piece of belief.
 type piece struct {
 	*Entry
-	// late says that it is of a context and comes soon after a pause. Its process may also have been
-	// paused before its first piece.
+	// late says that it is of a context and comes soon after a pause.
 	late     bool
 	reported bool // as late
 }
@@ -43,7 +42,7 @@ type piece struct {
 func (p *piece) from() int64 { return min(p.From, p.T) }
 func (p *piece) to() int64   { return max(p.From, p.T) }
 
-func readBeliefs(entries []*Entry) beliefs {
+func readBeliefs(entries []*Entry, won map[term]*Entry) beliefs {
 	b := beliefs{of: make(map[term][]*piece), in: make(map[string][]*piece)}
 	pieces := make([]piece, len(entries))
 	for i, e := range entries {
@@ -54,10 +53,13 @@ func readBeliefs(entries []*Entry) beliefs {
 			b.in[e.Election] = append(b.in[e.Election], p)
 		}
 	}
-	for _, pieces := range b.of {
+	for t, pieces := range b.of {
 		var resumed, last int64
+		if e := won[t]; e != nil {
+			resumed, last = e.T-int64(lateTimer), e.T
+		}
 		for _, p := range pieces {
-			if p.from()-last > int64(pauseOf) { // also the first
+			if p.from()-last > int64(pauseOf) {
 				resumed = p.from()
 			}
 			last = max(last, p.to())
@@ -197,9 +199,11 @@ func (c *checker) checkMargins() {
 		switch how, _ := c.endingOf(l, l.gone); how {
 		case operator:
 			c.Checked.Taken++
+			c.checkTaken(t, l)
 		case early:
 			c.Checked.Early++
 			c.checkLease(l)
+			c.checkTaken(t, l)
 		case resigned:
 			c.Checked.Resigned++
 			c.checkBelief(t, l.gone, l.gone, "it had deleted its key", l.deleted)
@@ -208,6 +212,16 @@ func (c *checker) checkMargins() {
 			c.checkBelief(t, l.gone-int64(c.Margin), l.gone-int64(c.Margin*3/4), "the margin before its lease expired had begun", l.deleted)
 		}
 	}
+}
+
+// checkTaken objects to belief in a key that was taken for longer than a renewal lasts: none counts
+// once the key is gone.
+func (c *checker) checkTaken(t term, l *life) {
+	if l.deleted == nil {
+		return
+	}
+	last := l.gone + int64(c.TTL-c.Margin)
+	c.checkBelief(t, last, last+int64(c.Margin/4), "no renewal could count any longer", l.deleted)
 }
 
 // checkBelief objects to the last belief in a term that is later than it may be.

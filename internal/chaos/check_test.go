@@ -374,6 +374,13 @@ func (s scene) history() []Entry {
 		{T: 12, From: 12, Proc: "c1", Kind: Write, Election: election, Token: 10, Op: "register", Value: "1 10:1", Rev: 25, Result: OK},
 		{T: 12, Proc: "audit", Kind: Event, Op: "put", Rev: 25, Token: 25, Key: dataRoot + "a/register", Value: "1 10:1"},
 	}
+	h = append(h, // so that there is something of each kind
+		Entry{T: 1, From: 0, Proc: "chaos", Kind: Fault, Op: "cut"},
+		Entry{T: 1, From: 0, Proc: "chaos", Kind: Calm},
+		Entry{T: 2, From: 1, Proc: "c1", Kind: Read, Election: election, Token: 10, Op: "register"},
+		Entry{T: 2, From: 1, Proc: "c1", Kind: Append, Election: election, Token: 10, Value: "10:9", Result: Unknown},
+		Entry{T: 2, Proc: "o", Kind: Observed, Election: "chaos/b", Op: "1"},
+	)
 	for t := int64(1000); t < 10000; t += 1000 { // so that etcd may be early at any time
 		h = append(h, Entry{T: t, Proc: "m0", Kind: Resumed})
 	}
@@ -446,19 +453,22 @@ func TestExcusesAreExact(t *testing.T) {
 			bad(ruleExclusion, ruleExclusion, ruleMargin, ruleToken, ruleToken)},
 		"belief of a peer": {4999, []Entry{with(second, func(e *Entry) { e.Op = "stock" }), beliefOf("c2", 20, "stock", 3000, 9000), beliefOf("c1", 10, opIsLeader, 11, 4000)}, good},
 
-		"operator took the key":                    {4999, append(during(8000), takenKey), overlap(3000)},
-		"operator may have revoked the lease":      {4999, append(during(8000), revokeLease1), overlap(3000)},
-		"operator has failed to take the key":      {4999, append(during(8000), with(takenKey, func(e *Entry) { e.Result = Failed })), bad(ruleExclusion, ruleMargin)},
-		"operator took another key":                {4999, append(during(8000), with(takenKey, func(e *Entry) { e.Token = 20 })), bad(ruleExclusion, ruleMargin)},
-		"operator came as both believed":           {5100, append(during(8000), with(takenKey, func(e *Entry) { e.From = 5000 })), overlap(3000)},
-		"operator came after both believed":        {5100, append(during(8000), with(takenKey, func(e *Entry) { e.From = 5001 })), bad(ruleExclusion)},
-		"operator came when the key was gone":      {4999, append(during(8000), with(takenKey, func(e *Entry) { e.From = 5000 })), bad(ruleExclusion, ruleMargin)},
-		"operator came again":                      {4999, append(during(8000), takenKey, with(takenKey, func(e *Entry) { e.T, e.From = 5050, 5040 })), overlap(3000)},
-		"operator in calm that ends with belief":   {4999, append(during(5501), takenKey, calmFrom(3990, 5501)), bad(ruleExclusion)},
-		"operator in calm, 500 ms":                 {4999, append(during(5500), takenKey, calmFrom(3990, 8500)), overlap(500)},
-		"operator in calm, 501 ms":                 {4999, append(during(5501), takenKey, calmFrom(3990, 8500)), bad(ruleExclusion)},
-		"operator in calm of less than 1 s":        {4999, append(during(5501), takenKey, calmFrom(3991, 8500)), overlap(501)},
-		"operator in calm that ends before belief": {4999, append(during(5501), takenKey, calmFrom(3990, 5500)), overlap(501)},
+		"operator took the key":                     {4999, append(during(6599), takenKey), overlap(1599)},
+		"operator may have revoked the lease":       {4999, append(during(6599), revokeLease1), overlap(1599)},
+		"operator has failed to take the key":       {4999, append(during(8000), with(takenKey, func(e *Entry) { e.Result = Failed })), bad(ruleExclusion, ruleMargin)},
+		"operator took the key, and belief went on": {4999, append(during(6600), takenKey), outcome{rules: []string{ruleMargin}, overlaps: []time.Duration{time.Duration(1600 * ms)}}},
+		"operator may have taken it in the end":     {19995, append(during(8000), with(takenKey, func(e *Entry) { e.Result = Unknown })), overlap(3000)},
+		"operator may have taken it long ago":       {20001, append(during(8000), with(takenKey, func(e *Entry) { e.Result = Unknown })), bad(ruleExclusion)},
+		"operator took another key":                 {4999, append(during(6000), with(takenKey, func(e *Entry) { e.Token = 20 })), bad(ruleExclusion, ruleMargin)},
+		"operator came as both believed":            {5100, append(during(6700), with(takenKey, func(e *Entry) { e.From = 5000 })), overlap(1700)},
+		"operator came after both believed":         {5100, append(during(6000), with(takenKey, func(e *Entry) { e.From = 5001 })), bad(ruleExclusion)},
+		"operator came when the key was gone":       {4999, append(during(8000), with(takenKey, func(e *Entry) { e.From = 5000 })), bad(ruleExclusion, ruleMargin)},
+		"operator came again":                       {4999, append(during(6599), takenKey, with(takenKey, func(e *Entry) { e.T, e.From = 5050, 5040 })), overlap(1599)},
+		"operator in calm that ends with belief":    {4999, append(during(5501), takenKey, calmFrom(3990, 5501)), bad(ruleExclusion)},
+		"operator in calm, 500 ms":                  {4999, append(during(5500), takenKey, calmFrom(3990, 8500)), overlap(500)},
+		"operator in calm, 501 ms":                  {4999, append(during(5501), takenKey, calmFrom(3990, 8500)), bad(ruleExclusion)},
+		"operator in calm of less than 1 s":         {4999, append(during(5501), takenKey, calmFrom(3991, 8500)), overlap(501)},
+		"operator in calm that ends before belief":  {4999, append(during(5501), takenKey, calmFrom(3990, 5500)), overlap(501)},
 
 		"etcd was early, 500 ms":                         {4999, append(during(5500), renewed1), overlap(500)},
 		"etcd was early, 501 ms":                         {4999, append(during(5501), renewed1), bad(ruleExclusion)},
@@ -511,11 +521,11 @@ func TestExcusesAreExact(t *testing.T) {
 
 		"calm of less than it takes":             {0, []Entry{calmFrom(100, 5099)}, good},
 		"calm in vain":                           {0, []Entry{calmFrom(100, 5100)}, bad(ruleLiveness)},
-		"calm, and led to begin with":            {0, []Entry{calmFrom(100, 5100), beliefOf("c1", 10, opIsLeader, 50, 100)}, good},
-		"calm, and led until then":               {0, []Entry{calmFrom(100, 5100), beliefOf("c1", 10, opIsLeader, 50, 99)}, bad(ruleLiveness)},
+		"calm, and led after a TTL":              {0, []Entry{calmFrom(100, 5100), beliefOf("c1", 10, opIsLeader, 50, 2100)}, good},
+		"calm, and led until then":               {0, []Entry{calmFrom(100, 5100), beliefOf("c1", 10, opIsLeader, 50, 2099)}, bad(ruleLiveness)},
 		"calm, and led in the end":               {0, []Entry{calmFrom(100, 9000), beliefOf("c1", 10, opIsLeader, 5100, 5101)}, good},
 		"calm, and led too late":                 {0, []Entry{calmFrom(100, 9000), beliefOf("c1", 10, opIsLeader, 5101, 5102)}, bad(ruleLiveness)},
-		"calm, and a peer leads":                 {0, []Entry{calmFrom(10, 9000), with(second, func(e *Entry) { e.Op = "etcdctl" })}, good},
+		"calm, and a peer leads":                 {0, []Entry{calmFrom(10, 9000), with(second, func(e *Entry) { e.Op, e.T = "etcdctl", 2010 })}, good},
 		"calm, and only another election is led": {0, []Entry{calmFrom(100, 9000), with(second, func(e *Entry) { e.Election, e.T, e.Token = "chaos/b", 200, 99 })}, bad(ruleLiveness)},
 
 		"fault that was not injected":                {0, []Entry{{T: 9, Kind: Fault, Err: "no"}}, good},

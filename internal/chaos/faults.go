@@ -227,7 +227,8 @@ func (f *fault) restart(ctx context.Context, m *member) error {
 	if err := m.start(); err != nil {
 		return err
 	}
-	return f.awaitMember(ctx, m)
+	_, err := f.awaitMember(ctx, m)
+	return err
 }
 
 func stopMember(choose func(context.Context, *fault) (*member, error)) func(context.Context, *fault) error {
@@ -249,7 +250,7 @@ func stopMember(choose func(context.Context, *fault) (*member, error)) func(cont
 // a moment it takes itself for the leader still, and acknowledges what one worker, which leads if that
 // can be had, has been sending meanwhile. That worker talks to this member alone, until the member has learned better
 // and answers its reads again, and to nobody after that: its lease lasts as long as it was told in that moment.
-// Pitfall 8.
+// The library's own test of that is in deposed_test.go.
 func deposeRaftLeader(ctx context.Context, f *fault) error {
 	m, err := f.raftLeader(ctx)
 	if err != nil {
@@ -337,7 +338,7 @@ func partitionMember(ctx context.Context, f *fault) error {
 	return nil
 }
 
-// loseQuorum stops or kills all members but one.
+// loseQuorum stops or kills as many members as it takes.
 func loseQuorum(from, to float64) func(context.Context, *fault) error {
 	return func(ctx context.Context, f *fault) error {
 		kill := f.rand.IntN(2) == 0
@@ -366,7 +367,8 @@ func loseQuorum(from, to float64) func(context.Context, *fault) error {
 			}
 		}
 		for _, m := range lost {
-			errs = append(errs, f.awaitMember(context.WithoutCancel(ctx), m))
+			_, err := f.awaitMember(context.WithoutCancel(ctx), m)
+			errs = append(errs, err)
 		}
 		return errors.Join(errs...)
 	}
@@ -584,10 +586,10 @@ func (f *fault) pick(ctx context.Context) *process {
 func (s *schedule) calm(ctx context.Context) {
 	s.clean(ctx)
 	began := now()
-	sleep(ctx, s.rand, s.p.TTL+recovery, s.p.TTL+recovery)
+	sleep(ctx, s.rand, s.p.TTL+recoverTime, s.p.TTL+recoverTime)
 	for _, sort := range s.sorts {
 		if sort.on == onData && ctx.Err() == nil {
-			s.strike(ctx, &fault{schedule: s, sort: sort, rand: s.rand})
+			s.strike(ctx, &fault{schedule: s, sort: sort, rand: rand.New(rand.NewPCG(s.rand.Uint64(), 0))})
 			sleep(ctx, s.rand, time.Second, time.Second)
 		}
 	}
@@ -620,6 +622,3 @@ func (s *schedule) clean(ctx context.Context) bool {
 	})
 	return clean && err == nil
 }
-
-// recovery is how long after the TTL every election must have a leader again.
-const recovery = 3 * time.Second

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -122,7 +123,8 @@ type Parameters struct {
 	TTL        time.Duration `json:"ttl"` // what was asked for, and what etcd granted
 	Margin     time.Duration `json:"margin"`
 	Faults     []string      `json:"faults"`
-	Etcd       string        `json:"etcd"` // version
+	Etcd       string        `json:"etcd"`             // version
+	Binary     string        `json:"binary,omitempty"` // of etcd, if it is not the embedded one
 	Race       bool          `json:"race,omitempty"`
 	Mutation   string        `json:"mutation,omitempty"`
 	Elections  []string      `json:"elections"`
@@ -153,7 +155,8 @@ type Recorder struct {
 
 // newRecorder opens a new file in dir for what a process tells under the name proc.
 func newRecorder(dir, proc string) (*Recorder, error) {
-	f, err := os.Create(filepath.Join(dir, fmt.Sprintf("%s.%d.jsonl", proc, os.Getpid())))
+	name := filepath.Join(dir, fmt.Sprintf("%s.%d.jsonl", proc, os.Getpid()))
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644) // the pid may come again
 	if err != nil {
 		return nil, err
 	}
@@ -182,7 +185,7 @@ func (r *Recorder) add(e Entry) {
 
 // readHistory merges the files of all processes in dir, by time.
 func readHistory(dir string) ([]Entry, error) {
-	files, err := filepath.Glob(filepath.Join(dir, "*.jsonl"))
+	files, err := recordFiles(dir)
 	if err != nil {
 		return nil, err
 	}
@@ -191,7 +194,7 @@ func readHistory(dir string) ([]Entry, error) {
 	}
 	var history []Entry
 	for _, file := range files {
-		entries, err := readFile(file)
+		entries, err := readFile(filepath.Join(dir, file))
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", file, err)
 		}
@@ -200,6 +203,9 @@ func readHistory(dir string) ([]Entry, error) {
 	slices.SortStableFunc(history, func(a, b Entry) int { return cmp.Compare(a.T, b.T) })
 	return history, nil
 }
+
+// recordFiles are the names of a record's files.
+func recordFiles(dir string) ([]string, error) { return fs.Glob(os.DirFS(dir), "*.jsonl") }
 
 func readFile(name string) ([]Entry, error) {
 	f, err := os.Open(name)

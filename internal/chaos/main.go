@@ -40,7 +40,7 @@ func main() {
 
 // command runs one of the processes of a campaign, or the campaign.
 func command(ctx context.Context, args []string) error {
-	if len(args) > 0 {
+	if len(args) > 1 {
 		switch args[0] {
 		case "member":
 			return serveMember(ctx, args[1])
@@ -70,9 +70,9 @@ func campaign(ctx context.Context, args []string) error {
 	flags.StringVar(&p.Mutation, "mutation", "", "switch a safeguard off, with the faults, TTL and duration that show it: "+names(mutations, func(m mutation) string { return m.name }))
 	only := flags.String("faults", "", "comma-separated sorts of faults, or with a minus those to leave out; all by default: "+names(sorts(), func(s sort) string { return s.name }))
 	out := flags.String("o", "", "folder for the record and the report; a temporary one by default")
-	etcd := flags.String("etcd", "", "path of an etcd to run instead of the embedded one")
+	flags.StringVar(&p.Binary, "etcd", "", "path of an etcd to run instead of the embedded one")
 	list := flags.Bool("mutations", false, "list the mutations; nothing is run")
-	check := flags.String("check", "", "folder of a record to check again; nothing is run")
+	check := flags.String("check", "", "folder of a record to check again and to report on; nothing is run")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -82,11 +82,11 @@ func campaign(ctx context.Context, args []string) error {
 		}
 		return nil
 	}
-	if *check != "" {
-		return judge(*check, nil)
-	}
 	if flags.NArg() > 0 {
 		return fmt.Errorf("%q is no flag", flags.Arg(0))
+	}
+	if *check != "" {
+		return judge(*check)
 	}
 	var m *mutation
 	if p.Mutation != "" {
@@ -95,6 +95,15 @@ func campaign(ctx context.Context, args []string) error {
 			return fmt.Errorf("-mutation %s: must be one of %s", p.Mutation, names(mutations, func(m mutation) string { return m.name }))
 		}
 		m = &mutations[i]
+		var err error
+		flags.Visit(func(f *flag.Flag) {
+			if f.Name == "ttl" || f.Name == "duration" || f.Name == "faults" {
+				err = fmt.Errorf("-%s: must not be given with -mutation, which has its own", f.Name)
+			}
+		})
+		if err != nil {
+			return err
+		}
 		p.TTL, p.Duration, p.Faults = m.ttl, m.duration, m.faults
 	} else if *only != "" {
 		p.Faults = strings.Split(*only, ",")
@@ -104,6 +113,8 @@ func campaign(ctx context.Context, args []string) error {
 		return err
 	}
 	switch {
+	case p.Duration <= 0:
+		return fmt.Errorf("-duration %v: must be positive", p.Duration)
 	case p.TTL < 2*time.Second || p.TTL%time.Second != 0 || p.TTL >= etcdctlTTL:
 		return fmt.Errorf("-ttl %v: must be at least 2s and less than %v, in whole seconds", p.TTL, etcdctlTTL)
 	case p.Members < 3:
@@ -119,18 +130,6 @@ func campaign(ctx context.Context, args []string) error {
 	for _, name := range elections {
 		p.Elections = append(p.Elections, root+name)
 	}
-	dir := *out
-	if dir == "" {
-		if dir, err = os.MkdirTemp("", "chaos-record-"); err != nil {
-			return err
-		}
-	} else if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	if old, err := filepath.Glob(filepath.Join(dir, "*.jsonl")); err != nil || len(old) > 0 {
-		return errors.Join(err, fmt.Errorf("-o %s: has a record already", dir))
-	}
-	fmt.Printf("seed %d, record in %s\n", p.Seed, dir)
 	tmp, err := os.MkdirTemp("", "chaos-build-")
 	if err != nil {
 		return err
@@ -140,14 +139,30 @@ func campaign(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	if err := record(ctx, dir, p, *etcd, binary, chosen); err != nil {
+	dir := *out
+	if dir == "" {
+		if dir, err = os.MkdirTemp("", "chaos-record-"); err != nil {
+			return err
+		}
+	} else if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	return judge(dir, m)
+	if old, err := recordFiles(dir); err != nil {
+		return err
+	} else if len(old) > 0 {
+		return fmt.Errorf("-o %s: has a record already", dir)
+	}
+	fmt.Printf("seed %d, record in %s\n", p.Seed, dir)
+	if err := record(ctx, dir, p, binary, chosen); err != nil {
+		if ctx.Err() != nil {
+			err = fmt.Errorf("interrupted; the record so far is in %s", dir)
+		}
+		return err
+	}
+	return judge(dir)
 }
 
-// choose returns the sorts of these names: all if there are none, all but those that have a minus if
-// there are only such.
+// choose returns the sorts of these names, less those that have a minus; of all, if no other is named.
 func choose(list []string) ([]sort, error) {
 	all := sorts()
 	var chosen, dropped []sort
@@ -166,9 +181,13 @@ func choose(list []string) ([]sort, error) {
 	if len(chosen) == 0 {
 		chosen = all
 	}
-	return slices.DeleteFunc(chosen, func(s sort) bool {
+	chosen = slices.DeleteFunc(chosen, func(s sort) bool {
 		return slices.ContainsFunc(dropped, func(d sort) bool { return d.name == s.name })
-	}), nil
+	})
+	if len(chosen) == 0 {
+		return nil, fmt.Errorf("-faults %s: none is left", strings.Join(list, ","))
+	}
+	return chosen, nil
 }
 
 func names[T any](list []T, name func(T) string) string {
@@ -180,14 +199,12 @@ func names[T any](list []T, name func(T) string) string {
 }
 
 // record runs the system and the faults, until the time is up and everything is quiet again.
-func record(ctx context.Context, dir string, p Parameters, etcd, binary string, chosen []sort) error {
-	s, err := startSystem(ctx, dir, p, etcd, binary, slices.ContainsFunc(chosen, func(s sort) bool { return s.on == onAuth }))
-	if s != nil {
-		defer s.close()
-	}
+func record(ctx context.Context, dir string, p Parameters, binary string, chosen []sort) error {
+	s, err := startSystem(ctx, dir, p, binary, slices.ContainsFunc(chosen, func(s sort) bool { return s.on == onAuth }))
 	if err != nil {
 		return err
 	}
+	defer s.close()
 	parameters, err := json.Marshal(s.p)
 	if err != nil {
 		return err
@@ -227,7 +244,6 @@ func (s *system) end(ctx context.Context) error {
 		wg.Go(func() { fail(p.stop(syscall.SIGTERM, 20*time.Second)) })
 	}
 	wg.Wait()
-	var rev int64
 	keys := func(ctx context.Context) error {
 		resp, err := s.root.Get(ctx, root, clientv3.WithPrefix(), clientv3.WithKeysOnly())
 		if err != nil {
@@ -238,20 +254,19 @@ func (s *system) end(ctx context.Context) error {
 				s.add(Entry{Kind: Left, Op: "key", Value: string(kv.Key)})
 			}
 		}
-		rev = resp.Header.Revision
 		return nil
 	}
 	if err := s.insist(ctx, keys); err != nil {
 		return err
 	}
-	sleep(ctx, rand.New(rand.NewPCG(0, 0)), recovery, recovery) // for observers to see the last
+	sleep(ctx, rand.New(rand.NewPCG(0, 0)), recoverTime, recoverTime) // for observers to see the last
 	for _, p := range s.watchers {
 		fail(p.stop(syscall.SIGTERM, 20*time.Second))
 	}
 	fail(s.resource.stop(syscall.SIGTERM, 20*time.Second))
 	// A grant whose answer was lost may have left a lease without keys, which expires.
 	var leases []string
-	deadline := time.Now().Add(s.p.TTL + recovery)
+	deadline := time.Now().Add(s.p.TTL + recoverTime)
 	for {
 		err := s.insist(ctx, func(ctx context.Context) error {
 			resp, err := s.root.Leases(ctx)
@@ -282,6 +297,7 @@ func (s *system) end(ctx context.Context) error {
 		s.add(Entry{Kind: Left, Op: "lease", Value: id})
 	}
 	// Revisions of what is not under root do not show in the audit; this one does.
+	var rev int64
 	err := s.insist(ctx, func(ctx context.Context) error {
 		resp, err := s.root.Put(ctx, root+"end", "")
 		if err == nil {
@@ -299,8 +315,9 @@ func (s *system) end(ctx context.Context) error {
 	return nil
 }
 
-// judge checks a record and writes the report. A mutation must have been found out.
-func judge(dir string, m *mutation) error {
+// judge checks a record and writes the report. A mutation must have been found out, by the rule that it
+// breaks.
+func judge(dir string) error {
 	history, err := readHistory(dir)
 	if err != nil {
 		return err
@@ -319,19 +336,22 @@ func judge(dir string, m *mutation) error {
 		return err
 	}
 	fmt.Printf("%s\n", text)
-	switch found := len(verdict.Violations); {
-	case m != nil && found == 0:
-		return fmt.Errorf("mutation %s was not found out: it is not proven that %s", m.name, m.safeguard)
-	case m != nil:
+	found := len(verdict.Violations)
+	if i := slices.IndexFunc(mutations, func(m mutation) bool { return m.name == p.Mutation }); i >= 0 {
+		m := mutations[i]
+		if !slices.ContainsFunc(verdict.Violations, func(v Violation) bool { return v.Rule == m.rule }) {
+			return fmt.Errorf("mutation %s was not found out by the rule %q: it is not proven that %s", m.name, m.rule, m.safeguard)
+		}
 		fmt.Printf("mutation %s was found out: it matters that %s\n", m.name, m.safeguard)
 		return nil
-	case found > 0:
+	}
+	if found > 0 {
 		return fmt.Errorf("%d violations; seed %d, record in %s", found, p.Seed, dir)
 	}
 	return nil
 }
 
-// command runs a campaign with the same parameters, and another etcd if it was a given one.
+// command is what runs a campaign with these parameters.
 func (p Parameters) command() string {
 	args := []string{"go run ./internal/chaos", "-seed", fmt.Sprint(p.Seed)}
 	if p.Mutation != "" {
@@ -345,6 +365,9 @@ func (p Parameters) command() string {
 	args = append(args, "-members", fmt.Sprint(p.Members), "-candidates", fmt.Sprint(p.Candidates))
 	if p.Race {
 		args = append(args, "-race")
+	}
+	if p.Binary != "" {
+		args = append(args, "-etcd", p.Binary)
 	}
 	return strings.Join(args, " ")
 }

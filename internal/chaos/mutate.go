@@ -18,8 +18,10 @@ import (
 type mutation struct {
 	name, safeguard string
 	file, old, new  string
-	// The faults that the safeguard is for, and the TTL and the duration with which they show it.
+	// The faults that the safeguard is for, the rule that they break without it, and the TTL and the
+	// duration with which they show it.
 	faults   []string
+	rule     string
 	ttl      time.Duration
 	duration time.Duration
 }
@@ -30,35 +32,35 @@ var mutations = []mutation{
 		file:   "internal/lease/renew.go",
 		old:    "return orphans, s.extend(sent, ack.TTL)",
 		new:    "return orphans, s.extend(s.now(), ack.TTL)",
-		faults: []string{"link-slow-dark"}, ttl: 8 * time.Second, duration: 100 * time.Second,
+		faults: []string{"link-slow-dark"}, rule: ruleMargin, ttl: 8 * time.Second, duration: 100 * time.Second,
 	},
 	{
 		name: "same-term", safeguard: "a renewal counts only if a read in the same raft term follows",
 		file:   "internal/lease/renew.go",
 		old:    "case err == nil && term != ack.RaftTerm:",
 		new:    "case err == nil && term == 0:",
-		faults: []string{"depose-raft-leader"}, ttl: 15 * time.Second, duration: 2 * time.Minute,
+		faults: []string{"depose-raft-leader"}, rule: ruleLease, ttl: 15 * time.Second, duration: 2 * time.Minute,
 	},
 	{
 		name: "margin", safeguard: "a term ends a margin before the lease can",
 		file:   "internal/lease/lease.go",
 		old:    "return s.ttl - s.margin - age",
 		new:    "return s.ttl - age",
-		faults: []string{"link-dark"}, ttl: 3 * time.Second, duration: time.Minute,
+		faults: []string{"link-dark"}, rule: ruleMargin, ttl: 3 * time.Second, duration: time.Minute,
 	},
 	{
 		name: "own-key", safeguard: "a leader watches its own key",
 		file:   "leader.go",
 		old:    "l.queue.WaitDeleted(ctx, loop, l.key, l.token, 0); err == nil {",
 		new:    "loop.Do(ctx, func(context.Context) error { <-ctx.Done(); return ctx.Err() }); err == nil {",
-		faults: []string{"operator-deletes-key", "operator-revokes-lease"}, ttl: 8 * time.Second, duration: 90 * time.Second,
+		faults: []string{"operator-deletes-key", "operator-revokes-lease"}, rule: ruleExclusion, ttl: 8 * time.Second, duration: 90 * time.Second,
 	},
 	{
 		name: "guard", safeguard: "a guarded transaction fails once the term is over",
 		file:   "leader.go",
 		old:    `return clientv3.Compare(clientv3.CreateRevision(l.key), "=", l.token)`,
 		new:    `return clientv3.Compare(clientv3.CreateRevision(l.key), ">", -1)`,
-		faults: []string{"stop-candidate-long"}, ttl: 3 * time.Second, duration: time.Minute,
+		faults: []string{"stop-candidate-long"}, rule: ruleGuard, ttl: 3 * time.Second, duration: time.Minute,
 	},
 }
 
@@ -90,7 +92,10 @@ func build(ctx context.Context, dir string, race bool, m *mutation) (string, err
 	}
 	cmd := exec.CommandContext(ctx, "go", append(args, "example.com/leader/internal/chaos")...)
 	cmd.Stderr = os.Stderr
-	return binary, cmd.Run()
+	if err := cmd.Run(); err != nil {
+		return "", fmt.Errorf("build the workers: %w", err)
+	}
+	return binary, nil
 }
 
 // overlay writes the changed file, and the file that tells the compiler of it.

@@ -41,15 +41,17 @@ func (p *process) start() error {
 		return err
 	}
 	defer output.Close()
-	p.cmd = p.command()
-	p.cmd.Stderr = output
-	if p.cmd.Stdout == nil {
-		p.cmd.Stdout = output
+	cmd := p.command()
+	cmd.Stderr = output
+	if cmd.Stdout == nil {
+		cmd.Stdout = output
 	}
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := p.cmd.Start(); err != nil {
+	// A group of its own, so that Ctrl-C is for the campaign alone.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start %s: %w", p.name, err)
 	}
+	p.cmd = cmd
 	p.recorder.add(Entry{Kind: Start, Proc: p.name, Op: p.sort})
 	p.asked, p.killed, p.exited = false, false, make(chan struct{})
 	go p.wait(p.cmd, p.exited)
@@ -90,9 +92,16 @@ func (p *process) disown() {
 	p.killed = true
 }
 
-// kill ends the process at once.
+// kill ends the process at once, if it was ever started.
 func (p *process) kill() {
+	if p == nil {
+		return
+	}
 	p.mu.Lock()
+	if p.cmd == nil {
+		p.mu.Unlock()
+		return
+	}
 	p.killed = true
 	_ = p.cmd.Process.Kill() // an error says that it has ended, which is recorded
 	exited := p.exited

@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -35,8 +36,8 @@ const (
 	patience = time.Minute
 )
 
-// A member of the etcd cluster. Its clients and the other members reach it through links alone; only
-// the campaign itself talks to it directly.
+// A member of the etcd cluster. The other members and the workers reach it through links alone; the
+// campaign itself and etcdctl talk to it directly.
 type member struct {
 	*process
 	id           uint64
@@ -64,7 +65,7 @@ type system struct {
 }
 
 // startSystem starts everything and waits until it is ready.
-func startSystem(ctx context.Context, dir string, p Parameters, etcd, binary string, auth bool) (s *system, err error) {
+func startSystem(ctx context.Context, dir string, p Parameters, binary string, auth bool) (s *system, err error) {
 	s = &system{dir: dir, p: p, binary: binary, auth: auth, links: make(map[*process][]*etcdtest.Link)}
 	defer func() {
 		if err != nil {
@@ -78,7 +79,7 @@ func startSystem(ctx context.Context, dir string, p Parameters, etcd, binary str
 		return s, err
 	}
 	s.closers = append(s.closers, func() { os.RemoveAll(s.tmp) })
-	if err := s.startMembers(ctx, etcd); err != nil {
+	if err := s.startMembers(ctx); err != nil {
 		return s, err
 	}
 	return s, s.startWorkers() //nolint:contextcheck // what it starts ends with close
@@ -90,13 +91,8 @@ func (s *system) close() {
 	for _, m := range s.members {
 		all = append(all, m.process)
 	}
-	for _, p := range append(append(all, s.workers...), s.watchers...) {
-		if p.exited != nil {
-			p.kill()
-		}
-	}
-	if s.resource != nil {
-		s.resource.kill()
+	for _, p := range slices.Concat(all, s.workers, s.watchers, []*process{s.resource}) {
+		p.kill()
 	}
 	for _, close := range s.closers {
 		defer close()
@@ -108,17 +104,14 @@ func (s *system) newProcess(sort, name string, command func() *exec.Cmd) *proces
 }
 
 // startMembers runs the cluster.
-func (s *system) startMembers(ctx context.Context, etcd string) error {
+func (s *system) startMembers(ctx context.Context) error {
 	var cluster []string
+	addresses, err := etcdtest.FreeAddresses(2 * s.p.Members)
+	if err != nil {
+		return err
+	}
 	for i := range s.p.Members {
-		m := &member{peers: make([]*etcdtest.Link, s.p.Members)}
-		var err error
-		if m.client, err = freeAddress(); err != nil {
-			return err
-		}
-		if m.peer, err = freeAddress(); err != nil {
-			return err
-		}
+		m := &member{client: addresses[2*i], peer: addresses[2*i+1], peers: make([]*etcdtest.Link, s.p.Members)}
 		s.members = append(s.members, m)
 		cluster = append(cluster, fmt.Sprintf("m%d=%s", i, peerURL(i)))
 	}
@@ -156,8 +149,8 @@ func (s *system) startMembers(ctx context.Context, etcd string) error {
 		}
 		m.process = s.newProcess(sortMember, name, func() *exec.Cmd {
 			cmd := exec.Command(s.self(), "member", file)
-			if etcd != "" {
-				cmd = exec.Command(etcd, "--config-file", file)
+			if s.p.Binary != "" {
+				cmd = exec.Command(s.p.Binary, "--config-file", file)
 			}
 			cmd.Env = append(os.Environ(), "HTTP_PROXY=http://"+proxy, "http_proxy=http://"+proxy, "NO_PROXY=", "no_proxy=")
 			return cmd
@@ -170,15 +163,17 @@ func (s *system) startMembers(ctx context.Context, etcd string) error {
 		return err
 	}
 	for _, m := range s.members {
-		if err := s.awaitMember(ctx, m); err != nil {
+		status, err := s.awaitMember(ctx, m)
+		if err != nil {
 			return err
 		}
+		m.id, s.p.Etcd = status.Header.MemberId, status.Version
 	}
 	if err := s.addUsers(ctx); err != nil {
 		return err
 	}
-	s.audit = startAudit(s) //nolint:contextcheck // it lasts until it is stopped
-	return nil
+	s.audit, err = startAudit(s) //nolint:contextcheck // it lasts until it is stopped
+	return err
 }
 
 // self is the program that runs the campaign.
@@ -261,14 +256,6 @@ func serveMember(ctx context.Context, file string) error {
 	}
 }
 
-func freeAddress() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	return l.Addr().String(), l.Close()
-}
-
 // newRootClient returns a client that may do everything, past all links.
 func (s *system) newRootClient(members ...*member) (*clientv3.Client, error) {
 	var endpoints []string
@@ -314,22 +301,18 @@ func (s *system) insist(ctx context.Context, request func(context.Context) error
 }
 
 // awaitMember waits until a member answers and knows a raft leader.
-func (s *system) awaitMember(ctx context.Context, m *member) error {
-	err := s.insist(ctx, func(ctx context.Context) error {
-		status, err := s.root.Status(ctx, m.client)
-		if err != nil {
-			return err
+func (s *system) awaitMember(ctx context.Context, m *member) (status *clientv3.StatusResponse, err error) {
+	err = s.insist(ctx, func(ctx context.Context) (err error) {
+		status, err = s.root.Status(ctx, m.client)
+		if err == nil && status.Leader == 0 {
+			err = errors.New("no raft leader")
 		}
-		if status.Leader == 0 {
-			return errors.New("no raft leader")
-		}
-		m.id, s.p.Etcd = status.Header.MemberId, status.Version
-		return nil
+		return err
 	})
 	if err != nil {
-		return fmt.Errorf("member %s is not ready: %w", m.name, err)
+		return nil, fmt.Errorf("member %s is not ready: %w", m.name, err)
 	}
-	return nil
+	return status, nil
 }
 
 // raftLeader returns the leader of etcd; the last that says so, should two.

@@ -439,7 +439,7 @@ func (p *picture) term(t *heldTerm, lane, row float64) {
 	p.svg.WriteString(`<g class="term">` + tooltip(title))
 	p.still(paint, p.stretch(t.whole), row, rowHeight) // is to be seen between the pieces
 	var longest stretch
-	for _, s := range merge(held, pause) {
+	for _, s := range merge(held, pauseOf) {
 		at := p.stretch(s)
 		p.painted(paint.solid, at, row, rowHeight)
 		p.painted(paint.solid, at, lane, rowHeight)

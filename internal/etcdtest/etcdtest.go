@@ -125,7 +125,7 @@ func tryRun(dir, binary string, n int, settings []Settings) ([]*Member, error) {
 
 // newMembers chooses free ports for the members of a cluster, and writes their configuration to dir.
 func newMembers(dir, binary string, n int, settings []Settings) ([]*Member, error) {
-	addresses, err := freeAddresses(3 * n)
+	addresses, err := FreeAddresses(3 * n)
 	if err != nil {
 		return nil, err
 	}
@@ -178,7 +178,8 @@ func newMembers(dir, binary string, n int, settings []Settings) ([]*Member, erro
 	return members, nil
 }
 
-func freeAddresses(n int) ([]string, error) {
+// FreeAddresses returns n addresses on loopback that nobody listens on.
+func FreeAddresses(n int) ([]string, error) {
 	var addresses []string
 	for range n {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -320,8 +321,12 @@ func StartLink(to string) (*Link, error) {
 func (l *Link) Close() { l.close() }
 
 // Darken drops everything, both ways and without a sign, until Heal: what is on its way then
-// arrives late, as TCP would have it.
+// arrives late, as TCP would have it. A link that was paused before goes on for a moment, since the
+// proxy would forget what waits.
 func (l *Link) Darken() {
+	l.UnpauseAccept()
+	l.UnpauseTx()
+	l.UnpauseRx()
 	l.PauseAccept()
 	l.PauseTx()
 	l.PauseRx()

@@ -140,9 +140,12 @@ func Grant(ctx context.Context, client *clientv3.Client, cfg Config) (*Session, 
 	s.session, err = concurrency.NewSession(derived, concurrency.WithLease(s.id), concurrency.WithContext(s.ctx)) //nolint:contextcheck // the session is bound to its own
 	if err != nil {
 		s.cancel()
-		cctx, cancel := retry.Cleanup(ctx, client)
+		cctx, cancel := retry.Cleanup(ctx)
 		defer cancel()
-		_, rerr := client.Revoke(cctx, s.id)
+		rerr := retry.Persist(cctx, client, func(ctx context.Context) error {
+			_, err := client.Revoke(ctx, s.id)
+			return err
+		})
 		return nil, errors.Join(fmt.Errorf("keep lease %x alive: %w", s.id, err), rerr)
 	}
 

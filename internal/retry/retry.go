@@ -34,36 +34,45 @@ func Request(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(clientv3.WithRequireLeader(ctx), RequestTimeout)
 }
 
-// Cleanup returns a context for tidying up. It outlives ctx, whose end is often the reason to
-// tidy up, and is bounded by [CleanupTimeout] and by the life of the client, which would repeat
-// requests on its closed connection until then.
-func Cleanup(ctx context.Context, client *clientv3.Client) (context.Context, context.CancelFunc) {
-	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(context.WithoutCancel(ctx)), CleanupTimeout)
-	stop := context.AfterFunc(client.Ctx(), cancel)
-	return ctx, func() { stop(); cancel() }
+// Cleanup returns a context for tidying up, by [Persist]. It outlives ctx, whose end is often the reason
+// to tidy up, and is bounded by [CleanupTimeout].
+func Cleanup(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(clientv3.WithRequireLeader(context.WithoutCancel(ctx)), CleanupTimeout)
 }
 
-// Persist repeats a request that tidies up until etcd has answered it, or it cannot heal, or ctx ends,
-// which must have a deadline. An attempt gets a third of the time that is left: one endpoint that
-// does not answer must not take the time in which another would.
+// Persist repeats a request that tidies up until etcd has answered it, it cannot heal, the client is
+// closed, or ctx ends, which must have a deadline. The first attempt gets an eighth of the time until
+// then, and the next twice as long if there was no answer: an endpoint that does not answer must not
+// take the time in which another would, and one that is slow must be given the time.
 func Persist(ctx context.Context, client *clientv3.Client, request func(context.Context) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(client.Ctx(), cancel)()
+	deadline, _ := ctx.Deadline()
+	timeout := time.Until(deadline) / 8
 	backoff := Backoff{Min: 10 * time.Millisecond, Max: 200 * time.Millisecond}
+	var last error
 	for {
-		deadline, _ := ctx.Deadline()
-		rctx, cancel := context.WithTimeout(ctx, time.Until(deadline)/3)
+		rctx, cancel := context.WithTimeout(ctx, timeout)
 		err := request(rctx)
+		unanswered := rctx.Err() != nil
 		cancel()
 		if err == nil || Permanent(err) {
 			return err
+		}
+		if unanswered {
+			timeout *= 2
+		} else {
+			last = err
 		}
 		Reconnect(client)
 		if backoff.Wait(ctx) == nil {
 			continue
 		}
-		if errors.Is(err, ctx.Err()) {
-			return err
+		if last == nil {
+			return ctx.Err()
 		}
-		return fmt.Errorf("%w (last failure: %w)", ctx.Err(), err)
+		return fmt.Errorf("%w (last failure: %w)", ctx.Err(), last)
 	}
 }
 

@@ -274,8 +274,7 @@ func TestContextsOfRequests(t *testing.T) {
 		request, cancelRequest := Request(parent)
 		defer cancelRequest()
 		wantRequest(request, t, time.Second) // the caller's is shorter
-		client := client(t)
-		cleanup, cancelCleanup := Cleanup(parent, client)
+		cleanup, cancelCleanup := Cleanup(parent)
 		defer cancelCleanup()
 		wantRequest(cleanup, t, CleanupTimeout)
 		if request.Value(key{}) != "v" || cleanup.Value(key{}) != "v" {
@@ -284,11 +283,6 @@ func TestContextsOfRequests(t *testing.T) {
 		cancel()
 		if request.Err() == nil || cleanup.Err() != nil {
 			t.Errorf("after the end of the caller's context Request has %v and Cleanup %v", request.Err(), cleanup.Err())
-		}
-		_ = client.Close() // it has no connection, and says so
-		synctest.Wait()
-		if cleanup.Err() == nil {
-			t.Error("Cleanup goes on with a closed client")
 		}
 	})
 }
@@ -359,22 +353,56 @@ func TestPersistGivesUpOnWhatCannotHeal(t *testing.T) {
 	})
 }
 
-func TestPersistTellsTheLastFailureWhenItsContextEnds(t *testing.T) {
+func TestPersistGivesTimeToOneThatIsSlow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		ctx, cancel := context.WithCancel(t.Context())
-		ctx, stop := context.WithTimeout(ctx, time.Minute)
-		defer stop()
-		time.AfterFunc(time.Second, cancel)
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		err := Persist(ctx, client(t), func(ctx context.Context) error { return Sleep(ctx, 900*time.Millisecond) })
+		if err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestPersistTellsTheLastFailureWhenItEnds(t *testing.T) {
+	for name, end := range map[string]struct {
+		by   func(cancel context.CancelFunc, client *clientv3.Client)
+		want error
+	}{
+		"deadline":         {func(context.CancelFunc, *clientv3.Client) {}, context.DeadlineExceeded},
+		"context":          {func(cancel context.CancelFunc, _ *clientv3.Client) { cancel() }, context.Canceled},
+		"client is closed": {func(_ context.CancelFunc, client *clientv3.Client) { _ = client.Close() }, context.Canceled},
+	} {
+		bubble(t, name, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			client := client(t)
+			time.AfterFunc(3*time.Second, func() { end.by(cancel, client) })
+			tries := 0
+			err := Persist(ctx, client, func(ctx context.Context) error {
+				if tries++; tries < 4 {
+					return rpctypes.ErrNoLeader
+				}
+				return hang(ctx)
+			})
+			if !errors.Is(err, end.want) || !errors.Is(err, rpctypes.ErrNoLeader) {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+}
+
+func TestPersistPausesBetweenTries(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
 		tries := 0
 		err := Persist(ctx, client(t), func(context.Context) error {
 			tries++
 			return rpctypes.ErrNoLeader
 		})
-		if !errors.Is(err, context.Canceled) || !errors.Is(err, rpctypes.ErrNoLeader) {
-			t.Errorf("got %v", err)
-		}
-		if tries < 5 || tries > 30 {
-			t.Errorf("%d tries in a second", tries)
+		if err == nil || tries < 5 || tries > 30 {
+			t.Errorf("%d tries in a second, then %v", tries, err)
 		}
 	})
 }
