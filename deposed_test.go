@@ -94,3 +94,54 @@ func renewalsAcknowledgedByADeposedLeader(t *testing.T, members []*etcdtest.Memb
 		return refused
 	}
 }
+
+// etcd-io/etcd#15247: A leader of etcd that was paused for longer than the TTL revokes, as it goes on, what its
+// successor has renewed; its check whether it still leads is satisfied with a single tick of its
+// clock. The guarantee that another is let in only after the TTL is not to be had then, but the leader must
+// stop as soon as the watch event arrives, and what it has begun must not come after that.
+func TestLeaderStopsWhenADeposedEtcdLeaderRevokesItsLease(t *testing.T) {
+	t.Parallel()
+	const ttl = 6 * time.Second
+	members := etcdtest.StartProcesses(t, 3)
+	raftLeader := raftLeaderOf(t, members)
+	var others []string
+	for _, m := range members {
+		if m != raftLeader {
+			others = append(others, m.Endpoint)
+		}
+	}
+	client := etcdtest.NewClient(t, others...)
+	first := lead(t, newElector(t, client, leader.WithTTL(ttl)), "jobs", "first")
+	next := campaign(t.Context(), newElector(t, client, leader.WithTTL(ttl)), "jobs", "second")
+	awaitQueue(t, client, "jobs", queued(2))
+	if err := raftLeader.Pause(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(ttl + ttl/2) // the leases expire, by the count of the one that is paused
+	if !first.IsLeader() {
+		t.Fatalf("the term was lost while etcd had a quorum: %v", context.Cause(first.Context()))
+	}
+	if err := raftLeader.Resume(); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-first.Context().Done():
+	case <-time.After(ttl):
+		t.Logf("this etcd has not revoked a lease that it should not")
+		resign(t, first)
+		resign(t, awaitLeader(t, next))
+		return
+	}
+	if cause := context.Cause(first.Context()); !errors.Is(cause, leader.ErrEvicted) {
+		t.Errorf("the term has ended with %v", cause)
+	}
+	if guarded(t, client, first) {
+		t.Error("a guarded transaction succeeds after the end")
+	}
+	// The lease of the other one was revoked as well, so it has joined again.
+	second := awaitLeader(t, next)
+	if second.Token() <= first.Token() {
+		t.Errorf("token %d after %d", second.Token(), first.Token())
+	}
+	resign(t, second)
+}

@@ -331,12 +331,6 @@ func judge(dir string) error {
 	if err := writeFile(filepath.Join(dir, "timeline.svg"), func(f *os.File) error { return writeTimeline(f, history, 0, 0) }); err != nil {
 		return err
 	}
-	text, err := os.ReadFile(report)
-	if err != nil {
-		return err
-	}
-	fmt.Printf("%s\n", text)
-	found := len(verdict.Violations)
 	if i := slices.IndexFunc(mutations, func(m mutation) bool { return m.name == p.Mutation }); i >= 0 {
 		m := mutations[i]
 		if !slices.ContainsFunc(verdict.Violations, func(v Violation) bool { return v.Rule == m.rule }) {
@@ -345,7 +339,12 @@ func judge(dir string) error {
 		fmt.Printf("mutation %s was found out: it matters that %s\n", m.name, m.safeguard)
 		return nil
 	}
-	if found > 0 {
+	text, err := os.ReadFile(report)
+	if err != nil {
+		return err
+	}
+	fmt.Printf("%s\n", text)
+	if found := len(verdict.Violations); found > 0 {
 		return fmt.Errorf("%d violations; seed %d, record in %s", found, p.Seed, dir)
 	}
 	return nil

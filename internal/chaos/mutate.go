@@ -53,7 +53,7 @@ var mutations = []mutation{
 		file:   "leader.go",
 		old:    "l.queue.WaitDeleted(ctx, loop, l.key, l.token, 0); err == nil {",
 		new:    "loop.Do(ctx, func(context.Context) error { <-ctx.Done(); return ctx.Err() }); err == nil {",
-		faults: []string{"operator-deletes-key", "operator-revokes-lease"}, rule: ruleExclusion, ttl: 8 * time.Second, duration: 90 * time.Second,
+		faults: []string{"operator-deletes-key", "operator-revokes-lease"}, rule: ruleExclusion, ttl: 8 * time.Second, duration: time.Minute,
 	},
 	{
 		name: "guard", safeguard: "a guarded transaction fails once the term is over",
