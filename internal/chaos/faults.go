@@ -613,11 +613,11 @@ func (s *schedule) clean(ctx context.Context) bool {
 				return err
 			}
 		}
-		_, err = s.root.AuthDisable(ctx)
-		if errors.Is(err, rpctypes.ErrAuthNotEnabled) {
-			return nil
+		// An old etcd cannot tell, and disables what is not enabled without a word, as all do.
+		if auth, err := s.root.AuthStatus(ctx); err == nil && auth.Enabled {
+			clean = false
 		}
-		clean = false
+		_, err = s.root.AuthDisable(ctx)
 		return err
 	})
 	return clean && err == nil
