@@ -69,8 +69,8 @@ func sorts() []sort {
 		{"link-flapping", onWorker, flapLinks},
 		{"endpoint-dark", onWorker, darkEndpoint},
 		{"kill-member", onMember, killMember},
-		{"stop-member", onMember, stopMember(anyMember)},
-		{"stop-raft-leader", onMember, stopMember(raftLeader)},
+		{"stop-member", onMember, stopMember},
+		{"stop-raft-leader", onMember, stopRaftLeader},
 		{"depose-raft-leader", onMember, deposeRaftLeader},
 		{"partition-member", onMember, partitionMember},
 		{"quorum-lost-short", onMember, loseQuorum(0.3, 0.6)},
@@ -201,21 +201,19 @@ func darkEndpoint(ctx context.Context, f *fault) error {
 	return nil
 }
 
-// anyMember and raftLeader choose whom a fault strikes.
-func anyMember(_ context.Context, f *fault) (*member, error) {
-	return f.members[f.rand.IntN(len(f.members))], nil
+// anyMember chooses a member.
+func (f *fault) anyMember() *member { return f.members[f.rand.IntN(len(f.members))] }
+
+// someMember chooses a member, the leader of etcd every other time if there is one.
+func (f *fault) someMember(ctx context.Context) *member {
+	if l, err := f.raftLeader(ctx); f.rand.IntN(2) == 0 && err == nil {
+		return l
+	}
+	return f.anyMember()
 }
 
-func raftLeader(ctx context.Context, f *fault) (*member, error) { return f.raftLeader(ctx) }
-
 func killMember(ctx context.Context, f *fault) error {
-	m, err := anyMember(ctx, f)
-	if l, lerr := f.raftLeader(ctx); f.rand.IntN(2) == 0 && lerr == nil {
-		m = l
-	}
-	if err != nil {
-		return err
-	}
+	m := f.someMember(ctx)
 	f.victim = m.name
 	m.kill()
 	f.hold(ctx, 0.2, 1)
@@ -231,19 +229,23 @@ func (f *fault) restart(ctx context.Context, m *member) error {
 	return err
 }
 
-func stopMember(choose func(context.Context, *fault) (*member, error)) func(context.Context, *fault) error {
-	return func(ctx context.Context, f *fault) error {
-		m, err := choose(ctx, f)
-		if err != nil {
-			return err
-		}
-		f.victim = m.name
-		if err := m.signal(syscall.SIGSTOP); err != nil {
-			return err
-		}
-		f.hold(ctx, 0.4, 1.5)
-		return m.signal(syscall.SIGCONT)
+func stopMember(ctx context.Context, f *fault) error { return f.pause(ctx, f.anyMember()) }
+
+func stopRaftLeader(ctx context.Context, f *fault) error {
+	m, err := f.raftLeader(ctx)
+	if err != nil {
+		return err
 	}
+	return f.pause(ctx, m)
+}
+
+func (f *fault) pause(ctx context.Context, m *member) error {
+	f.victim = m.name
+	if err := m.signal(syscall.SIGSTOP); err != nil {
+		return err
+	}
+	f.hold(ctx, 0.4, 1.5)
+	return m.signal(syscall.SIGCONT)
 }
 
 // deposeRaftLeader pauses etcd's leader for longer than an election, and lets it go on in a partition: for
@@ -324,13 +326,7 @@ func (s *system) partition(m *member, out, in bool) (heal func()) {
 }
 
 func partitionMember(ctx context.Context, f *fault) error {
-	m, err := anyMember(ctx, f)
-	if l, lerr := f.raftLeader(ctx); f.rand.IntN(2) == 0 && lerr == nil {
-		m = l
-	}
-	if err != nil {
-		return err
-	}
+	m := f.someMember(ctx)
 	way := f.rand.IntN(3)
 	f.victim = m.name + []string{"", " sends nothing", " gets nothing"}[way]
 	defer f.partition(m, way != 2, way != 1)()
@@ -445,10 +441,7 @@ func compactAndDefragment(ctx context.Context, f *fault) error {
 	if err != nil {
 		return err
 	}
-	m, err := anyMember(ctx, f)
-	if err != nil {
-		return err
-	}
+	m := f.anyMember()
 	f.victim = m.name
 	return f.ask(ctx, func(ctx context.Context) error {
 		_, err := f.root.Defragment(ctx, m.client)
@@ -458,10 +451,7 @@ func compactAndDefragment(ctx context.Context, f *fault) error {
 
 // noSpace raises the alarm that a member raises when its database is full.
 func noSpace(ctx context.Context, f *fault) error {
-	m, err := anyMember(ctx, f)
-	if err != nil {
-		return err
-	}
+	m := f.anyMember()
 	f.victim = m.name
 	alarm := func(action etcdserverpb.AlarmRequest_AlarmAction) func(context.Context) error {
 		return func(ctx context.Context) error {
@@ -470,7 +460,7 @@ func noSpace(ctx context.Context, f *fault) error {
 			return err
 		}
 	}
-	err = f.ask(ctx, alarm(etcdserverpb.AlarmRequest_ACTIVATE))
+	err := f.ask(ctx, alarm(etcdserverpb.AlarmRequest_ACTIVATE))
 	f.hold(ctx, 0.2, 1.5)
 	return errors.Join(err, f.insist(context.WithoutCancel(ctx), alarm(etcdserverpb.AlarmRequest_DEACTIVATE)))
 }
