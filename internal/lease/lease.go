@@ -136,7 +136,7 @@ func Grant(ctx context.Context, client *clientv3.Client, cfg Config) (*Session, 
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(client.Ctx())) //nolint:contextcheck
 	// The derived client must not be closed: that would close the user's Watcher and Lease.
 	derived := clientv3.NewCtxClient(s.ctx, clientv3.WithZapLogger(client.GetLogger())) //nolint:contextcheck
-	derived.KV, derived.Watcher, derived.Lease = client.KV, client.Watcher, keeper{client.Lease, s}
+	derived.KV, derived.Watcher, derived.Lease = client.KV, client.Watcher, keeper{client.Lease, s.alive}
 	s.session, err = concurrency.NewSession(derived, concurrency.WithLease(s.id), concurrency.WithContext(s.ctx)) //nolint:contextcheck // the session is bound to its own
 	if err != nil {
 		s.cancel()
@@ -161,11 +161,11 @@ func Grant(ctx context.Context, client *clientv3.Client, cfg Config) (*Session, 
 // responses is a channel that ends when the session does.
 type keeper struct {
 	clientv3.Lease
-	s *Session
+	alive <-chan *clientv3.LeaseKeepAliveResponse
 }
 
 func (k keeper) KeepAlive(context.Context, clientv3.LeaseID) (<-chan *clientv3.LeaseKeepAliveResponse, error) {
-	return k.s.alive, nil
+	return k.alive, nil
 }
 
 // ID is the lease's.
