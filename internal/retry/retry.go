@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"sync"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -41,38 +42,48 @@ func Cleanup(ctx context.Context) (context.Context, context.CancelFunc) {
 }
 
 // Persist repeats a request that tidies up until etcd has answered it, it cannot heal, the client is
-// closed, or ctx ends, which must have a deadline. The first attempt gets an eighth of the time until
-// then, and the next twice as long if there was no answer: an endpoint that does not answer must not
-// take the time in which another would, and one that is slow must be given the time.
+// closed, or ctx ends, which must have a deadline. A request that has no answer yet goes on while
+// the next is sent: an endpoint that does not answer must not take the time in which another would,
+// and one that is slow must be given the time. So the request must do no harm if it is done twice,
+// and must end with its context.
 func Persist(ctx context.Context, client *clientv3.Client, request func(context.Context) error) error {
+	var attempts sync.WaitGroup
+	defer attempts.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(client.Ctx(), cancel)()
+
 	deadline, _ := ctx.Deadline()
-	timeout := time.Until(deadline) / 8
-	backoff := Backoff{Min: 10 * time.Millisecond, Max: 200 * time.Millisecond}
+	budget := time.Until(deadline)
+	backoff := Backoff{Min: budget / 16, Max: budget / 4}
+	answers := make(chan error)
 	var last error
 	for {
-		rctx, cancel := context.WithTimeout(ctx, timeout)
-		err := request(rctx)
-		unanswered := rctx.Err() != nil
-		cancel()
-		if err == nil || Permanent(err) {
-			return err
-		}
-		if unanswered {
-			timeout *= 2
-		} else {
-			last = err
+		attempts.Go(func() {
+			err := request(ctx)
+			select {
+			case answers <- err:
+			case <-ctx.Done():
+			}
+		})
+		pause := time.NewTimer(backoff.next())
+		for waiting := true; waiting; {
+			select {
+			case err := <-answers:
+				if err == nil || Permanent(err) {
+					return err
+				}
+				last = err
+			case <-pause.C:
+				waiting = false
+			case <-ctx.Done():
+				if last == nil || errors.Is(last, ctx.Err()) {
+					return ctx.Err()
+				}
+				return fmt.Errorf("%w (last failure: %w)", ctx.Err(), last)
+			}
 		}
 		Reconnect(client)
-		if backoff.Wait(ctx) == nil {
-			continue
-		}
-		if last == nil {
-			return ctx.Err()
-		}
-		return fmt.Errorf("%w (last failure: %w)", ctx.Err(), last)
 	}
 }
 
@@ -124,19 +135,21 @@ type Backoff struct {
 	Min, Max time.Duration
 
 	streak int
-	next   time.Duration
+	pause  time.Duration
 }
 
 // Wait blocks for the next pause or until ctx ends, and returns ctx's error then.
-func (b *Backoff) Wait(ctx context.Context) error {
+func (b *Backoff) Wait(ctx context.Context) error { return Sleep(ctx, b.next()) }
+
+func (b *Backoff) next() time.Duration {
 	b.streak++
-	d := max(b.next, b.Min)
-	b.next = min(2*d, b.Max)
-	return Sleep(ctx, d-rand.N(d/2+1))
+	d := max(b.pause, b.Min)
+	b.pause = min(2*d, b.Max)
+	return d - rand.N(d/2+1)
 }
 
 // Reset starts over, after a success.
-func (b *Backoff) Reset() { b.streak, b.next = 0, 0 }
+func (b *Backoff) Reset() { b.streak, b.pause = 0, 0 }
 
 // Streak is the number of pauses since the last success.
 func (b *Backoff) Streak() int { return b.streak }
