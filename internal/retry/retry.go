@@ -54,7 +54,7 @@ func Persist(ctx context.Context, client *clientv3.Client, request func(context.
 	defer context.AfterFunc(client.Ctx(), cancel)()
 
 	deadline, _ := ctx.Deadline()
-	budget := time.Until(deadline)
+	budget := max(time.Until(deadline), 16*time.Millisecond) // it may have passed
 	backoff := Backoff{Min: budget / 16, Max: budget / 4}
 	answers := make(chan error)
 	var last error

@@ -392,6 +392,19 @@ func TestPersistTellsTheLastFailureWhenItEnds(t *testing.T) {
 	}
 }
 
+func TestPersistReturnsAtOnceWhenItsTimeIsOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, late := range []time.Duration{0, time.Hour} {
+			ctx, cancel := context.WithDeadline(t.Context(), time.Now().Add(-late))
+			defer cancel()
+			began := time.Now()
+			if err := Persist(ctx, client(t), hang); !errors.Is(err, context.DeadlineExceeded) || time.Since(began) != 0 {
+				t.Errorf("got %v after %v", err, time.Since(began))
+			}
+		}
+	})
+}
+
 func TestPersistPausesBetweenTries(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
