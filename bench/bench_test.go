@@ -1,0 +1,81 @@
+package main
+
+import (
+	"context"
+	"math"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+)
+
+func TestMain(m *testing.M) {
+	be()
+	os.Exit(m.Run())
+}
+
+// once measures each row with as few trials as possible, for the test and the benchmark together. The
+// figures of so few mean nothing; that there are some shows that the row still works.
+var once = func() map[string]func() (*result, error) {
+	all := make(map[string]func() (*result, error))
+	for _, row := range rows {
+		all[row.name] = sync.OnceValues(func() (*result, error) {
+			return measure(context.Background(), row, single, func(string, ...any) {})
+		})
+	}
+	return all
+}()
+
+func TestRows(t *testing.T) {
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel() // most of them wait most of the time
+			check(t, row)
+		})
+	}
+}
+
+// BenchmarkRows reports how far each row is from its targets. Run the command for figures to rely on.
+func BenchmarkRows(b *testing.B) {
+	for _, row := range rows {
+		b.Run(row.name, func(b *testing.B) {
+			for _, t := range check(b, row).targets {
+				b.ReportMetric(t.value, strings.Join(strings.Fields(t.what), "_"))
+			}
+			b.ReportMetric(0, "ns/op") // of what was measured before: says nothing
+		})
+	}
+}
+
+func check(tb testing.TB, row row) *result {
+	tb.Helper()
+	res, err := once[row.name]()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	for _, table := range res.tables {
+		if len(table.lines) == 0 {
+			tb.Errorf("nothing under %q", table.caption)
+		}
+		for _, line := range table.lines {
+			if len(line) != len(table.header) {
+				tb.Errorf("%d cells under %d headers: %q", len(line), len(table.header), line)
+			}
+		}
+	}
+	for _, target := range res.targets {
+		if math.IsNaN(target.value) || math.IsInf(target.value, 0) || target.value < 0 {
+			tb.Errorf("%s is %v", target.what, target.value)
+		}
+	}
+	dir := tb.TempDir()
+	for _, f := range res.figures {
+		file, err := save(f, dir)
+		if err != nil {
+			tb.Error(err)
+		} else if !strings.HasSuffix(file, ".svg") {
+			tb.Errorf("a plot is called %q", file)
+		}
+	}
+	return res
+}

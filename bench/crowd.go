@@ -1,0 +1,181 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// crowdTTL keeps the renewals of ten thousand leases few; more is refused by this library.
+const crowdTTL = 5 * time.Minute
+
+// A crowd is one election with many candidates of a contestant. They share some clients.
+type crowd struct {
+	contestant
+	clients []*clientv3.Client
+	meter   *meter
+	joined  chan struct{}
+	won     chan election
+
+	size   int
+	leader *candidate
+
+	// By size.
+	joins             map[int]float64 // per second
+	handoffs          map[int]sample
+	requests, watches map[int][]int // per handoff
+}
+
+type election struct {
+	*candidate
+	at time.Time
+}
+
+func measureCandidates(ctx context.Context, r *run) (*result, error) {
+	endpoints, err := r.cluster(1)
+	if err != nil {
+		return nil, err
+	}
+	var crowds []*crowd
+	for _, c := range []contestant{ours, stock} {
+		m := newMeter()
+		clients, err := r.clients(ctx, 4, endpoints, m.options()...)
+		if err != nil {
+			return nil, err
+		}
+		crowd := &crowd{
+			contestant: c, clients: clients, meter: m, joined: make(chan struct{}, 1), won: make(chan election, 1),
+			joins: make(map[int]float64), handoffs: make(map[int]sample), requests: make(map[int][]int), watches: make(map[int][]int),
+		}
+		if err := crowd.follow(ctx); err != nil {
+			return nil, err
+		}
+		crowds = append(crowds, crowd)
+	}
+	sizes := []int{2, 10, 100, 1000, 10000}[:r.pick(5, 4, 2)]
+	for _, size := range sizes {
+		for _, c := range crowds {
+			if err := c.grow(ctx, size); err != nil {
+				return nil, fmt.Errorf("%s: %w", c.name, err)
+			}
+			c.meter.settle(ctx)
+			r.log("%d candidates of %s: %.0f joins/s", size, c.name, c.joins[size])
+		}
+		for range r.pick(60, 15, 2) {
+			sleep(ctx, 250*time.Millisecond) // as the successors of row 1 wait
+			for _, i := range rand.Perm(len(crowds)) {
+				if err := crowds[i].handoff(ctx); err != nil {
+					return nil, fmt.Errorf("%s: %w", crowds[i].name, err)
+				}
+			}
+		}
+	}
+
+	t := table{
+		caption: "Candidates in one election, each with a lease of its own: handoff in ms; what all of them send for it (watches: begins and ends of watches), but for renewals; joins while the election grows to this size",
+		header:  []string{"candidates", "contestant", "handoff, median (p10 – p90)", "trials", "requests", "watches", "joins per second"},
+	}
+	for _, size := range sizes {
+		for _, c := range crowds {
+			line := append([]string{fmt.Sprint(size), c.name}, c.handoffs[size].cells()...)
+			t.add(append(line, fmt.Sprint(medianInt(c.requests[size])), fmt.Sprint(medianInt(c.watches[size])), number(c.joins[size]))...)
+		}
+	}
+	res := &result{tables: []table{t}}
+	own, largest := crowds[0], sizes[len(sizes)-1]
+	res.atMost(1.2, own.handoffs[largest].over(own.handoffs[2]), "leader: handoff with %d candidates / with 2", largest)
+	fewest := medianInt(own.requests[sizes[1]]) // with two nobody is left to find a new predecessor
+	res.atMost(float64(fewest), float64(medianInt(own.requests[largest])), "leader: requests per handoff with %d, as with %d", largest, sizes[1])
+	handoff := lines{file: "candidates-handoff.svg", title: "Handoff by number of candidates", x: "candidates", y: "ms"}
+	requests := lines{file: "candidates-requests.svg", title: "Requests per handoff by number of candidates", x: "candidates", y: "requests"}
+	for _, c := range crowds {
+		handoff.add(c.name, sizes, func(n int) float64 { return float64(c.handoffs[n].median()) / 1e6 })
+		requests.add(c.name, sizes, func(n int) float64 { return float64(medianInt(c.requests[n])) })
+	}
+	res.figures = []figure{handoff, requests}
+	return res, nil
+}
+
+func medianInt(ns []int) int { return slices.Sorted(slices.Values(ns))[len(ns)/2] }
+
+func (c *crowd) election() string { return "crowd/" + c.name }
+
+// follow lets joined tell of every candidate whose key is there.
+func (c *crowd) follow(ctx context.Context) error {
+	events := c.clients[0].Watch(ctx, c.prefix(c.election()), clientv3.WithPrefix(), clientv3.WithFilterDelete(), clientv3.WithCreatedNotify())
+	if _, err := receive(ctx, "a watch", events); err != nil {
+		return err
+	}
+	go func() {
+		for resp := range events {
+			for range resp.Events {
+				c.joined <- struct{}{}
+			}
+		}
+	}()
+	return nil
+}
+
+// add lets one more candidate join, and returns when somebody has joined: with so many calls at a
+// time, no more than so many joins are under way.
+func (c *crowd) add(ctx context.Context) error {
+	cand, err := c.join(ctx, c.clients[rand.IntN(len(c.clients))], c.election(), crowdTTL)
+	if err != nil {
+		return err
+	}
+	go func() {
+		select {
+		case at := <-cand.won:
+			c.won <- election{cand, at}
+		case <-ctx.Done():
+		}
+	}()
+	_, err = receive(ctx, "a join", c.joined)
+	return err
+}
+
+// grow lets candidates join until there are so many.
+func (c *crowd) grow(ctx context.Context, size int) error {
+	began, more := time.Now(), size-c.size
+	if err := each(more, 32, func(int) error { return c.add(ctx) }); err != nil {
+		return err
+	}
+	c.size = size
+	c.joins[size] = float64(more) / time.Since(began).Seconds()
+	if c.leader != nil {
+		return nil
+	}
+	first, err := receive(ctx, "the first to be elected", c.won)
+	c.leader = first.candidate
+	return err
+}
+
+// handoff lets the leader resign, and somebody else join so that the size stays the same.
+func (c *crowd) handoff(ctx context.Context) error {
+	requests, watches := c.sent()
+	began := time.Now()
+	if err := c.leader.resign(); err != nil {
+		return err
+	}
+	next, err := receive(ctx, "the successor", c.won)
+	if err := errors.Join(err, c.leader.close()); err != nil {
+		return err
+	}
+	sleep(ctx, 50*time.Millisecond) // for what else follows
+	nowRequests, nowWatches := c.sent()
+	c.handoffs[c.size] = append(c.handoffs[c.size], next.at.Sub(began))
+	c.requests[c.size] = append(c.requests[c.size], nowRequests-requests)
+	c.watches[c.size] = append(c.watches[c.size], nowWatches-watches)
+	c.leader = next.candidate
+	return c.add(ctx)
+}
+
+// sent is how many requests and how many begins and ends of watches were sent, but for renewals.
+func (c *crowd) sent() (requests, watches int) {
+	return c.meter.count(keepAlive, renewalRead, watching), c.meter.count() - c.meter.count(watching)
+}

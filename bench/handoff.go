@@ -1,0 +1,416 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"example.com/leader"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/client/v3/concurrency"
+)
+
+// longTTL is for rows in which no lease expires. Stock sessions have it by default.
+const longTTL = time.Minute
+
+// A pair is a leader and the candidate that waits behind it, at a client each.
+type pair struct{ first, next *candidate }
+
+// pair makes a pair; it returns when the second one can be seen to wait.
+func (c contestant) pair(ctx context.Context, from, to *clientv3.Client, election string, ttl time.Duration) (p pair, err error) {
+	if p.first, err = c.lead(ctx, from, election, ttl); err != nil {
+		return p, err
+	}
+	if p.next, err = c.join(ctx, to, election, ttl); err != nil {
+		return p, fmt.Errorf("%s: %w", c.name, err)
+	}
+	return p, c.awaitQueued(ctx, to, election, 2)
+}
+
+// handoff is the time from before the first resigns until the next one's campaign has returned.
+func (p pair) handoff(ctx context.Context) (time.Duration, error) {
+	began := time.Now()
+	if err := p.first.resign(); err != nil {
+		return 0, err
+	}
+	won, err := receive(ctx, "the successor", p.next.won)
+	return won.Sub(began), err
+}
+
+func (p pair) close() error { return errors.Join(p.first.close(), p.next.close()) }
+
+// A setting is where a row's trials are made.
+type setting struct {
+	members, writers int
+}
+
+func (s setting) String() string {
+	load := "idle"
+	if s.writers > 0 {
+		load = fmt.Sprintf("%d writers", s.writers)
+	}
+	if s.members == 1 {
+		return "1 member, " + load
+	}
+	return fmt.Sprintf("%d members, %s", s.members, load)
+}
+
+// A stage is a setting's etcd with two clients at each member, of which one is for those who resign
+// and the other for successors.
+type stage struct{ from, to []*clientv3.Client }
+
+// clients returns those of a trial. All contestants get the same, since it matters which member serves
+// a request or a watch; the trials go through all pairs of members.
+func (s stage) clients(trial int) (from, to *clientv3.Client) {
+	n := len(s.from)
+	return s.from[trial%n], s.to[trial/n%n]
+}
+
+// start runs the setting's etcd and its writers.
+func (s setting) start(ctx context.Context, r *run) (*stage, error) {
+	endpoints, err := r.cluster(s.members)
+	if err != nil {
+		return nil, err
+	}
+	st := &stage{}
+	for _, endpoint := range endpoints {
+		clients, err := r.clients(ctx, 2, []string{endpoint})
+		if err != nil {
+			return nil, err
+		}
+		st.from, st.to = append(st.from, clients[0]), append(st.to, clients[1])
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var writers sync.WaitGroup
+	r.onStop(func() { cancel(); writers.Wait() })
+	for i := range s.writers {
+		client, err := r.client(ctx, endpoints)
+		if err != nil {
+			return nil, err
+		}
+		writers.Go(func() {
+			for ctx.Err() == nil {
+				_, _ = client.Put(ctx, fmt.Sprint("written/", i), "")
+			}
+		})
+	}
+	return st, nil
+}
+
+func measureHandoff(ctx context.Context, r *run) (*result, error) {
+	res := &result{}
+	t := table{
+		caption: "From before the leader resigns until the successor's campaign has returned, in ms; the successor has waited for 250 ms, client-go's for a random time",
+		header:  []string{"etcd", "contestant", "median (p10 – p90)", "trials", "× limit", "× stock"},
+	}
+	for _, s := range []setting{{members: 1}, {members: 3}} {
+		took, err := handoffs(ctx, r, s)
+		if err != nil {
+			return nil, err
+		}
+		addHandoffs(&t, s, took, ours, stock, holster, clientGo, limit)
+		res.atMost(1.10, took[ours.name].over(took[limit.name]), "%v: leader / limit", s)
+		res.atMost(0.85, took[ours.name].over(took[stock.name]), "%v: leader / stock", s)
+		res.figures = append(res.figures, ecdf{
+			file: fmt.Sprintf("handoff-%d.svg", s.members), title: fmt.Sprintf("Handoff by resignation, %v, successor has waited 250 ms", s),
+			samples: took, order: []string{ours.name, stock.name, holster.name, clientGo.name, limit.name},
+		})
+	}
+	res.tables = []table{t}
+	return res, nil
+}
+
+func addHandoffs(t *table, s setting, took map[string]sample, contestants ...contestant) {
+	for _, c := range contestants {
+		own := took[c.name]
+		line := append([]string{s.String(), c.name}, own.cells()...)
+		t.add(append(line, number(own.over(took[limit.name])), number(own.over(took[stock.name])))...)
+	}
+}
+
+// handoffs lets all contestants wait at the same time, and hand over one after the other.
+func handoffs(ctx context.Context, r *run, s setting) (map[string]sample, error) {
+	defer r.stop()
+	stage, err := s.start(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	took := make(map[string]sample)
+	contestants := []contestant{ours, stock, holster, limit}
+	trials := r.pick(150, 15, 1)
+	for trial := range trials {
+		from, to := stage.clients(trial)
+		if trial%max(trials/3, 1) == 0 {
+			r.log("%v: trial %d of %d", s, trial+1, trials)
+			polled, err := polledHandoffs(ctx, from, to, fmt.Sprintf("polled%04d", trial), r.pick(20, 5, 1))
+			if err != nil {
+				return nil, err
+			}
+			took[clientGo.name] = append(took[clientGo.name], polled...)
+		}
+		pairs := make([]pair, len(contestants))
+		for i, c := range contestants {
+			if pairs[i], err = c.pair(ctx, from, to, fmt.Sprintf("%s%04d", c.name, trial), longTTL); err != nil {
+				return nil, err
+			}
+		}
+		sleep(ctx, 250*time.Millisecond)
+		for _, i := range rand.Perm(len(contestants)) {
+			d, err := pairs[i].handoff(ctx)
+			if err := errors.Join(err, pairs[i].close()); err != nil {
+				return nil, fmt.Errorf("%s: %w", contestants[i].name, err)
+			}
+			took[contestants[i].name] = append(took[contestants[i].name], d)
+		}
+	}
+	return took, nil
+}
+
+// polledHandoffs makes handoffs by client-go, whose candidates ask every 2 to 4.4 s and send next to
+// nothing meanwhile, so that many can wait at once. Each waits for a random time, since it would
+// otherwise be measured at the same point of its period.
+func polledHandoffs(ctx context.Context, from, to *clientv3.Client, election string, n int) (sample, error) {
+	took := make(sample, n)
+	err := each(n, n, func(i int) error {
+		p, err := clientGo.pair(ctx, from, to, fmt.Sprint(election, "-", i), clientGoTTL)
+		if err != nil {
+			return err
+		}
+		sleep(ctx, 250*time.Millisecond+rand.N(4*time.Second))
+		took[i], err = p.handoff(ctx)
+		return errors.Join(err, p.close())
+	})
+	return took, err
+}
+
+func measureFreshSuccessor(ctx context.Context, r *run) (*result, error) {
+	res := &result{}
+	t := table{
+		caption: "The same, in ms; the successor has joined 15 ms before",
+		header:  []string{"etcd", "contestant", "median (p10 – p90)", "trials", "× limit", "× stock"},
+	}
+	for _, s := range []setting{{members: 1}, {members: 3}, {members: 1, writers: 4}, {members: 3, writers: 4}} {
+		took, err := freshHandoffs(ctx, r, s)
+		if err != nil {
+			return nil, err
+		}
+		addHandoffs(&t, s, took, ours, stock, limit)
+		if s != (setting{members: 3}) {
+			res.atMost(0.05, took[ours.name].over(took[stock.name]), "%v: leader / stock", s)
+		}
+		res.figures = append(res.figures, ecdf{
+			file:    fmt.Sprintf("fresh-%d-%d.svg", s.members, s.writers),
+			title:   fmt.Sprintf("Handoff by resignation, %v, successor has joined 15 ms before", s),
+			samples: took, order: []string{ours.name, stock.name, limit.name},
+		})
+	}
+	res.tables = []table{t}
+	return res, nil
+}
+
+func freshHandoffs(ctx context.Context, r *run, s setting) (map[string]sample, error) {
+	defer r.stop()
+	stage, err := s.start(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	took := make(map[string]sample)
+	contestants := []contestant{ours, stock, limit}
+	trials := r.pick(200, 15, 1)
+	for trial := range trials {
+		from, to := stage.clients(trial)
+		if trial%100 == 0 {
+			r.log("%v: trial %d of %d", s, trial+1, trials)
+		}
+		for _, i := range rand.Perm(len(contestants)) {
+			c := contestants[i]
+			p, err := c.pair(ctx, from, to, fmt.Sprintf("%s%04d", c.name, trial), longTTL)
+			if err != nil {
+				return nil, err
+			}
+			sleep(ctx, 15*time.Millisecond)
+			d, err := p.handoff(ctx)
+			if err := errors.Join(err, p.close()); err != nil {
+				return nil, fmt.Errorf("%s: %w", c.name, err)
+			}
+			took[c.name] = append(took[c.name], d)
+		}
+	}
+	return took, nil
+}
+
+func measurePingPong(ctx context.Context, r *run) (*result, error) {
+	stage, err := setting{members: 1}.start(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	slice := time.Duration(r.pick(1000, 500, 200)) * time.Millisecond
+	players := []struct {
+		name string
+		play func(ctx context.Context, client *clientv3.Client, election string) (terms int, err error)
+		rate sample // per second, written as if they were milliseconds
+	}{{name: "leader", play: playOurs}, {name: "stock", play: playStock}, {name: "leader, which leads another election too", play: playAnchored}}
+	for round := range r.pick(20, 4, 1) {
+		for i := range players {
+			p := &players[i]
+			var terms [2]int
+			began := time.Now()
+			err := each(2, 2, func(k int) (err error) {
+				sctx, cancel := context.WithDeadline(ctx, began.Add(slice))
+				defer cancel()
+				terms[k], err = p.play(sctx, []*clientv3.Client{stage.from[0], stage.to[0]}[k], fmt.Sprintf("players%d/%d", i, round))
+				return err
+			})
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", p.name, err)
+			}
+			p.rate = append(p.rate, time.Duration(float64(terms[0]+terms[1])/slice.Seconds()*1e6))
+		}
+	}
+	t := table{
+		caption: "Terms per second of two candidates that resign as soon as they are elected and campaign again; 1 member",
+		header:  []string{"contestant", "median (p10 – p90)", "rounds", "× stock"},
+	}
+	for _, p := range players {
+		t.add(append(append([]string{p.name}, p.rate.cells()...), number(p.rate.over(players[1].rate)))...)
+	}
+	res := &result{tables: []table{t}}
+	res.atLeast(20, players[0].rate.over(players[1].rate), "leader / stock")
+	return res, nil
+}
+
+func playOurs(ctx context.Context, client *clientv3.Client, election string) (terms int, err error) {
+	e, err := leader.New(client, leader.WithTTL(longTTL))
+	if err != nil {
+		return 0, err
+	}
+	defer e.Close(context.WithoutCancel(ctx))
+	return takeTerms(ctx, e, election)
+}
+
+// playAnchored is playOurs with a lease that outlives the terms, as stock's does.
+func playAnchored(ctx context.Context, client *clientv3.Client, election string) (terms int, err error) {
+	e, err := leader.New(client, leader.WithTTL(longTTL))
+	if err != nil {
+		return 0, err
+	}
+	defer e.Close(context.WithoutCancel(ctx))
+	if _, err := e.Campaign(ctx, fmt.Sprint("anchor/", rand.Int64()), ""); err != nil {
+		return 0, err
+	}
+	return takeTerms(ctx, e, election)
+}
+
+func takeTerms(ctx context.Context, e *leader.Elector, election string) (terms int, err error) {
+	for {
+		l, err := e.Campaign(ctx, election, "")
+		if err != nil {
+			return terms, unless(ctx, err)
+		}
+		terms++
+		if err := l.Resign(ctx); err != nil {
+			return terms, unless(ctx, err)
+		}
+	}
+}
+
+func playStock(ctx context.Context, client *clientv3.Client, election string) (terms int, err error) {
+	s, err := concurrency.NewSession(client, concurrency.WithTTL(seconds(longTTL)))
+	if err != nil {
+		return 0, err
+	}
+	defer s.Close()
+	e := concurrency.NewElection(s, election)
+	for {
+		if err := e.Campaign(ctx, ""); err != nil {
+			return terms, unless(ctx, err)
+		}
+		terms++
+		if err := e.Resign(ctx); err != nil {
+			return terms, unless(ctx, err)
+		}
+	}
+}
+
+// unless returns err, but nil if ctx has ended, which explains it.
+func unless(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+func measureStart(ctx context.Context, r *run) (*result, error) {
+	res := &result{}
+	t := table{
+		caption: "From the call until elected, where nobody else is, at a client that has just connected, in ms; the limit is a lease's grant and one put",
+		header:  []string{"etcd", "contestant", "median (p10 – p90)", "trials", "× limit", "× stock"},
+	}
+	contestants := []contestant{ours, stock, holster, clientGo, {limit.name, joinGranted, nil}}
+	for _, s := range []setting{{members: 1}, {members: 3}} {
+		took, err := starts(ctx, r, s, contestants)
+		if err != nil {
+			return nil, err
+		}
+		addHandoffs(&t, s, took, contestants...)
+		res.atMost(0.85, took[ours.name].over(took[stock.name]), "%v: leader / stock", s)
+	}
+	res.tables = []table{t}
+	return res, nil
+}
+
+func starts(ctx context.Context, r *run, s setting, contestants []contestant) (map[string]sample, error) {
+	endpoints, err := r.cluster(s.members)
+	if err != nil {
+		return nil, err
+	}
+	defer r.stop()
+	took := make(map[string]sample)
+	trials := r.pick(200, 20, 1)
+	for trial := range trials {
+		if trial%100 == 0 {
+			r.log("%v: trial %d of %d", s, trial+1, trials)
+		}
+		for _, i := range rand.Perm(len(contestants)) {
+			c := contestants[i]
+			client, err := newClient(ctx, endpoints)
+			if err != nil {
+				return nil, err
+			}
+			began := time.Now()
+			cand, err := c.join(ctx, client, fmt.Sprintf("%s%04d", c.name, trial), longTTL)
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", c.name, err)
+			}
+			won, err := receive(ctx, c.name+" to be elected", cand.won)
+			if err := errors.Join(err, cand.close(), client.Close()); err != nil {
+				return nil, err
+			}
+			took[c.name] = append(took[c.name], won.Sub(began))
+		}
+	}
+	return took, nil
+}
+
+// joinGranted is what an election on a lease cannot do without: the grant and a put.
+func joinGranted(ctx context.Context, client *clientv3.Client, election string, ttl time.Duration) (*candidate, error) {
+	lease, err := client.Grant(ctx, int64(seconds(ttl)))
+	if err != nil {
+		return nil, err
+	}
+	key := "granted/" + election
+	_, err = client.Txn(ctx).
+		If(clientv3.Compare(clientv3.CreateRevision(key), "=", 0)).
+		Then(clientv3.OpPut(key, "", clientv3.WithLease(lease.ID))).
+		Commit()
+	if err != nil {
+		return nil, err
+	}
+	c := &candidate{won: make(chan time.Time, 1)}
+	c.won <- time.Now()
+	c.close = func() error { _, err := client.Revoke(ctx, lease.ID); return err }
+	return c, nil
+}

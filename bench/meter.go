@@ -1,0 +1,125 @@
+package main
+
+import (
+	"context"
+	"net"
+	"path"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/stats"
+)
+
+// A meter counts what clients send, by kind of request, and the bytes on their connections.
+type meter struct {
+	mu   sync.Mutex
+	sent map[string]int
+
+	bytes atomic.Int64
+}
+
+func newMeter() *meter { return &meter{sent: make(map[string]int)} }
+
+// options make a client count on the meter.
+func (m *meter) options() []grpc.DialOption {
+	return []grpc.DialOption{
+		grpc.WithStatsHandler(m),
+		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
+			conn, err := new(net.Dialer).DialContext(ctx, "tcp", address)
+			return meteredConn{conn, m}, err
+		}),
+	}
+}
+
+// What a request is counted as, besides the last part of its method's name.
+const (
+	keepAlive   = "LeaseKeepAlive"
+	renewalRead = "renewal's read" // the Txn without condition and of gets alone with which a renewal here ends
+	watching    = "Watch"          // the begin or end of a watch, not its events
+)
+
+func (m *meter) TagRPC(ctx context.Context, info *stats.RPCTagInfo) context.Context {
+	return context.WithValue(ctx, methodKey{}, path.Base(info.FullMethodName))
+}
+
+type methodKey struct{}
+
+func (m *meter) HandleRPC(ctx context.Context, s stats.RPCStats) {
+	out, ok := s.(*stats.OutPayload)
+	if !ok {
+		return
+	}
+	kind := ctx.Value(methodKey{}).(string)
+	if txn, ok := out.Payload.(*etcdserverpb.TxnRequest); ok && isRenewalRead(txn) {
+		kind = renewalRead
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.sent[kind]++
+}
+
+func isRenewalRead(txn *etcdserverpb.TxnRequest) bool {
+	for _, op := range txn.Success {
+		if get := op.GetRequestRange(); get == nil || len(get.RangeEnd) > 0 {
+			return false
+		}
+	}
+	return len(txn.Compare) == 0
+}
+
+func (m *meter) TagConn(ctx context.Context, _ *stats.ConnTagInfo) context.Context { return ctx }
+func (m *meter) HandleConn(context.Context, stats.ConnStats)                       {}
+
+// count is how many requests were sent so far, other than these.
+func (m *meter) count(except ...string) int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	total := 0
+	for _, n := range m.sent {
+		total += n
+	}
+	for _, kind := range except {
+		total -= m.sent[kind]
+	}
+	return total
+}
+
+// of is how many requests of the kind were sent so far.
+func (m *meter) of(kind string) int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.sent[kind]
+}
+
+// settle blocks until nothing but renewals has been sent for a second: a client opens one watch at a
+// time, so that many take a while.
+func (m *meter) settle(ctx context.Context) {
+	for last := -1; ctx.Err() == nil; {
+		now := m.count(keepAlive, renewalRead)
+		if now == last {
+			return
+		}
+		last = now
+		sleep(ctx, time.Second)
+	}
+}
+
+type meteredConn struct {
+	net.Conn
+	m *meter
+}
+
+func (c meteredConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	c.m.bytes.Add(int64(n))
+	return n, err
+}
+
+func (c meteredConn) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	c.m.bytes.Add(int64(n))
+	return n, err
+}

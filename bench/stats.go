@@ -1,0 +1,125 @@
+package main
+
+import (
+	"fmt"
+	"math"
+	"slices"
+	"strings"
+	"time"
+)
+
+// A sample is what was measured in the trials.
+type sample []time.Duration
+
+func (s sample) quantile(q float64) time.Duration {
+	if len(s) == 0 {
+		return 0
+	}
+	sorted := slices.Sorted(slices.Values(s))
+	return sorted[int(q*float64(len(s)-1)+0.5)]
+}
+
+func (s sample) median() time.Duration { return s.quantile(0.5) }
+
+// over is the ratio of the medians.
+func (s sample) over(other sample) float64 { return float64(s.median()) / float64(other.median()) }
+
+// cells are the median with the tenth and the ninetieth percentile, and the number of trials.
+func (s sample) cells() []string {
+	return []string{
+		fmt.Sprintf("%s (%s – %s)", milliseconds(s.median()), milliseconds(s.quantile(0.1)), milliseconds(s.quantile(0.9))),
+		fmt.Sprint(len(s)),
+	}
+}
+
+func milliseconds(d time.Duration) string { return number(float64(d) / 1e6) }
+
+// number formats to three digits, or to all that are before the point.
+func number(v float64) string {
+	switch size := math.Abs(v); {
+	case math.IsNaN(v) || math.IsInf(v, 0):
+		return "–"
+	case size >= 100 || v == math.Trunc(v):
+		return fmt.Sprintf("%.0f", v)
+	case size >= 10:
+		return fmt.Sprintf("%.1f", v)
+	case size >= 0.1:
+		return fmt.Sprintf("%.2f", v)
+	default:
+		return fmt.Sprintf("%.2g", v)
+	}
+}
+
+// A result is what a row has found.
+type result struct {
+	tables  []table
+	targets []target
+	figures []figure
+}
+
+type table struct {
+	caption string
+	header  []string
+	lines   [][]string
+}
+
+func (t *table) add(cells ...string) { t.lines = append(t.lines, cells) }
+
+// A target is what the library has to reach.
+type target struct {
+	what    string
+	value   float64
+	bound   float64
+	atLeast bool // else at most
+}
+
+func (t target) reached() bool {
+	if t.atLeast {
+		return t.value >= t.bound
+	}
+	return t.value <= t.bound
+}
+
+func (t target) String() string {
+	sign, verdict := "≤", "reached"
+	if t.atLeast {
+		sign = "≥"
+	}
+	if !t.reached() {
+		verdict = "**missed**"
+	}
+	return fmt.Sprintf("| %s | %s %s | %s | %s |", t.what, sign, number(t.bound), number(t.value), verdict)
+}
+
+func (r *result) atMost(bound, value float64, format string, args ...any) {
+	r.targets = append(r.targets, target{fmt.Sprintf(format, args...), value, bound, false})
+}
+
+func (r *result) atLeast(bound, value float64, format string, args ...any) {
+	r.targets = append(r.targets, target{fmt.Sprintf(format, args...), value, bound, true})
+}
+
+// String is the result in Markdown.
+func (r *result) String() string {
+	var b strings.Builder
+	for _, t := range r.tables {
+		fmt.Fprintf(&b, "\n%s\n\n| %s |\n|%s\n", t.caption, strings.Join(t.header, " | "), strings.Repeat("---|", len(t.header)))
+		for _, line := range t.lines {
+			fmt.Fprintf(&b, "| %s |\n", strings.Join(line, " | "))
+		}
+	}
+	b.WriteString(targets(r.targets))
+	return b.String()
+}
+
+func targets(ts []target) string {
+	if len(ts) == 0 {
+		return ""
+	}
+	var b strings.Builder
+	b.WriteString("\n| target | bound | value | |\n|---|---|---|---|\n")
+	for _, t := range ts {
+		fmt.Fprintln(&b, t)
+	}
+	return b.String()
+}
