@@ -125,7 +125,7 @@ func (e *Elector) campaign(ctx context.Context, name, value string, how how) (*L
 		waited := time.Since(started)
 		e.log(election).Info("elected", "token", l.token, "key", l.key, "waited", waited)
 		e.opts.hooks.Elected(election, l, waited)
-		close(l.announced)
+		l.beginning.Done()
 		return l, nil
 	}
 }
@@ -176,7 +176,7 @@ func (e *Elector) stand(ctx, bound context.Context, loop *retry.Loop, c *claim, 
 
 	l := &Leader{
 		e: e, run: how.run, claim: c, queue: q, session: session, key: q.Key(session.ID()),
-		announced: make(chan struct{}), done: make(chan struct{}), resigning: make(chan struct{}, 1),
+		done: make(chan struct{}), resigning: make(chan struct{}, 1),
 	}
 	l.giveBack = sync.OnceFunc(session.Return)
 	l.ctx, l.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
@@ -202,7 +202,11 @@ func (e *Elector) stand(ctx, bound context.Context, loop *retry.Loop, c *claim, 
 			err = q.Wait(standing, loop, place, session.TTL())
 		}
 	}
+	l.beginning.Add(1)
 	if err == nil && l.elect() {
+		if !place.First() { // else nobody was there to be behind
+			l.beginning.Go(l.touch)
+		}
 		return l, nil
 	}
 	lost := err == nil || standing.Err() != nil || errors.Is(err, rpctypes.ErrLeaseNotFound) || errors.Is(err, queue.ErrGone)

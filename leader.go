@@ -125,9 +125,9 @@ type Leader struct {
 
 	ctx       context.Context // the term's
 	cancel    context.CancelCauseFunc
-	announced chan struct{} // closed when Hooks.Elected has returned
-	done      chan struct{} // closed when watch has returned
-	resigning chan struct{} // holds a token while Resign talks to etcd
+	beginning sync.WaitGroup // Hooks.Elected and touch, in a term
+	done      chan struct{}  // closed when watch has returned
+	resigning chan struct{}  // holds a token while Resign talks to etcd
 
 	giveBack func() // gives the session back, once
 
@@ -290,7 +290,7 @@ func (l *Leader) watch() {
 	// The context must not end later than it says because a request does.
 	defer context.AfterFunc(l.session.Context(), func() { l.end(l.sessionCause()) })()
 	loop := l.e.loop(l.claim.election, "watch of the own key is being retried")
-	if err := l.queue.WaitDeleted(ctx, loop, l.key, l.token, 0); err == nil {
+	if err := l.queue.WaitDeleted(ctx, loop, l.key, l.token); err == nil {
 		l.evict()
 	} else if ctx.Err() == nil { // not allowed to watch: the renewals still read the key
 		l.e.log(l.claim.election).Warn("own key cannot be watched", "key", l.key, "error", err)
@@ -304,7 +304,7 @@ func (l *Leader) watch() {
 	if !elected {
 		return
 	}
-	<-l.announced
+	l.beginning.Wait()
 	<-l.claim.observed
 	cause := context.Cause(l.ctx)
 	log := l.e.log(l.claim.election).With("token", l.token)
@@ -326,6 +326,10 @@ func (l *Leader) watch() {
 		l.finish()
 	}
 }
+
+// touch tells the next candidate that this one leads. Where that fails, or comes too late, a request
+// more elects the next one.
+func (l *Leader) touch() { _ = l.queue.Touch(l.ctx, l.key, l.token) }
 
 // leave deletes the key of a term that was resigned.
 func (l *Leader) leave(ctx context.Context) error {

@@ -481,32 +481,82 @@ func TestFirstComeFirstServed(t *testing.T) {
 // A handoff may not cost more requests the more candidates there are.
 func TestHandoffCostsTheSameForAnyNumberOfCandidates(t *testing.T) {
 	m, client := start(t)
-	cost := func(name string, candidates int) int64 {
-		var calls rpcCounter
-		counted := etcdtest.NewClientFrom(t, calls.config(m.Endpoint))
-		// A TTL so long that no renewal falls into the count.
-		first := lead(t, newElector(t, counted, leader.WithTTL(time.Minute)), name, "")
-		var next []<-chan outcome
-		for i := range candidates {
-			next = append(next, campaign(t.Context(), newElector(t, counted, leader.WithTTL(time.Minute)), name, ""))
-			awaitQueue(t, client, name, queued(i+2))
+	for _, candidates := range []int{4, 20} {
+		t.Run(fmt.Sprint(candidates), func(t *testing.T) {
+			name := t.Name()
+			var calls rpcCounter
+			counted := etcdtest.NewClientFrom(t, calls.config(m.Endpoint))
+			// A TTL so long that no renewal falls into the count.
+			l := lead(t, newElector(t, counted, leader.WithTTL(time.Minute)), name, "")
+			var next []<-chan outcome
+			for i := range candidates {
+				next = append(next, campaign(t.Context(), newElector(t, counted, leader.WithTTL(time.Minute)), name, ""))
+				awaitQueue(t, client, name, queued(i+2))
+			}
+			// Each candidate reads the one before it and itself once, when its watches have been created.
+			sent := int64(1 + 2*candidates)
+			awaitCalls(t, calls.reads, sent)
+			sent = calls.all()
+			for _, next := range next[:3] {
+				resign(t, l)
+				l = awaitLeader(t, next)
+				sent += 4 // the deletion, the revocation, the touch by the new leader, and a look at it
+				awaitCalls(t, calls.all, sent)
+			}
+			if got := calls.all(); got != sent {
+				t.Errorf("3 handoffs took %d requests more than 12", got-sent)
+			}
+		})
+	}
+}
+
+// Whoever is next in line knows it, from joining or from the leader's touch, and is elected by the event alone.
+func TestNextInLineIsElectedWithoutARead(t *testing.T) {
+	m, client := start(t)
+	type candidate struct {
+		calls *rpcCounter
+		won   <-chan outcome
+	}
+	const name, n = "jobs", 5
+	var queue []candidate
+	for i := range n {
+		calls := new(rpcCounter)
+		e := newElector(t, etcdtest.NewClientFrom(t, calls.config(m.Endpoint)), leader.WithTTL(time.Minute))
+		queue = append(queue, candidate{calls, campaign(t.Context(), e, name, "")})
+		awaitQueue(t, client, name, queued(i+1))
+		awaitCalls(t, calls.reads, int64(min(2*i+1, 2))) // its watches have been created
+	}
+	l := awaitLeader(t, queue[0].won)
+	for i, c := range queue[1:] {
+		if i > 0 {
+			awaitCalls(t, c.calls.reads, 3) // it has looked
 		}
-		// Each candidate reads the one before it once, when its watch has been created.
-		for calls.of("/etcdserverpb.KV/Range") < int64(1+2*candidates) {
-			time.Sleep(time.Millisecond)
+		before := c.calls.reads()
+		resign(t, l)
+		l = awaitLeader(t, c.won)
+		if got := c.calls.reads() - before; got != 0 {
+			t.Errorf("candidate %d read %d times between the resignation and its election", i+1, got)
 		}
-		before := calls.all()
-		resign(t, first)
-		awaitLeader(t, next[0])
-		return calls.all() - before
 	}
-	few, many := cost("few", 1), cost("many", 20)
-	if few != many {
-		t.Errorf("a handoff took %d requests with one candidate waiting, %d with 20", few, many)
+}
+
+// What a leader does to its key for the next in line changes nothing for those who read the key.
+func TestTouchKeepsValueAndLease(t *testing.T) {
+	_, client := start(t)
+	first := lead(t, newElector(t, client), "jobs", "")
+	won := campaign(t.Context(), newElector(t, client), "jobs", "second")
+	awaitQueue(t, client, "jobs", queued(2))
+	resign(t, first)
+	l := awaitLeader(t, won)
+	for resp := range client.Watch(t.Context(), l.Key(), clientv3.WithRev(l.Token()+1)) {
+		for _, ev := range resp.Events {
+			if kv := ev.Kv; string(kv.Value) != "second" || l.Key() != fmt.Sprintf("jobs/%x", kv.Lease) || kv.CreateRevision != l.Token() {
+				t.Errorf("after the touch, the key is %v", kv)
+			}
+			return
+		}
 	}
-	if few != 2 {
-		t.Errorf("a handoff took %d requests, want the deletion and the revocation", few)
-	}
+	t.Error("the key was not touched")
 }
 
 // Many elections on one Elector are kept with one keepalive and one read per interval.
@@ -522,9 +572,7 @@ func TestRenewalCostsTheSameForAnyNumberOfElections(t *testing.T) {
 	for i := range n {
 		lead(t, e, fmt.Sprintf("jobs%d", i), "")
 	}
-	for calls.of("/etcdserverpb.KV/Range") < n { // the watches of the own keys
-		time.Sleep(time.Millisecond)
-	}
+	awaitCalls(t, calls.reads, n) // the watches of the own keys
 	await(t, "a renewal", renewals)
 	before := calls.all()
 	const rounds = 3
@@ -1053,13 +1101,13 @@ func (r *logRecorder) lines() []string {
 	return slices.Clone(r.got)
 }
 
-// An rpcCounter counts requests, and streams of keepalives, by method.
+// An rpcCounter counts requests that have been answered, and streams of keepalives, by method.
 type rpcCounter struct{ calls sync.Map }
 
 func (c *rpcCounter) config(endpoint string) clientv3.Config {
 	return clientv3.Config{Endpoints: []string{endpoint}, DialOptions: []grpc.DialOption{
 		grpc.WithChainUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-			c.count(method)
+			defer c.count(method)
 			return invoker(ctx, method, req, reply, cc, opts...)
 		}),
 		grpc.WithChainStreamInterceptor(func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
@@ -1074,11 +1122,21 @@ func (c *rpcCounter) count(method string) {
 	n.(*atomic.Int64).Add(1)
 }
 
-func (c *rpcCounter) of(method string) int64 {
-	if n, ok := c.calls.Load(method); ok {
+func (c *rpcCounter) reads() int64 {
+	if n, ok := c.calls.Load("/etcdserverpb.KV/Range"); ok {
 		return n.(*atomic.Int64).Load()
 	}
 	return 0
+}
+
+// awaitCalls blocks until count, a counter of calls, has reached n.
+func awaitCalls(t testing.TB, count func() int64, n int64) {
+	t.Helper()
+	for began := time.Now(); count() < n; time.Sleep(time.Millisecond) {
+		if time.Since(began) > patience {
+			t.Fatalf("%d calls after %v, want %d", count(), patience, n)
+		}
+	}
 }
 
 // all counts everything but the streams of watches.

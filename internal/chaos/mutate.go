@@ -51,7 +51,7 @@ var mutations = []mutation{
 	{
 		name: "own-key", safeguard: "a leader watches its own key",
 		file:   "leader.go",
-		old:    "l.queue.WaitDeleted(ctx, loop, l.key, l.token, 0); err == nil {",
+		old:    "l.queue.WaitDeleted(ctx, loop, l.key, l.token); err == nil {",
 		new:    "loop.Do(ctx, func(context.Context) error { <-ctx.Done(); return ctx.Err() }); err == nil {",
 		faults: []string{"operator-deletes-key", "operator-revokes-lease"}, rule: ruleExclusion, ttl: 8 * time.Second, duration: time.Minute,
 	},

@@ -50,8 +50,9 @@ type observer struct {
 // follow reads the queue once a watch has been created and follows the watch until it ends. It
 // returns how long that was.
 func (o *observer) follow(ctx context.Context, reread time.Duration) (lived time.Duration, err error) {
-	events, cancel := o.q.watch(ctx, o.q.prefix, clientv3.WithPrefix())
+	ctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
 	defer cancel()
+	events := o.q.watch(ctx, cancel, o.q.prefix, clientv3.WithPrefix())
 	began := time.Now()
 	defer func() { lived = time.Since(began) }()
 	ticker := time.NewTicker(reread)

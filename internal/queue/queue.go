@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"example.com/leader/internal/retry"
@@ -89,7 +90,7 @@ type Place struct {
 	// The candidate before it; before is empty if there is none, and the place wins.
 	before string
 	rev    int64
-	oldest bool // nobody was before that one when the queue was last read
+	oldest bool // it is known that nobody is before that one
 }
 
 // First reports whether the place is the first of the queue, as far as it was last read.
@@ -106,7 +107,6 @@ func (q *Queue) Join(ctx context.Context, loop *retry.Loop, id clientv3.LeaseID,
 			Then(
 				clientv3.OpPut(key, value, clientv3.WithLease(id)),
 				q.newest(2), // the candidate itself and the one before it
-				q.oldest(),
 			).
 			Else(clientv3.OpGet(key, clientv3.WithKeysOnly())).
 			Commit()
@@ -114,9 +114,9 @@ func (q *Queue) Join(ctx context.Context, loop *retry.Loop, id clientv3.LeaseID,
 			return err
 		}
 		if resp.Succeeded {
-			newest := resp.Responses[1].GetResponseRange().Kvs
-			oldest := resp.Responses[2].GetResponseRange().Kvs
-			place, err = q.place(ctx, resp.Header.Revision, newest[1:], oldest)
+			newest := resp.Responses[1].GetResponseRange()
+			place, err = q.place(ctx, resp.Header.Revision, newest.Kvs[1:])
+			place.oldest = place.oldest || newest.Count == 2
 			return err
 		}
 		place, err = q.behind(ctx, resp.Responses[0].GetResponseRange().Kvs[0].CreateRevision)
@@ -138,14 +138,22 @@ func (q *Queue) Remove(ctx context.Context, key string, token int64) error {
 	return err
 }
 
+// Touch tells the candidate behind this one, which has become the first, to look who is first: see
+// [Queue.Wait]. It changes the key's revision and nothing else. It sends one request, bounded by ctx.
+func (q *Queue) Touch(ctx context.Context, key string, token int64) error {
+	rctx, cancel := retry.Request(ctx)
+	defer cancel()
+	_, err := q.client.Txn(rctx).
+		If(clientv3.Compare(clientv3.CreateRevision(key), "=", token)).
+		Then(clientv3.OpPut(key, "", clientv3.WithIgnoreValue(), clientv3.WithIgnoreLease())).
+		Commit()
+	return err
+}
+
 func (q *Queue) newest(n int64, opts ...clientv3.OpOption) clientv3.Op {
 	opts = append(opts, clientv3.WithPrefix(), clientv3.WithKeysOnly(), clientv3.WithLimit(n),
 		clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortDescend))
 	return clientv3.OpGet(q.prefix, opts...)
-}
-
-func (q *Queue) oldest() clientv3.Op {
-	return clientv3.OpGet(q.prefix, append(clientv3.WithFirstCreate(), clientv3.WithKeysOnly())...)
 }
 
 // ErrGone is returned when a candidate's own key turns out to be gone.
@@ -153,27 +161,26 @@ var ErrGone = errors.New("the candidate's key is gone")
 
 // behind reads the place of the candidate with this token.
 func (q *Queue) behind(ctx context.Context, token int64) (Place, error) {
-	resp, err := q.client.Txn(ctx).Then(q.newest(2, clientv3.WithMaxCreateRev(token)), q.oldest()).Commit()
+	resp, err := q.client.Do(ctx, q.newest(2, clientv3.WithMaxCreateRev(token)))
 	if err != nil {
 		return Place{}, err
 	}
-	newest := resp.Responses[0].GetResponseRange().Kvs
-	oldest := resp.Responses[1].GetResponseRange().Kvs
+	newest := resp.Get().Kvs
 	if len(newest) == 0 || newest[0].CreateRevision != token {
 		return Place{}, ErrGone
 	}
-	return q.place(ctx, token, newest[1:], oldest)
+	return q.place(ctx, token, newest[1:])
 }
 
-// place works out the place of the candidate with this token from the newest key before it and
-// the oldest key of all. Where the newest is no candidate it reads all keys; that is the price
-// of an election whose name is the beginning of another's.
-func (q *Queue) place(ctx context.Context, token int64, before, oldest []*mvccpb.KeyValue) (Place, error) {
+// place works out the place of the candidate with this token from the newest key before it. Where
+// that is no candidate it reads all keys; that is the price of an election whose name is the
+// beginning of another's.
+func (q *Queue) place(ctx context.Context, token int64, before []*mvccpb.KeyValue) (Place, error) {
 	if len(before) == 0 {
 		return Place{Token: token}, nil
 	}
 	if c, ok := q.candidate(before[0]); ok {
-		return Place{Token: token, before: c.Key, rev: c.Token, oldest: c.Token == oldest[0].CreateRevision}, nil
+		return Place{Token: token, before: c.Key, rev: c.Token}, nil
 	}
 	resp, err := q.client.Get(ctx, q.prefix, clientv3.WithPrefix(), clientv3.WithKeysOnly(),
 		clientv3.WithMaxCreateRev(token-1), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
@@ -191,14 +198,30 @@ func (q *Queue) place(ctx context.Context, token int64, before, oldest []*mvccpb
 // Wait blocks until nobody is before the candidate, and returns nil then, or until ctx ends or
 // a request fails for good. Whether the candidate's own key is still there is for another watch to
 // tell; where that key is deleted together with the one before it, either watch may be the first.
+//
+// If it is known that nobody is before the one before it, the watch event of that one's end elects,
+// without another read: create revisions only grow, so nobody can have come there since. That is
+// known from the join if there were just two. Otherwise the one before says so, by [Queue.Touch], when
+// it is elected itself. Where it does not, as stock's candidates do not, the queue is read once more
+// when it has gone, which takes etcd the longer the longer the queue is.
 func (q *Queue) Wait(ctx context.Context, loop *retry.Loop, p Place, reread time.Duration) error {
 	for !p.First() {
-		if err := q.WaitDeleted(ctx, loop, p.before, p.rev, reread); err != nil {
+		before := target{key: p.before, rev: p.rev, reread: reread}
+		if !p.oldest {
+			var looking sync.Mutex // guards p.oldest
+			before.touched = func(ctx context.Context) {
+				if !looking.TryLock() {
+					return // one look at a time is enough
+				}
+				defer looking.Unlock()
+				first, err := q.Leader(ctx)
+				p.oldest = p.oldest || err == nil && first.Key == p.before && first.Token == p.rev
+			}
+		}
+		if err := q.waitDeleted(ctx, loop, before); err != nil {
 			return err
 		}
 		if p.oldest {
-			// Create revisions only grow, so nobody can have come before the oldest since: the
-			// watch event alone elects, without another read.
 			return nil
 		}
 		token, gone := p.Token, false
@@ -222,12 +245,29 @@ func (q *Queue) Wait(ctx context.Context, loop *retry.Loop, p Place, reread time
 // errWatch is a watch that ended without saying why.
 var errWatch = errors.New("watch ended")
 
+// A target is a key that is waited for until it is gone.
+type target struct {
+	key string
+	rev int64 // create revision
+
+	// A watch that has died silently would hide the end of the key, so it is read again at this
+	// interval, if that is not 0.
+	reread time.Duration
+
+	// touched, if not nil, is called in a goroutine of its own when the key is found to have been put
+	// again since it was created. Its ctx ends, and it is awaited, before the wait does.
+	touched func(ctx context.Context)
+}
+
 // WaitDeleted blocks until the key with this create revision is gone, and returns nil then, or
-// until ctx ends or a request fails for good. A watch that has died silently would hide the
-// end of the key, so it is read again at the interval reread, if that is not 0.
-func (q *Queue) WaitDeleted(ctx context.Context, loop *retry.Loop, key string, rev int64, reread time.Duration) error {
+// until ctx ends or a request fails for good.
+func (q *Queue) WaitDeleted(ctx context.Context, loop *retry.Loop, key string, rev int64) error {
+	return q.waitDeleted(ctx, loop, target{key: key, rev: rev})
+}
+
+func (q *Queue) waitDeleted(ctx context.Context, loop *retry.Loop, t target) error {
 	for {
-		lived, err := q.watchDeleted(ctx, key, rev, reread)
+		lived, err := q.watchDeleted(ctx, t)
 		if err == nil {
 			return nil
 		}
@@ -237,35 +277,43 @@ func (q *Queue) WaitDeleted(ctx context.Context, loop *retry.Loop, key string, r
 		// A watch gives its reasons as text. A read that is refused for the same reason says so in
 		// a way that a program can tell.
 		if ctx.Err() == nil {
-			gone, rerr := q.gone(ctx, key, rev)
+			gone, _, rerr := q.look(ctx, t)
 			if gone {
 				return nil
 			}
 			err = cmp.Or(rerr, err)
 		}
-		if err := loop.Again(ctx, fmt.Errorf("watch %q: %w", key, err)); err != nil {
+		if err := loop.Again(ctx, fmt.Errorf("watch %q: %w", t.key, err)); err != nil {
 			return err
 		}
 	}
 }
 
-// watchDeleted is WaitDeleted as long as one watch lives. It returns how long that was.
+// watchDeleted is waitDeleted as long as one watch lives. It returns how long that was.
 //
 // The watch has no start revision, and the key is read once the watch exists: a watch that
 // starts in the past, by a single revision even, is served by etcd's loop for slow watchers,
 // up to 100 ms late.
-func (q *Queue) watchDeleted(ctx context.Context, key string, rev int64, reread time.Duration) (lived time.Duration, err error) {
-	events, cancel := q.watch(ctx, key, clientv3.WithFilterPut())
+func (q *Queue) watchDeleted(ctx context.Context, t target) (lived time.Duration, err error) {
+	var looks sync.WaitGroup
+	defer looks.Wait()
+	ctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
 	defer cancel()
+	var opts []clientv3.OpOption
+	if t.touched == nil {
+		opts = append(opts, clientv3.WithFilterPut())
+	}
+	events := q.watch(ctx, cancel, t.key, opts...)
 	began := time.Now()
 	defer func() { lived = time.Since(began) }()
 	var again <-chan time.Time
-	if reread > 0 {
-		ticker := time.NewTicker(reread)
+	if t.reread > 0 {
+		ticker := time.NewTicker(t.reread)
 		defer ticker.Stop()
 		again = ticker.C
 	}
 	for {
+		var touched bool
 		select {
 		case resp, ok := <-events:
 			if !ok {
@@ -274,37 +322,49 @@ func (q *Queue) watchDeleted(ctx context.Context, key string, rev int64, reread 
 			if err := resp.Err(); err != nil {
 				return 0, err
 			}
-			if len(resp.Events) > 0 {
-				return 0, nil
+			for _, ev := range resp.Events {
+				if ev.Type == clientv3.EventTypeDelete {
+					return 0, nil
+				}
+				touched = true
 			}
-			if !resp.Created {
+			if !resp.Created && !touched {
 				continue
 			}
 		case <-again:
 		}
-		if gone, err := q.gone(ctx, key, rev); gone || err != nil {
-			return 0, err
+		if !touched {
+			var gone bool
+			if gone, touched, err = q.look(ctx, t); gone || err != nil {
+				return 0, err
+			}
+		}
+		if touched && t.touched != nil {
+			looks.Go(func() { t.touched(ctx) })
 		}
 	}
 }
 
-// watch opens a watch that says when it has been created. If that takes too long, it ends.
-func (q *Queue) watch(ctx context.Context, key string, opts ...clientv3.OpOption) (clientv3.WatchChan, context.CancelFunc) {
-	ctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
+// watch opens a watch that says when it has been created. If that takes too long, it calls cancel,
+// which has to end ctx.
+func (q *Queue) watch(ctx context.Context, cancel func(), key string, opts ...clientv3.OpOption) clientv3.WatchChan {
 	late := time.AfterFunc(retry.RequestTimeout, cancel)
-	events := q.client.Watch(ctx, key, append(opts, clientv3.WithCreatedNotify())...) // blocks until created
-	late.Stop()
-	return events, cancel
+	defer late.Stop()
+	return q.client.Watch(ctx, key, append(opts, clientv3.WithCreatedNotify())...) // blocks until created
 }
 
-func (q *Queue) gone(ctx context.Context, key string, rev int64) (bool, error) {
+// look reads the key.
+func (q *Queue) look(ctx context.Context, t target) (gone, touched bool, err error) {
 	rctx, cancel := retry.Request(ctx)
 	defer cancel()
-	resp, err := q.client.Get(rctx, key, clientv3.WithKeysOnly())
+	resp, err := q.client.Get(rctx, t.key, clientv3.WithKeysOnly())
 	if err != nil {
-		return false, err
+		return false, false, err
 	}
-	return len(resp.Kvs) == 0 || resp.Kvs[0].CreateRevision != rev, nil
+	if len(resp.Kvs) == 0 || resp.Kvs[0].CreateRevision != t.rev {
+		return true, false, nil
+	}
+	return false, resp.Kvs[0].Version > 1, nil
 }
 
 // List returns the candidates in the order of the queue. It sends one request.

@@ -20,7 +20,7 @@ import (
 func TestOutageIsOneStreak(t *testing.T) {
 	for name, wait := range map[string]func(context.Context, *Queue, *retry.Loop) error{
 		"waiting": func(ctx context.Context, q *Queue, loop *retry.Loop) error {
-			return q.WaitDeleted(ctx, loop, "jobs/1", 1, time.Second)
+			return q.waitDeleted(ctx, loop, target{key: "jobs/1", rev: 1, reread: time.Second})
 		},
 		"observing": func(ctx context.Context, q *Queue, loop *retry.Loop) error {
 			return q.Observe(ctx, loop, time.Second, func(Candidate) bool { return true })
@@ -50,7 +50,7 @@ func TestWatchThatIsRefusedIsNotRepeated(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client := clientv3.NewCtxClient(t.Context())
 		client.KV, client.Watcher = denied{}, denied{}
-		err := New(client, "jobs").WaitDeleted(t.Context(), &retry.Loop{Client: client}, "jobs/1", 1, 0)
+		err := New(client, "jobs").WaitDeleted(t.Context(), &retry.Loop{Client: client}, "jobs/1", 1)
 		if !errors.Is(err, rpctypes.ErrPermissionDenied) {
 			t.Errorf("WaitDeleted returned %v", err)
 		}
@@ -126,6 +126,58 @@ func (p present) Get(context.Context, string, ...clientv3.OpOption) (*clientv3.G
 
 func (p present) Watch(context.Context, string, ...clientv3.OpOption) clientv3.WatchChan {
 	return p.events
+}
+
+// The touch may come before the watch that would tell of it.
+func TestTouchBeforeTheWatchIsSeen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		touched := &mvccpb.KeyValue{Key: []byte("jobs/1"), CreateRevision: 5, ModRevision: 7, Version: 2}
+		events := make(chan clientv3.WatchResponse)
+		client := clientv3.NewCtxClient(t.Context())
+		client.KV, client.Watcher = present{rev: 10, kv: touched}, present{events: events}
+		elected := make(chan error)
+		go func() {
+			place := Place{Token: 6, before: "jobs/1", rev: 5}
+			elected <- New(client, "jobs").Wait(t.Context(), &retry.Loop{Client: client}, place, time.Hour)
+		}()
+		events <- clientv3.WatchResponse{Created: true}
+		synctest.Wait() // it has looked
+		events <- clientv3.WatchResponse{Events: []*clientv3.Event{{Type: clientv3.EventTypeDelete, Kv: touched}}}
+		if err := <-elected; err != nil { // present has no transactions, which a read of the place would be
+			t.Errorf("Wait returned %v", err)
+		}
+	})
+}
+
+// Who looks ahead does not wait for the answer once it is elected.
+func TestElectionDoesNotWaitForTheLookAhead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		key := &mvccpb.KeyValue{Key: []byte("jobs/1"), CreateRevision: 5}
+		events := make(chan clientv3.WatchResponse, 3)
+		client := clientv3.NewCtxClient(t.Context())
+		client.KV, client.Watcher = silent{}, present{events: events}
+		events <- clientv3.WatchResponse{Events: []*clientv3.Event{{Type: clientv3.EventTypePut, Kv: key}}}
+		events <- clientv3.WatchResponse{Events: []*clientv3.Event{{Type: clientv3.EventTypePut, Kv: key}}}
+		events <- clientv3.WatchResponse{Events: []*clientv3.Event{{Type: clientv3.EventTypeDelete, Kv: key}}}
+		place := Place{Token: 6, before: "jobs/1", rev: 5}
+		began := time.Now()
+		err := New(client, "jobs").Wait(t.Context(), &retry.Loop{Client: client}, place, time.Hour)
+		if took := time.Since(began); err != nil || took > 0 {
+			t.Errorf("Wait returned %v after %v", err, took)
+		}
+	})
+}
+
+// silent is an etcd that does not answer, except for who is before a candidate: nobody.
+type silent struct{ clientv3.KV }
+
+func (silent) Get(ctx context.Context, _ string, _ ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+func (silent) Do(context.Context, clientv3.Op) (clientv3.OpResponse, error) {
+	return (&clientv3.GetResponse{Kvs: []*mvccpb.KeyValue{{CreateRevision: 6}}}).OpResponse(), nil
 }
 
 // absent is an etcd that cannot be reached.
