@@ -26,6 +26,7 @@ import (
 	"syscall"
 	"time"
 
+	"example.com/leader/internal/retry"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -90,11 +91,9 @@ func campaign(ctx context.Context, args []string) error {
 	}
 	var m *mutation
 	if p.Mutation != "" {
-		i := slices.IndexFunc(mutations, func(m mutation) bool { return m.name == p.Mutation })
-		if i < 0 {
+		if m = mutationNamed(p.Mutation); m == nil {
 			return fmt.Errorf("-mutation %s: must be one of %s", p.Mutation, names(mutations, func(m mutation) string { return m.name }))
 		}
-		m = &mutations[i]
 		var err error
 		flags.Visit(func(f *flag.Flag) {
 			if f.Name == "ttl" || f.Name == "duration" || f.Name == "faults" {
@@ -259,7 +258,7 @@ func (s *system) end(ctx context.Context) error {
 	if err := s.insist(ctx, keys); err != nil {
 		return err
 	}
-	sleep(ctx, rand.New(rand.NewPCG(0, 0)), recoverTime, recoverTime) // for observers to see the last
+	_ = retry.Sleep(ctx, recoverTime) // for observers to see the last
 	for _, p := range s.watchers {
 		fail(p.stop(syscall.SIGTERM, 20*time.Second))
 	}
@@ -291,7 +290,7 @@ func (s *system) end(ctx context.Context) error {
 		if len(leases) == 0 || time.Now().After(deadline) {
 			break
 		}
-		sleep(ctx, rand.New(rand.NewPCG(0, 0)), 200*time.Millisecond, 200*time.Millisecond)
+		_ = retry.Sleep(ctx, 200*time.Millisecond)
 	}
 	for _, id := range leases {
 		s.add(Entry{Kind: Left, Op: "lease", Value: id})
@@ -331,8 +330,7 @@ func judge(dir string) error {
 	if err := writeFile(filepath.Join(dir, "timeline.svg"), func(f *os.File) error { return writeTimeline(f, history, 0, 0) }); err != nil {
 		return err
 	}
-	if i := slices.IndexFunc(mutations, func(m mutation) bool { return m.name == p.Mutation }); i >= 0 {
-		m := mutations[i]
+	if m := mutationNamed(p.Mutation); m != nil {
 		if !slices.ContainsFunc(verdict.Violations, func(v Violation) bool { return v.Rule == m.rule }) {
 			return fmt.Errorf("mutation %s was not found out by the rule %q: it is not proven that %s", m.name, m.rule, m.safeguard)
 		}

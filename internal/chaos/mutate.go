@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -62,6 +63,15 @@ var mutations = []mutation{
 		new:    `return clientv3.Compare(clientv3.CreateRevision(l.key), ">", -1)`,
 		faults: []string{"stop-candidate-long"}, rule: ruleGuard, ttl: 3 * time.Second, duration: time.Minute,
 	},
+}
+
+// mutationNamed returns the mutation of this name, nil if there is none.
+func mutationNamed(name string) *mutation {
+	i := slices.IndexFunc(mutations, func(m mutation) bool { return m.name == name })
+	if i < 0 {
+		return nil
+	}
+	return &mutations[i]
 }
 
 // build builds the workers' program and returns its path: this one, but with the race detector or a
