@@ -65,6 +65,8 @@ var leases = schema.GroupResource{Group: "coordination.k8s.io", Resource: "lease
 
 // Get implements resourcelock.Interface.
 func (l *etcdLock) Get(ctx context.Context) (*resourcelock.LeaderElectionRecord, []byte, error) {
+	ctx, cancel := request(ctx)
+	defer cancel()
 	resp, err := l.client.Get(ctx, l.key)
 	if err != nil {
 		return nil, nil, err
@@ -95,6 +97,8 @@ func (l *etcdLock) put(ctx context.Context, record resourcelock.LeaderElectionRe
 	if err != nil {
 		return err
 	}
+	ctx, cancel := request(ctx)
+	defer cancel()
 	resp, err := l.client.Txn(ctx).
 		If(clientv3.Compare(clientv3.ModRevision(l.key), "=", rev)).
 		Then(clientv3.OpPut(l.key, string(value))).

@@ -108,7 +108,11 @@ func campaignStock(ctx context.Context, s *concurrency.Session, election string)
 			c.won <- time.Now()
 		}
 	}()
-	c.resign = func() error { return e.Resign(ctx) }
+	c.resign = func() error {
+		rctx, cancel := request(ctx)
+		defer cancel()
+		return e.Resign(rctx)
+	}
 	c.close = func() error { cancel(); <-done; return nil }
 	return c
 }
@@ -136,35 +140,42 @@ func joinHolster(_ context.Context, client *clientv3.Client, election string, tt
 // joinLimit puts the election's key if it is not there, and else watches it.
 func joinLimit(ctx context.Context, client *clientv3.Client, election string, _ time.Duration) (*candidate, error) {
 	key := "limit/" + election
-	put, err := client.Txn(ctx).
+	rctx, cancel := request(ctx)
+	defer cancel()
+	put, err := client.Txn(rctx).
 		If(clientv3.Compare(clientv3.CreateRevision(key), "=", 0)).
 		Then(clientv3.OpPut(key, "")).
 		Commit()
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithCancel(ctx)
 	c := &candidate{won: make(chan time.Time, 1)}
-	c.close = func() error { cancel(); return nil }
 	if put.Succeeded {
 		c.won <- time.Now()
+		c.close = func() error { return nil }
 		c.resign = func() error {
+			rctx, cancel := request(ctx)
+			defer cancel()
 			created := clientv3.Compare(clientv3.CreateRevision(key), "=", put.Header.Revision)
-			_, err := client.Txn(ctx).If(created).Then(clientv3.OpDelete(key)).Commit()
+			_, err := client.Txn(rctx).If(created).Then(clientv3.OpDelete(key)).Commit()
 			return err
 		}
 		return c, nil
 	}
-	events := client.Watch(ctx, key, clientv3.WithCreatedNotify())
+	wctx, stop := context.WithCancel(ctx)
+	events := client.Watch(wctx, key, clientv3.WithCreatedNotify())
 	if _, err := receive(ctx, "a watch", events); err != nil {
-		cancel()
+		stop()
 		return nil, err
 	}
+	done := make(chan struct{})
 	go func() {
+		defer close(done)
 		if _, ok := <-events; ok {
 			c.won <- time.Now()
 		}
 	}()
+	c.close = func() error { stop(); <-done; return nil }
 	return c, nil
 }
 

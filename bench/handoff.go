@@ -91,13 +91,21 @@ func (s setting) start(ctx context.Context, r *run) (*stage, error) {
 		if err != nil {
 			return nil, err
 		}
-		writers.Go(func() {
-			for ctx.Err() == nil {
-				_, _ = client.Put(ctx, fmt.Sprint("written/", i), "")
-			}
-		})
+		writers.Go(func() { write(ctx, client, fmt.Sprint("written/", i)) })
 	}
 	return st, nil
+}
+
+// write puts the key over and over until ctx ends.
+func write(ctx context.Context, client *clientv3.Client, key string) {
+	for ctx.Err() == nil {
+		rctx, cancel := request(ctx)
+		_, err := client.Put(rctx, key, "")
+		cancel()
+		if err != nil { // a moment without this writer's load is better than a storm of failures
+			sleep(ctx, 100*time.Millisecond)
+		}
+	}
 }
 
 func measureHandoff(ctx context.Context, r *run) (*result, error) {
@@ -397,12 +405,16 @@ func starts(ctx context.Context, r *run, s setting, contestants []contestant) (m
 
 // joinGranted is what an election on a lease cannot do without: the grant and a put.
 func joinGranted(ctx context.Context, client *clientv3.Client, election string, ttl time.Duration) (*candidate, error) {
-	lease, err := client.Grant(ctx, int64(seconds(ttl)))
+	rctx, cancel := request(ctx)
+	defer cancel()
+	lease, err := client.Grant(rctx, int64(seconds(ttl)))
 	if err != nil {
 		return nil, err
 	}
 	key := "granted/" + election
-	_, err = client.Txn(ctx).
+	rctx, cancel = request(ctx)
+	defer cancel()
+	_, err = client.Txn(rctx).
 		If(clientv3.Compare(clientv3.CreateRevision(key), "=", 0)).
 		Then(clientv3.OpPut(key, "", clientv3.WithLease(lease.ID))).
 		Commit()
@@ -411,6 +423,11 @@ func joinGranted(ctx context.Context, client *clientv3.Client, election string, 
 	}
 	c := &candidate{won: make(chan time.Time, 1)}
 	c.won <- time.Now()
-	c.close = func() error { _, err := client.Revoke(ctx, lease.ID); return err }
+	c.close = func() error {
+		rctx, cancel := request(ctx)
+		defer cancel()
+		_, err := client.Revoke(rctx, lease.ID)
+		return err
+	}
 	return c, nil
 }

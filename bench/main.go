@@ -68,7 +68,7 @@ func main() {
 // of a cluster, or one whose resources are measured or that is killed.
 func be() {
 	etcdtest.Main()
-	klog.SetLogger(logr.Discard()) // client-go and trillian log every step
+	klog.SetLogger(logr.Discard()) // client-go logs every step
 	beChild()
 }
 

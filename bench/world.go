@@ -25,6 +25,11 @@ const (
 // patience bounds every wait for something that must happen.
 const patience = 2 * time.Minute
 
+// request bounds one request to etcd.
+func request(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, 5*time.Second)
+}
+
 // A run is the measuring of one row.
 type run struct {
 	size  size
