@@ -225,23 +225,29 @@ func freshHandoffs(ctx context.Context, r *run, s setting) (map[string]sample, e
 	if err != nil {
 		return nil, err
 	}
-	took := make(map[string]sample)
-	contestants := []contestant{ours, stock, limit}
-	trials := r.pick(200, 15, 1)
-	for trial := range trials {
+	return takeTurns(r, s, r.pick(200, 15, 1), []contestant{ours, stock, limit}, func(trial int, c contestant) (time.Duration, error) {
 		from, to := stage.clients(trial)
+		p, err := c.pair(ctx, from, to, fmt.Sprintf("%s%04d", c.name, trial), longTTL)
+		if err != nil {
+			return 0, err
+		}
+		sleep(ctx, 15*time.Millisecond)
+		d, err := p.handoff(ctx)
+		return d, errors.Join(err, p.close())
+	})
+}
+
+// takeTurns makes so many trials, in each of which every contestant has its turn, in random order.
+func takeTurns(r *run, s setting, trials int, contestants []contestant, turn func(trial int, c contestant) (time.Duration, error)) (map[string]sample, error) {
+	took := make(map[string]sample)
+	for trial := range trials {
 		if trial%100 == 0 {
 			r.log("%v: trial %d of %d", s, trial+1, trials)
 		}
 		for _, i := range rand.Perm(len(contestants)) {
 			c := contestants[i]
-			p, err := c.pair(ctx, from, to, fmt.Sprintf("%s%04d", c.name, trial), longTTL)
+			d, err := turn(trial, c)
 			if err != nil {
-				return nil, err
-			}
-			sleep(ctx, 15*time.Millisecond)
-			d, err := p.handoff(ctx)
-			if err := errors.Join(err, p.close()); err != nil {
 				return nil, fmt.Errorf("%s: %w", c.name, err)
 			}
 			took[c.name] = append(took[c.name], d)
@@ -376,31 +382,20 @@ func starts(ctx context.Context, r *run, s setting, contestants []contestant) (m
 		return nil, err
 	}
 	defer r.stop()
-	took := make(map[string]sample)
-	trials := r.pick(200, 20, 1)
-	for trial := range trials {
-		if trial%100 == 0 {
-			r.log("%v: trial %d of %d", s, trial+1, trials)
+	return takeTurns(r, s, r.pick(200, 20, 1), contestants, func(trial int, c contestant) (time.Duration, error) {
+		client, err := newClient(ctx, endpoints)
+		if err != nil {
+			return 0, err
 		}
-		for _, i := range rand.Perm(len(contestants)) {
-			c := contestants[i]
-			client, err := newClient(ctx, endpoints)
-			if err != nil {
-				return nil, err
-			}
-			began := time.Now()
-			cand, err := c.join(ctx, client, fmt.Sprintf("%s%04d", c.name, trial), longTTL)
-			if err != nil {
-				return nil, fmt.Errorf("%s: %w", c.name, err)
-			}
-			won, err := receive(ctx, c.name+" to be elected", cand.won)
-			if err := errors.Join(err, cand.close(), client.Close()); err != nil {
-				return nil, err
-			}
-			took[c.name] = append(took[c.name], won.Sub(began))
+		defer client.Close()
+		began := time.Now()
+		cand, err := c.join(ctx, client, fmt.Sprintf("%s%04d", c.name, trial), longTTL)
+		if err != nil {
+			return 0, err
 		}
-	}
-	return took, nil
+		won, err := receive(ctx, "the election", cand.won)
+		return won.Sub(began), errors.Join(err, cand.close())
+	})
 }
 
 // joinGranted is what an election on a lease cannot do without: the grant and a put.

@@ -29,24 +29,28 @@ const (
 	oneSession   = "stock, one session"
 )
 
-// joinFor returns how a process of the kind makes its i-th candidate.
-func joinFor(ctx context.Context, client *clientv3.Client, kind string, ttl time.Duration) (join func(election string) (*candidate, error), err error) {
+// enlist returns the client of a child, which counts on m, and how the child makes its candidates.
+func enlist(ctx context.Context, t task, m *meter) (client *clientv3.Client, join func(election string) (*candidate, error), err error) {
+	const ttl = leader.DefaultTTL
+	if client, err = newClient(ctx, t.Endpoints, m.options()...); err != nil {
+		return nil, nil, err
+	}
 	each := func(c contestant) func(string) (*candidate, error) {
 		return func(election string) (*candidate, error) { return c.join(ctx, client, election, ttl) }
 	}
-	switch kind {
+	switch t.Kind {
 	case ours.name:
-		return each(ours), nil
+		return client, each(ours), nil
 	case stock.name, manySessions:
-		return each(stock), nil
+		return client, each(stock), nil
 	case oneElector:
 		e, err := leader.New(client, leader.WithTTL(ttl))
-		return func(election string) (*candidate, error) { return campaignOurs(ctx, e, election), nil }, err
+		return client, func(election string) (*candidate, error) { return campaignOurs(ctx, e, election), nil }, err
 	case oneSession:
 		s, err := concurrency.NewSession(client, concurrency.WithTTL(seconds(ttl)))
-		return func(election string) (*candidate, error) { return campaignStock(ctx, s, election), nil }, err
+		return client, func(election string) (*candidate, error) { return campaignStock(ctx, s, election), nil }, err
 	}
-	return nil, fmt.Errorf("unknown kind %q", kind)
+	return nil, nil, fmt.Errorf("unknown kind %q", t.Kind)
 }
 
 // A weighing measures the memory of what is made between its begin and its end.
@@ -76,11 +80,7 @@ func (w weighing) per(n int, before weighing) load {
 // loadElections is a child that leads N elections and measures for how much.
 func loadElections(ctx context.Context, t task) (any, error) {
 	m := newMeter()
-	client, err := newClient(ctx, t.Endpoints, m.options()...)
-	if err != nil {
-		return nil, err
-	}
-	join, err := joinFor(ctx, client, t.Kind, leader.DefaultTTL)
+	_, join, err := enlist(ctx, t, m)
 	if err != nil {
 		return nil, err
 	}
@@ -123,11 +123,7 @@ func cpu() time.Duration {
 // loadCandidates is a child in which N candidates wait in one election.
 func loadCandidates(ctx context.Context, t task) (any, error) {
 	m := newMeter()
-	client, err := newClient(ctx, t.Endpoints, m.options()...)
-	if err != nil {
-		return nil, err
-	}
-	join, err := joinFor(ctx, client, t.Kind, leader.DefaultTTL)
+	client, join, err := enlist(ctx, t, m)
 	if err != nil {
 		return nil, err
 	}
@@ -161,17 +157,17 @@ func loads(ctx context.Context, t task, kinds ...string) (map[string]load, error
 	var mu sync.Mutex
 	all := make(map[string]load)
 	err := each(len(kinds), len(kinds), func(i int) error {
-		t := t
-		t.Kind, t.Election = kinds[i], fmt.Sprintf("%s/%d/%d", t.Role, t.N, i)
+		own := t
+		own.Kind, own.Election = kinds[i], fmt.Sprintf("%s/%d/%d", t.Role, t.N, i)
 		var l load
-		c, err := startChild(ctx, t, &l)
+		c, err := startChild(ctx, own, &l)
 		if err != nil {
 			return err
 		}
 		c.kill()
 		mu.Lock()
 		defer mu.Unlock()
-		all[t.Kind] = l
+		all[own.Kind] = l
 		return nil
 	})
 	return all, err
