@@ -64,8 +64,10 @@ func check(tb testing.TB, row row) *result {
 		}
 	}
 	for _, target := range res.targets {
-		if math.IsNaN(target.value) || math.IsInf(target.value, 0) || target.value < 0 {
-			tb.Errorf("%s is %v", target.what, target.value)
+		for _, value := range []float64{target.value, target.referenceValue} {
+			if math.IsNaN(value) || math.IsInf(value, 0) || value < 0 {
+				tb.Errorf("%s is %v", target.what, value)
+			}
 		}
 	}
 	dir := tb.TempDir()

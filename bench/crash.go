@@ -68,7 +68,8 @@ func measureCrash(ctx context.Context, r *run) (*result, error) {
 			}
 			t.add(append(append([]string{fmt.Sprint(s.seconds, " s"), name}, own.cells()...), expiry, number(own.over(took[stock.name])))...)
 		}
-		res.atMost(1.02, took[ours.name].over(took[stock.name]), "TTL %d s: leader / stock", s.seconds)
+		res.atMost(1.02, took[ours.name].over(took[stock.name]), "TTL %d s: leader / stock", s.seconds).
+			beside(expiryOf(ours), took[expiryOf(ours)].over(took[stock.name]))
 		res.figures = append(res.figures, ecdf{
 			file: fmt.Sprintf("crash-%d.svg", s.seconds), title: fmt.Sprintf("Time without a leader after SIGKILL, TTL %d s", s.seconds),
 			samples: took, order: []string{ours.name, expiryOf(ours), stock.name, expiryOf(stock), clientGo.name}, linear: true,

@@ -121,7 +121,8 @@ func measureHandoff(ctx context.Context, r *run) (*result, error) {
 		}
 		addHandoffs(&t, s, took, ours, stock, holster, clientGo, limit)
 		res.atMost(1.10, took[ours.name].over(took[limit.name]), "%v: leader / limit", s)
-		res.atMost(0.85, took[ours.name].over(took[stock.name]), "%v: leader / stock", s)
+		res.atMost(0.85, took[ours.name].over(took[stock.name]), "%v: leader / stock", s).
+			beside(limit.name, took[limit.name].over(took[stock.name]))
 		res.figures = append(res.figures, ecdf{
 			file: fmt.Sprintf("handoff-%d.svg", s.members), title: fmt.Sprintf("Handoff by resignation, %v, successor has waited 250 ms", s),
 			samples: took, order: []string{ours.name, stock.name, holster.name, clientGo.name, limit.name},
@@ -207,7 +208,8 @@ func measureFreshSuccessor(ctx context.Context, r *run) (*result, error) {
 		}
 		addHandoffs(&t, s, took, ours, stock, limit)
 		if s != (setting{members: 3}) {
-			res.atMost(0.05, took[ours.name].over(took[stock.name]), "%v: leader / stock", s)
+			res.atMost(0.05, took[ours.name].over(took[stock.name]), "%v: leader / stock", s).
+				beside(limit.name, took[limit.name].over(took[stock.name]))
 		}
 		res.figures = append(res.figures, ecdf{
 			file:    fmt.Sprintf("fresh-%d-%d.svg", s.members, s.writers),
@@ -370,7 +372,8 @@ func measureStart(ctx context.Context, r *run) (*result, error) {
 			return nil, err
 		}
 		addHandoffs(&t, s, took, contestants...)
-		res.atMost(0.85, took[ours.name].over(took[stock.name]), "%v: leader / stock", s)
+		res.atMost(0.85, took[ours.name].over(took[stock.name]), "%v: leader / stock", s).
+			beside(limit.name, took[limit.name].over(took[stock.name]))
 	}
 	res.tables = []table{t}
 	return res, nil

@@ -44,7 +44,7 @@ func (rep *report) add(row row, res *result, took time.Duration) error {
 
 // summarize writes what all rows have to reach, and where they were measured.
 func (rep *report) summarize() error {
-	text := fmt.Sprintf("`%s`, %s, %v. %s.\n\n| row | target | bound | value | |\n|---|---|---|---|---|\n%s\n", rep.command,
+	text := fmt.Sprintf("`%s`, %s, %v. %s.\n\n| row | target | bound | value | reference | |\n|---|---|---|---|---|---|\n%s\n", rep.command,
 		rep.began.Format(time.DateOnly), time.Since(rep.began).Round(time.Minute), machine(), strings.Join(rep.all, "\n"))
 	return rep.write("summary", text)
 }

@@ -53,7 +53,7 @@ func number(v float64) string {
 // A result is what a row has found.
 type result struct {
 	tables  []table
-	targets []target
+	targets []*target
 	figures []figure
 }
 
@@ -71,32 +71,51 @@ type target struct {
 	value   float64
 	bound   float64
 	atLeast bool // else at most
+
+	// What shows how far the target is in anybody's reach, and its value; "" if nothing does.
+	reference      string
+	referenceValue float64
 }
 
-func (t target) reached() bool {
+func (t *target) reachedBy(value float64) bool {
 	if t.atLeast {
-		return t.value >= t.bound
+		return value >= t.bound
 	}
-	return t.value <= t.bound
+	return value <= t.bound
 }
 
-func (t target) String() string {
-	sign, verdict := "≤", "reached"
+// beside puts the value of a reference, measured in the same run, beside the library's.
+func (t *target) beside(reference string, value float64) {
+	t.reference, t.referenceValue = reference, value
+}
+
+func (t *target) String() string {
+	sign, reference, verdict := "≤", "", "reached"
 	if t.atLeast {
 		sign = "≥"
 	}
-	if !t.reached() {
-		verdict = "**missed**"
+	if t.reference != "" {
+		reference = t.reference + ": " + number(t.referenceValue)
 	}
-	return fmt.Sprintf("| %s | %s %s | %s | %s |", t.what, sign, number(t.bound), number(t.value), verdict)
+	if !t.reachedBy(t.value) {
+		verdict = "**missed**"
+		if t.reference != "" && !t.reachedBy(t.referenceValue) {
+			verdict += ", by the reference too"
+		}
+	}
+	return fmt.Sprintf("| %s | %s %s | %s | %s | %s |", t.what, sign, number(t.bound), number(t.value), reference, verdict)
 }
 
-func (r *result) atMost(bound, value float64, format string, args ...any) {
-	r.targets = append(r.targets, target{fmt.Sprintf(format, args...), value, bound, false})
+func (r *result) atMost(bound, value float64, format string, args ...any) *target {
+	t := &target{what: fmt.Sprintf(format, args...), value: value, bound: bound}
+	r.targets = append(r.targets, t)
+	return t
 }
 
-func (r *result) atLeast(bound, value float64, format string, args ...any) {
-	r.targets = append(r.targets, target{fmt.Sprintf(format, args...), value, bound, true})
+func (r *result) atLeast(bound, value float64, format string, args ...any) *target {
+	t := r.atMost(bound, value, format, args...)
+	t.atLeast = true
+	return t
 }
 
 // String is the result in Markdown.
@@ -112,12 +131,12 @@ func (r *result) String() string {
 	return b.String()
 }
 
-func targets(ts []target) string {
+func targets(ts []*target) string {
 	if len(ts) == 0 {
 		return ""
 	}
 	var b strings.Builder
-	b.WriteString("\n| target | bound | value | |\n|---|---|---|---|\n")
+	b.WriteString("\n| target | bound | value | reference | |\n|---|---|---|---|---|\n")
 	for _, t := range ts {
 		fmt.Fprintln(&b, t)
 	}
