@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"runtime"
 	"sync"
@@ -22,11 +23,14 @@ type load struct {
 	Stack      float64 // in KiB
 }
 
+func (l load) memory() float64 { return l.Heap + l.Stack }
+
 // Kinds of load besides the contestants.
 const (
 	oneElector   = "leader, one Elector"
 	manySessions = "stock, a session each"
 	oneSession   = "stock, one session"
+	watched      = "stock, with a watch of its own key" // and a session each
 )
 
 // enlist returns the client of a child, which counts on m, and how the child makes its candidates.
@@ -43,6 +47,8 @@ func enlist(ctx context.Context, t task, m *meter) (client *clientv3.Client, joi
 		return client, each(ours), nil
 	case stock.name, manySessions:
 		return client, each(stock), nil
+	case watched:
+		return client, each(contestant{name: watched, join: joinWatched}), nil
 	case oneElector:
 		e, err := leader.New(client, leader.WithTTL(ttl))
 		return client, func(election string) (*candidate, error) { return campaignOurs(ctx, e, election), nil }, err
@@ -51,6 +57,30 @@ func enlist(ctx context.Context, t task, m *meter) (client *clientv3.Client, joi
 		return client, func(election string) (*candidate, error) { return campaignStock(ctx, s, election), nil }, err
 	}
 	return nil, nil, fmt.Errorf("unknown kind %q", t.Kind)
+}
+
+// joinWatched is joinStock with what it costs at least to notice in time that somebody has deleted the
+// candidate's key: a watch, and a goroutine that waits for its event.
+func joinWatched(ctx context.Context, client *clientv3.Client, election string, ttl time.Duration) (*candidate, error) {
+	s, err := concurrency.NewSession(client, concurrency.WithTTL(seconds(ttl)))
+	if err != nil {
+		return nil, err
+	}
+	c := campaignStock(ctx, s, election)
+	wctx, stop := context.WithCancel(ctx)
+	events := client.Watch(wctx, fmt.Sprintf("%s/%x", election, s.Lease()), clientv3.WithFilterPut())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		<-events
+	}()
+	leave := c.close
+	c.close = func() error {
+		stop()
+		<-done
+		return errors.Join(leave(), s.Close())
+	}
+	return c, nil
 }
 
 // A weighing measures the memory of what is made between its begin and its end.
@@ -177,9 +207,9 @@ func measureElections(ctx context.Context, r *run) (*result, error) {
 	window := r.pick(20, 10, 5) // seconds: whole thirds of the TTL
 	t := table{
 		caption: fmt.Sprintf("Elections that one process leads, TTL %v; per second of %d s in which nothing happens but renewals; goroutines and memory for each election but the first", leader.DefaultTTL, window),
-		header:  []string{"elections", "contestant", "requests per s", "CPU, ms per s", "goroutines", "heap, KiB", "stack, KiB"},
+		header:  []string{"elections", "contestant", "requests per s", "CPU, ms per s", "goroutines", "heap, KiB", "stack, KiB", "both, × stock", "both, × stock with a watch"},
 	}
-	kinds := []string{oneElector, manySessions, oneSession}
+	kinds := []string{oneElector, manySessions, oneSession, watched}
 	counts := []int{1, 100, 1000, 10000}[:r.pick(4, 3, 2)]
 	byKind := make(map[string]map[int]load)
 	for _, kind := range kinds {
@@ -200,21 +230,23 @@ func measureElections(ctx context.Context, r *run) (*result, error) {
 			l := all[kind]
 			byKind[kind][n] = l
 			t.add(fmt.Sprint(n), kind, number(float64(l.Requests)/float64(window)), number(l.CPU*1000/float64(window)),
-				number(l.Goroutines), number(l.Heap), number(l.Stack))
+				number(l.Goroutines), number(l.Heap), number(l.Stack), number(l.memory()/all[manySessions].memory()), number(l.memory()/all[watched].memory()))
 		}
 	}
 	res := &result{tables: []table{t}}
 	n := counts[min(2, len(counts)-1)]
-	own, stock := byKind[oneElector][n], byKind[manySessions][n]
+	own, stock, reference := byKind[oneElector][n], byKind[manySessions][n], byKind[watched][n]
 	res.atMost(0.01, float64(own.Requests)/float64(stock.Requests), "%d elections: requests of leader / of stock with a session each", n)
-	res.atMost(1, own.Goroutines/stock.Goroutines, "%d elections: goroutines of leader / of stock", n)
-	res.atMost(1, (own.Heap+own.Stack)/(stock.Heap+stock.Stack), "%d elections: heap and stack of leader / of stock", n)
+	res.atMost(1, own.Goroutines/stock.Goroutines, "%d elections: goroutines of leader / of stock", n).
+		beside(watched, reference.Goroutines/stock.Goroutines)
+	res.atMost(1, own.memory()/stock.memory(), "%d elections: heap and stack of leader / of stock", n).
+		beside(watched, reference.memory()/stock.memory())
 
 	requests := lines{file: "elections-requests.svg", title: "Renewals of one process by elections it leads, TTL 15 s", x: "elections", y: "requests per second", logY: true}
 	memory := lines{file: "elections-memory.svg", title: "Memory for each election that a process leads", x: "elections", y: "KiB of heap and stack", logY: true}
 	for _, kind := range kinds {
 		requests.add(kind, counts, func(n int) float64 { return float64(byKind[kind][n].Requests) / float64(window) })
-		memory.add(kind, counts, func(n int) float64 { return byKind[kind][n].Heap + byKind[kind][n].Stack })
+		memory.add(kind, counts, func(n int) float64 { return byKind[kind][n].memory() })
 	}
 	res.figures = []figure{requests, memory}
 	return res, nil
@@ -226,21 +258,24 @@ func measureWaiting(ctx context.Context, r *run) (*result, error) {
 		return nil, err
 	}
 	n := r.pick(1000, 300, 20)
-	all, err := loads(ctx, task{Role: "waiting", Endpoints: endpoints, N: n}, ours.name, stock.name)
+	kinds := []string{ours.name, stock.name, watched}
+	all, err := loads(ctx, task{Role: "waiting", Endpoints: endpoints, N: n}, kinds...)
 	if err != nil {
 		return nil, err
 	}
 	t := table{
 		caption: fmt.Sprintf("A waiting candidate, with a lease of its own: mean of %d over one client", n),
-		header:  []string{"contestant", "goroutines", "heap, KiB", "stack, KiB"},
+		header:  []string{"contestant", "goroutines", "heap, KiB", "stack, KiB", "both, × stock", "both, × stock with a watch"},
 	}
-	for _, name := range []string{ours.name, stock.name} {
-		l := all[name]
-		t.add(name, number(l.Goroutines), number(l.Heap), number(l.Stack))
+	own, other, reference := all[ours.name], all[stock.name], all[watched]
+	for _, kind := range kinds {
+		l := all[kind]
+		t.add(kind, number(l.Goroutines), number(l.Heap), number(l.Stack), number(l.memory()/other.memory()), number(l.memory()/reference.memory()))
 	}
 	res := &result{tables: []table{t}}
-	own, other := all[ours.name], all[stock.name]
-	res.atMost(1, own.Goroutines/other.Goroutines, "goroutines of leader / of stock")
-	res.atMost(1, (own.Heap+own.Stack)/(other.Heap+other.Stack), "heap and stack of leader / of stock")
+	res.atMost(1, own.Goroutines/other.Goroutines, "goroutines of leader / of stock").
+		beside(watched, reference.Goroutines/other.Goroutines)
+	res.atMost(1, own.memory()/other.memory(), "heap and stack of leader / of stock").
+		beside(watched, reference.memory()/other.memory())
 	return res, nil
 }
