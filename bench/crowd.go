@@ -26,9 +26,10 @@ type crowd struct {
 	leader *candidate
 
 	// By size.
-	joins             map[int]float64 // per second
-	handoffs          map[int]sample
-	requests, watches map[int][]int // per handoff
+	joins                     map[int]float64 // per second
+	joinEvents                map[int]float64 // per join
+	handoffs                  map[int]sample
+	requests, watches, events map[int][]int // per handoff
 }
 
 type election struct {
@@ -50,9 +51,14 @@ func measureCandidates(ctx context.Context, r *run) (*result, error) {
 		}
 		crowd := &crowd{
 			contestant: c, clients: clients, meter: m, joined: make(chan struct{}, 1), won: make(chan election, 1),
-			joins: make(map[int]float64), handoffs: make(map[int]sample), requests: make(map[int][]int), watches: make(map[int][]int),
+			joins: make(map[int]float64), joinEvents: make(map[int]float64), handoffs: make(map[int]sample),
+			requests: make(map[int][]int), watches: make(map[int][]int), events: make(map[int][]int),
 		}
-		if err := crowd.follow(ctx); err != nil {
+		follower, err := r.client(ctx, endpoints) // of its own, whose events are not the crowd's
+		if err != nil {
+			return nil, err
+		}
+		if err := crowd.follow(ctx, r, follower); err != nil {
 			return nil, err
 		}
 		crowds = append(crowds, crowd)
@@ -63,7 +69,6 @@ func measureCandidates(ctx context.Context, r *run) (*result, error) {
 			if err := c.grow(ctx, size); err != nil {
 				return nil, fmt.Errorf("%s: %w", c.name, err)
 			}
-			c.meter.settle(ctx)
 			r.log("%d candidates of %s: %.0f joins/s", size, c.name, c.joins[size])
 		}
 		for range r.pick(60, 15, 2) {
@@ -77,20 +82,24 @@ func measureCandidates(ctx context.Context, r *run) (*result, error) {
 	}
 
 	t := table{
-		caption: "Candidates in one election, each with a lease of its own: handoff in ms; what all of them send for it (watches: begins and ends of watches), but for renewals; joins while the election grows to this size",
-		header:  []string{"candidates", "contestant", "handoff, median (p10 – p90)", "trials", "requests", "watches", "joins per second"},
+		caption: "Candidates in one election, each with a lease of its own: handoff in ms; what all of them send for it (watches: begins and ends of watches), but for renewals, and the events that all watches of all of them get; joins while the election grows to this size",
+		header:  []string{"candidates", "contestant", "handoff, median (p10 – p90)", "trials", "requests", "watches", "events", "joins per second", "events per join"},
 	}
 	for _, size := range sizes {
 		for _, c := range crowds {
 			line := append([]string{fmt.Sprint(size), c.name}, c.handoffs[size].cells()...)
-			t.add(append(line, fmt.Sprint(medianInt(c.requests[size])), fmt.Sprint(medianInt(c.watches[size])), number(c.joins[size]))...)
+			t.add(append(line, fmt.Sprint(medianInt(c.requests[size])), fmt.Sprint(medianInt(c.watches[size])), fmt.Sprint(medianInt(c.events[size])),
+				number(c.joins[size]), number(c.joinEvents[size]))...)
 		}
 	}
 	res := &result{tables: []table{t}}
-	own, largest := crowds[0], sizes[len(sizes)-1]
-	res.atMost(1.2, own.handoffs[largest].over(own.handoffs[2]), "leader: handoff with %d candidates / with 2", largest)
+	own, other, largest := crowds[0], crowds[1], sizes[len(sizes)-1]
+	res.atMost(1.2, own.handoffs[largest].over(own.handoffs[2]), "leader: handoff with %d candidates / with 2", largest).
+		beside(stock.name, other.handoffs[largest].over(other.handoffs[2]))
 	fewest := medianInt(own.requests[sizes[1]]) // with two nobody is left to find a new predecessor
 	res.atMost(float64(fewest), float64(medianInt(own.requests[largest])), "leader: requests per handoff with %d, as with %d", largest, sizes[1])
+	base := sizes[min(2, len(sizes)-1)] // fewer joins say little
+	res.atMost(1.2*own.joinEvents[base], own.joinEvents[largest], "leader: events per join with %d, up to 1.2 × as with %d", largest, base)
 	handoff := lines{file: "candidates-handoff.svg", title: "Handoff by number of candidates", x: "candidates", y: "ms"}
 	requests := lines{file: "candidates-requests.svg", title: "Requests per handoff by number of candidates", x: "candidates", y: "requests"}
 	for _, c := range crowds {
@@ -105,16 +114,25 @@ func medianInt(ns []int) int { return slices.Sorted(slices.Values(ns))[len(ns)/2
 
 func (c *crowd) election() string { return "crowd/" + c.name }
 
-// follow lets joined tell of every candidate whose key is there.
-func (c *crowd) follow(ctx context.Context) error {
-	events := c.clients[0].Watch(ctx, c.prefix(c.election()), clientv3.WithPrefix(), clientv3.WithFilterDelete(), clientv3.WithCreatedNotify())
+// follow lets joined tell of every candidate whose key is there, until the run stops.
+func (c *crowd) follow(ctx context.Context, r *run, client *clientv3.Client) error {
+	ctx, cancel := context.WithCancel(ctx)
+	events := client.Watch(ctx, c.prefix(c.election()), clientv3.WithPrefix(), clientv3.WithFilterDelete(), clientv3.WithCreatedNotify())
 	if _, err := receive(ctx, "a watch", events); err != nil {
+		cancel()
 		return err
 	}
+	done := make(chan struct{})
+	r.onStop(func() { cancel(); <-done })
 	go func() {
+		defer close(done)
 		for resp := range events {
 			for range resp.Events {
-				c.joined <- struct{}{}
+				select {
+				case c.joined <- struct{}{}:
+				case <-ctx.Done():
+					return
+				}
 			}
 		}
 	}()
@@ -139,14 +157,18 @@ func (c *crowd) add(ctx context.Context) error {
 	return err
 }
 
-// grow lets candidates join until there are so many.
+// grow lets candidates join until there are so many, and all that follows from it has happened.
 func (c *crowd) grow(ctx context.Context, size int) error {
+	_, _, events := c.traffic()
 	began, more := time.Now(), size-c.size
 	if err := each(more, 32, func(int) error { return c.add(ctx) }); err != nil {
 		return err
 	}
 	c.size = size
 	c.joins[size] = float64(more) / time.Since(began).Seconds()
+	c.meter.settle(ctx)
+	_, _, nowEvents := c.traffic()
+	c.joinEvents[size] = float64(nowEvents-events) / float64(more)
 	if c.leader != nil {
 		return nil
 	}
@@ -157,7 +179,7 @@ func (c *crowd) grow(ctx context.Context, size int) error {
 
 // handoff lets the leader resign, and somebody else join so that the size stays the same.
 func (c *crowd) handoff(ctx context.Context) error {
-	requests, watches := c.sent()
+	requests, watches, events := c.traffic()
 	began := time.Now()
 	if err := c.leader.resign(); err != nil {
 		return err
@@ -167,15 +189,17 @@ func (c *crowd) handoff(ctx context.Context) error {
 		return err
 	}
 	sleep(ctx, 50*time.Millisecond) // for what else follows
-	nowRequests, nowWatches := c.sent()
+	nowRequests, nowWatches, nowEvents := c.traffic()
 	c.handoffs[c.size] = append(c.handoffs[c.size], next.at.Sub(began))
 	c.requests[c.size] = append(c.requests[c.size], nowRequests-requests)
 	c.watches[c.size] = append(c.watches[c.size], nowWatches-watches)
+	c.events[c.size] = append(c.events[c.size], nowEvents-events)
 	c.leader = next.candidate
 	return c.add(ctx)
 }
 
-// sent is how many requests and how many begins and ends of watches were sent, but for renewals.
-func (c *crowd) sent() (requests, watches int) {
-	return c.meter.count(keepAlive, renewalRead, watching), c.meter.count() - c.meter.count(watching)
+// traffic is how many requests and how many begins and ends of watches were sent so far, but for
+// renewals, and how many events came.
+func (c *crowd) traffic() (requests, watches, events int) {
+	return c.meter.count(keepAlive, renewalRead, watching), c.meter.of(watching), int(c.meter.events.Load())
 }

@@ -13,12 +13,14 @@ import (
 	"google.golang.org/grpc/stats"
 )
 
-// A meter counts what clients send, by kind of request, and the bytes on their connections.
+// A meter counts what clients send, by kind of request, the events that their watches get, and the
+// bytes on their connections.
 type meter struct {
 	mu   sync.Mutex
 	sent map[string]int
 
-	bytes atomic.Int64
+	events atomic.Int64
+	bytes  atomic.Int64
 }
 
 func newMeter() *meter { return &meter{sent: make(map[string]int)} }
@@ -48,17 +50,20 @@ func (m *meter) TagRPC(ctx context.Context, info *stats.RPCTagInfo) context.Cont
 type methodKey struct{}
 
 func (m *meter) HandleRPC(ctx context.Context, s stats.RPCStats) {
-	out, ok := s.(*stats.OutPayload)
-	if !ok {
-		return
+	switch s := s.(type) {
+	case *stats.InPayload:
+		if watch, ok := s.Payload.(*etcdserverpb.WatchResponse); ok {
+			m.events.Add(int64(len(watch.Events)))
+		}
+	case *stats.OutPayload:
+		kind := ctx.Value(methodKey{}).(string)
+		if txn, ok := s.Payload.(*etcdserverpb.TxnRequest); ok && isRenewalRead(txn) {
+			kind = renewalRead
+		}
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.sent[kind]++
 	}
-	kind := ctx.Value(methodKey{}).(string)
-	if txn, ok := out.Payload.(*etcdserverpb.TxnRequest); ok && isRenewalRead(txn) {
-		kind = renewalRead
-	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.sent[kind]++
 }
 
 func isRenewalRead(txn *etcdserverpb.TxnRequest) bool {
