@@ -4,6 +4,8 @@ import (
 	"context"
 	"math"
 	"os"
+	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -25,6 +27,29 @@ var once = func() map[string]func() (*result, error) {
 	}
 	return all
 }()
+
+// TestReport shows that a report finds the places of all it has to write, which a run of half an hour
+// must not find out at its end, and that it leaves alone what is written by hand.
+func TestReport(t *testing.T) {
+	rep := report{dir: t.TempDir()}
+	for _, row := range rows {
+		if err := rep.add(row, &result{}, 0); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := rep.summarize(); err != nil {
+		t.Error(err)
+	}
+	text, err := os.ReadFile(filepath.Join(rep.dir, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	generated := regexp.MustCompile(`(?s)(<!-- [a-z]+( \d+)? -->\n).*?(<!-- /)`)
+	byHand := func(text string) string { return generated.ReplaceAllString(text, "$1$3") }
+	if byHand(string(text)) != byHand(readme) {
+		t.Errorf("the report has changed what is not between its markers:\n%s", text)
+	}
+}
 
 func TestRows(t *testing.T) {
 	for _, row := range rows {
