@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"math/rand/v2"
 	"path"
 	"time"
 
@@ -32,7 +33,9 @@ type candidate struct {
 }
 
 var (
-	ours     = contestant{"leader", joinOurs, func(election string) string { return election + "/" }}
+	ours = contestant{"leader", joinOurs, func(election string) string { return election + "/" }}
+	// anchored is ours with a lease that outlives the term, as stock's does.
+	anchored = contestant{"leader, which leads another election too", joinAnchored, ours.prefix}
 	stock    = contestant{"stock", joinStock, func(election string) string { return election + "/" }}
 	clientGo = contestant{"client-go", joinClientGo, nil}
 	holster  = contestant{"holster", joinHolster, func(election string) string { return path.Join("/elections", election) }}
@@ -67,6 +70,24 @@ func joinOurs(ctx context.Context, client *clientv3.Client, election string, ttl
 		return nil, err
 	}
 	return campaignOurs(ctx, e, election), nil
+}
+
+func joinAnchored(ctx context.Context, client *clientv3.Client, election string, ttl time.Duration) (*candidate, error) {
+	e, err := newAnchored(ctx, client, ttl)
+	if err != nil {
+		return nil, err
+	}
+	return campaignOurs(ctx, e, election), nil
+}
+
+// newAnchored returns an Elector that leads an election of its own, so that its lease is in use.
+func newAnchored(ctx context.Context, client *clientv3.Client, ttl time.Duration) (*leader.Elector, error) {
+	e, err := leader.New(client, leader.WithTTL(ttl))
+	if err != nil {
+		return nil, err
+	}
+	_, err = e.Campaign(ctx, fmt.Sprint("anchor/", rand.Int64()), "")
+	return e, err
 }
 
 func campaignOurs(ctx context.Context, e *leader.Elector, election string) *candidate {
