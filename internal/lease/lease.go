@@ -1,6 +1,6 @@
 // Package lease keeps a lease alive and knows until when it can be trusted.
 //
-// A [Session] wraps a [concurrency.Session] whose Done closes before etcd can let the lease
+// A [Session] has a [concurrency.Session] whose Done closes before etcd can let the lease
 // expire, not up to a second after. It is valid until
 //
 //	S + TTL − margin
@@ -82,15 +82,13 @@ type Renewal struct {
 
 // A Session is a lease that is being kept alive. It is safe for concurrent use.
 type Session struct {
-	id      clientv3.LeaseID
-	client  *clientv3.Client
-	session *concurrency.Session
-	cfg     Config
-	ctx     context.Context // ends with the session
-	cancel  context.CancelFunc
-	alive   chan *clientv3.LeaseKeepAliveResponse // closed at the end, which closes Done
-	done    chan struct{}                         // closed when renew has returned
-	unhook  func() bool                           // forgets the client's context
+	id     clientv3.LeaseID
+	client *clientv3.Client
+	cfg    Config
+	ctx    context.Context // ends with the session
+	cancel context.CancelFunc
+	done   chan struct{} // closed when renew has returned
+	unhook func() bool   // forgets the client's context
 
 	mu     sync.Mutex
 	sent   stamp // S
@@ -100,6 +98,7 @@ type Session struct {
 	cause  error       // why the session is over; nil while it is not
 	gone   bool        // etcd has confirmed that there is no such lease
 	keys   map[string]*Key
+	stock  *concurrency.Session // nil until Election needs it
 }
 
 // stamp is one moment on both clocks.
@@ -114,7 +113,6 @@ func Grant(ctx context.Context, client *clientv3.Client, cfg Config) (*Session, 
 	s := &Session{
 		client: client,
 		cfg:    cfg,
-		alive:  make(chan *clientv3.LeaseKeepAliveResponse),
 		done:   make(chan struct{}),
 		keys:   make(map[string]*Key),
 	}
@@ -126,46 +124,20 @@ func Grant(ctx context.Context, client *clientv3.Client, cfg Config) (*Session, 
 	if err != nil {
 		return nil, fmt.Errorf("grant a lease: %w", err)
 	}
-	if granted == nil || granted.TTL <= 0 {
-		return nil, errors.New("grant a lease: the client answered with neither TTL nor error")
+	if granted == nil || granted.ID == clientv3.NoLease || granted.TTL <= 0 {
+		return nil, errors.New("grant a lease: the client answered with neither lease nor error")
 	}
 	s.id = granted.ID
 	s.setTTL(granted.TTL)
 
 	// The session outlives ctx, and ends in endLocked alone.
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(client.Ctx())) //nolint:contextcheck
-	// The derived client must not be closed: that would close the user's Watcher and Lease.
-	derived := clientv3.NewCtxClient(s.ctx, clientv3.WithZapLogger(client.GetLogger())) //nolint:contextcheck
-	derived.KV, derived.Watcher, derived.Lease = client.KV, client.Watcher, keeper{client.Lease, s.alive}
-	s.session, err = concurrency.NewSession(derived, concurrency.WithLease(s.id), concurrency.WithContext(s.ctx)) //nolint:contextcheck // the session is bound to its own
-	if err != nil {
-		s.cancel()
-		cctx, cancel := retry.Cleanup(ctx)
-		defer cancel()
-		rerr := retry.Persist(cctx, client, func(ctx context.Context) error {
-			_, err := client.Revoke(ctx, s.id)
-			return err
-		})
-		return nil, errors.Join(fmt.Errorf("keep lease %x alive: %w", s.id, err), rerr)
-	}
-
 	s.mu.Lock()
 	s.timer = time.AfterFunc(s.untilCheck(), s.checkClocks)
 	s.unhook = context.AfterFunc(client.Ctx(), func() { s.end(ErrClosed) })
 	s.mu.Unlock()
 	go s.renewLoop() //nolint:contextcheck
 	return s, nil
-}
-
-// keeper is the Lease of the derived client: what [concurrency.NewSession] takes for keepalive
-// responses is a channel that ends when the session does.
-type keeper struct {
-	clientv3.Lease
-	alive <-chan *clientv3.LeaseKeepAliveResponse
-}
-
-func (k keeper) KeepAlive(context.Context, clientv3.LeaseID) (<-chan *clientv3.LeaseKeepAliveResponse, error) {
-	return k.alive, nil
 }
 
 // ID is the lease's.
@@ -177,7 +149,32 @@ func (s *Session) Context() context.Context { return s.ctx }
 // Election gives the [concurrency.Election] of a key under this lease. Its methods keep state
 // that is not safe for concurrent use, so each use takes a fresh one.
 func (s *Session) Election(prefix, key string, rev int64) *concurrency.Election {
-	return concurrency.ResumeElection(s.session, prefix, key, rev)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stock == nil {
+		s.stock = s.newStock()
+	}
+	return concurrency.ResumeElection(s.stock, prefix, key, rev)
+}
+
+// newStock makes the [concurrency.Session], which costs a goroutine for as long as this one lives: a
+// candidate that waits has no use for it. It sends no request, so it cannot fail.
+func (s *Session) newStock() *concurrency.Session {
+	// The derived client must not be closed: that would close the user's Watcher and Lease.
+	derived := clientv3.NewCtxClient(s.ctx, clientv3.WithZapLogger(s.client.GetLogger()))
+	derived.KV, derived.Watcher, derived.Lease = s.client.KV, s.client.Watcher, keeper{s.client.Lease}
+	stock, _ := concurrency.NewSession(derived, concurrency.WithLease(s.id), concurrency.WithContext(s.ctx))
+	return stock
+}
+
+// keeper is the Lease of the derived client: what [concurrency.NewSession] takes for keepalive
+// responses is a channel that ends when the session does.
+type keeper struct{ clientv3.Lease }
+
+func (keeper) KeepAlive(ctx context.Context, _ clientv3.LeaseID) (<-chan *clientv3.LeaseKeepAliveResponse, error) {
+	alive := make(chan *clientv3.LeaseKeepAliveResponse)
+	context.AfterFunc(ctx, func() { close(alive) })
+	return alive, nil
 }
 
 // Valid asks both clocks now. Once it has said no it does not say yes again.
@@ -276,7 +273,6 @@ func (s *Session) endLocked(cause error) {
 	s.cause = cause
 	s.timer.Stop()
 	s.unhook()
-	close(s.alive)
 	s.cancel()
 }
 

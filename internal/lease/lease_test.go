@@ -3,6 +3,7 @@ package lease
 import (
 	"context"
 	"errors"
+	"runtime"
 	"slices"
 	"strconv"
 	"sync"
@@ -123,12 +124,13 @@ func TestSessionEndsExactlyAtTheDeadline(t *testing.T) {
 			e := newEtcd(t)
 			fault(e)
 			s := start(t, e, Config{})
+			done := stockDone(s)
 			e.waitUntil(deadline - 1)
-			if ended(s.Context().Done()) || ended(s.session.Done()) || !s.Valid() || s.Cause() != nil {
+			if ended(s.Context().Done()) || ended(done) || !s.Valid() || s.Cause() != nil {
 				t.Errorf("over 1 ns before the deadline: %v", s.Cause())
 			}
 			e.waitUntil(deadline)
-			if !ended(s.Context().Done()) || !ended(s.session.Done()) {
+			if !ended(s.Context().Done()) || !ended(done) {
 				t.Error("Context or Done have not ended at the deadline")
 			}
 			e.wantExpired(s)
@@ -341,6 +343,8 @@ func TestGrantFails(t *testing.T) {
 		after   time.Duration
 	}{
 		"neither lease nor error": {fails[granted](nil), time.Minute, nil, 0},
+		"lease 0, which is none":  {mangled(func(l *granted) { l.ID = clientv3.NoLease }), time.Minute, nil, 0},
+		"TTL 0":                   {mangled(func(l *granted) { l.TTL = 0 }), time.Minute, nil, 0},
 		"an error":                {fails[granted](rpctypes.ErrNoSpace), time.Minute, rpctypes.ErrNoSpace, 0},
 		"no answer":               {hangs[granted], time.Minute, context.DeadlineExceeded, 5 * time.Second},
 		"ctx ends":                {hangs[granted], time.Second, context.DeadlineExceeded, time.Second},
@@ -361,24 +365,32 @@ func TestGrantFails(t *testing.T) {
 	}
 }
 
-// concurrency.NewSession takes the lease 0 for none and asks for another, which is the only way to
-// make it fail.
-func TestLeaseIsRevokedIfNoSessionCanBeMadeOfIt(t *testing.T) {
+// A resignation or a clean-up may be what needs the first election, after the session's end.
+func TestElectionsShareOneStockSessionThatEndsWithTheirs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
-		e.lax = true // the second grant is not ours
-		e.onGrant = func(_ context.Context, n int, l *granted) (*granted, error) {
-			if n > 1 {
-				return nil, rpctypes.ErrNoLeader
-			}
-			l.ID = clientv3.NoLease
-			return l, nil
+		s := start(t, e, Config{})
+		goroutines := runtime.NumGoroutine()
+		for range 10 {
+			s.Election("name/", "k", 1)
 		}
-		if s, err := Grant(t.Context(), e.client, Config{TTL: ttl}); s != nil || !errors.Is(err, rpctypes.ErrNoLeader) {
-			t.Errorf("Grant() = %v, %v, want the error %v", s, err, rpctypes.ErrNoLeader)
+		synctest.Wait()
+		if got := runtime.NumGoroutine(); got > goroutines+1 {
+			t.Errorf("%d goroutines for the elections of one session, want 1", got-goroutines)
 		}
-		if got := e.log().revoked; !slices.Equal(got, []clientv3.LeaseID{clientv3.NoLease}) {
-			t.Errorf("revoked %v, want the lease that was granted", got)
+		done := stockDone(s)
+		s.end(ErrClosed)
+		synctest.Wait()
+		if !ended(done) {
+			t.Error("Done has not ended")
+		}
+
+		over := start(t, e, Config{})
+		over.end(ErrClosed)
+		done = stockDone(over)
+		synctest.Wait()
+		if !ended(done) {
+			t.Error("Done of a session that was over before has not ended")
 		}
 	})
 }
@@ -689,6 +701,7 @@ func TestClosedClientEndsTheSessionAtOnce(t *testing.T) {
 			e := newEtcd(t)
 			e.onRenew = stuck[ack](e)
 			s := start(t, e, Config{})
+			done := stockDone(s)
 			end(e)
 			e.wantEnd(s, e.at())
 			// Nothing else is waited for: who learns that the session is over asks why.
@@ -696,7 +709,7 @@ func TestClosedClientEndsTheSessionAtOnce(t *testing.T) {
 				t.Errorf("Context has ended but Cause() = %v, Valid() = %v", cause, s.Valid())
 			}
 			synctest.Wait()
-			if !ended(s.session.Done()) {
+			if !ended(done) {
 				t.Error("Done has not ended")
 			}
 		})
@@ -872,6 +885,12 @@ func ended(done <-chan struct{}) bool {
 	}
 }
 
+// stockDone is what the elections of the session see of it.
+func stockDone(s *Session) <-chan struct{} {
+	s.Election("name/", "k", 1)
+	return s.stock.Done()
+}
+
 // wall is a wall clock that can be set.
 type wall struct{ offset atomic.Int64 }
 
@@ -889,7 +908,6 @@ type etcd struct {
 	cancel   context.CancelFunc // ends the context behind the client's
 	began    time.Time
 	ttl      int64 // that it grants
-	lax      bool  // takes requests without a deadline
 	released chan struct{}
 	release  func() // lets stuck requests go
 
@@ -1026,7 +1044,7 @@ func (e *etcd) revision(key string) int64 {
 func record[T any](ctx context.Context, e *etcd, requests *[]T, request T) int {
 	md, _ := metadata.FromOutgoingContext(ctx)
 	_, bounded := ctx.Deadline()
-	if leader := md.Get(rpctypes.MetadataRequireLeaderKey); !e.lax && (!bounded || len(leader) != 1) {
+	if leader := md.Get(rpctypes.MetadataRequireLeaderKey); !bounded || len(leader) != 1 {
 		e.t.Errorf("request %v has a deadline: %v, requires a raft leader: %v", request, bounded, leader)
 	}
 	e.mu.Lock()
