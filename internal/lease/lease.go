@@ -87,7 +87,7 @@ type Session struct {
 	cfg    Config
 	ctx    context.Context // ends with the session
 	cancel context.CancelFunc
-	done   chan struct{} // closed when renew has returned
+	done   chan struct{} // closed when the last renewal has returned
 	unhook func() bool   // forgets the client's context
 
 	mu     sync.Mutex
@@ -95,6 +95,7 @@ type Session struct {
 	ttl    time.Duration
 	margin time.Duration
 	timer  *time.Timer // asks the clocks
+	due    *time.Timer // begins the next renewal; not set while one is under way
 	cause  error       // why the session is over; nil while it is not
 	gone   bool        // etcd has confirmed that there is no such lease
 	keys   map[string]*Key
@@ -134,9 +135,9 @@ func Grant(ctx context.Context, client *clientv3.Client, cfg Config) (*Session, 
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(client.Ctx())) //nolint:contextcheck
 	s.mu.Lock()
 	s.timer = time.AfterFunc(s.untilCheck(), s.checkClocks)
+	s.due = time.AfterFunc(s.untilDue(), s.renewal) //nolint:contextcheck
 	s.unhook = context.AfterFunc(client.Ctx(), func() { s.end(ErrClosed) })
 	s.mu.Unlock()
-	go s.renewLoop() //nolint:contextcheck
 	return s, nil
 }
 
@@ -272,6 +273,9 @@ func (s *Session) end(cause error) {
 func (s *Session) endLocked(cause error) {
 	s.cause = cause
 	s.timer.Stop()
+	if s.due.Stop() { // else a renewal is under way, and closes it
+		close(s.done)
+	}
 	s.unhook()
 	s.cancel()
 }

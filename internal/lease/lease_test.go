@@ -1,6 +1,7 @@
 package lease
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"runtime"
@@ -206,6 +207,39 @@ func TestDeadlineWinsOverARenewalThatIsAnsweredBeforeTheTimerFires(t *testing.T)
 	})
 }
 
+func TestRenewalsDoNotOverlap(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		var under atomic.Int64
+		e.onRenew = func(_ context.Context, _ int, a *ack) (*ack, error) {
+			if under.Add(1) > 1 {
+				t.Error("a renewal was sent while another was under way")
+			}
+			time.Sleep(third + time.Second/2) // longer than until the next one is due
+			under.Add(-1)
+			return a, nil
+		}
+		s := start(t, e, Config{})
+		e.waitUntil(time.Minute - 1)
+		if got := len(e.log().sent); got != 10 || !s.Valid() {
+			t.Errorf("%d renewals sent, Valid() = %v, want one right after the other: 10 and true", got, s.Valid())
+		}
+	})
+}
+
+func TestNoGoroutineBetweenRenewals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		start(t, e, Config{})
+		for at := third / 2; at < time.Minute; at += third {
+			e.waitUntil(at)
+			if got := goroutines("lease.(*Session)"); got != 0 {
+				t.Errorf("%d goroutines at %v, want none", got, at)
+			}
+		}
+	})
+}
+
 func TestHangingAttemptCostsAnAttemptAndNotTheLease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
@@ -370,13 +404,12 @@ func TestElectionsShareOneStockSessionThatEndsWithTheirs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
 		s := start(t, e, Config{})
-		goroutines := runtime.NumGoroutine()
 		for range 10 {
 			s.Election("name/", "k", 1)
 		}
 		synctest.Wait()
-		if got := runtime.NumGoroutine(); got > goroutines+1 {
-			t.Errorf("%d goroutines for the elections of one session, want 1", got-goroutines)
+		if got := goroutines("concurrency.NewSession"); got != 1 {
+			t.Errorf("%d goroutines for the elections of one session, want 1", got)
 		}
 		done := stockDone(s)
 		s.end(ErrClosed)
@@ -822,6 +855,81 @@ func TestCloseReturnsWhenItsContextEnds(t *testing.T) {
 	}
 }
 
+func TestCloseWaitsForTheRenewalUnderWay(t *testing.T) {
+	for name, hold := range map[string]func(e *etcd){
+		"renewal": func(e *etcd) { e.onRenew = stuck[ack](e) },
+		"read":    func(e *etcd) { e.onRead = stuck[read](e) },
+		"sweep":   func(e *etcd) { e.onDelete = func(context.Context, int) error { <-e.released; return nil } },
+	} {
+		bubble(t, name, func(t *testing.T) {
+			e := newEtcd(t)
+			hold(e)
+			s := start(t, e, Config{})
+			e.track(s, "orphan", 7).Abandon()
+			e.waitUntil(third)
+			closed := make(chan error, 1)
+			go func() { closed <- s.Close(t.Context()) }()
+			e.waitUntil(time.Minute)
+			select {
+			case err := <-closed:
+				t.Errorf("Close() = %v before the renewal had returned", err)
+			default:
+				e.release()
+				if err := <-closed; err != nil {
+					t.Errorf("Close() = %v", err)
+				}
+			}
+		})
+	}
+}
+
+// A session that ends in the very moment in which a renewal is to begin, or has just been made, is
+// what both may take for theirs to tell of.
+func TestRenewalsStopOnceWheneverTheSessionEnds(t *testing.T) {
+	for name, test := range map[string]struct {
+		at, took time.Duration // the end; each renewal
+	}{
+		"before the first renewal":    {third / 2, 0},
+		"when the first is due":       {third, 0},
+		"in the middle of one":        {third + time.Second, 2 * time.Second},
+		"when one has been made":      {third + 2*time.Second, 2 * time.Second},
+		"between renewals":            {third + third/2, 0},
+		"when a later one is due":     {3 * third, 0},
+		"when one is due and another": {3 * third, third},
+	} {
+		bubble(t, name, func(t *testing.T) {
+			for range 100 { // which of two things that happen together comes first is left to chance
+				e := newEtcd(t)
+				e.onRenew = func(_ context.Context, _ int, a *ack) (*ack, error) {
+					time.Sleep(test.took)
+					return a, nil
+				}
+				s := start(t, e, Config{})
+				time.Sleep(test.at)
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+				var closes sync.WaitGroup
+				for range 3 {
+					closes.Go(func() {
+						if err := s.Close(ctx); err != nil {
+							t.Errorf("Close() = %v", err)
+						}
+					})
+				}
+				closes.Wait()
+				cancel()
+				if waited := e.at() - test.at; waited > test.took {
+					t.Errorf("Close returned after %v, and no renewal took longer than %v", waited, test.took)
+				}
+				sent := len(e.log().sent)
+				e.waitUntil(2 * time.Minute)
+				if got := len(e.log().sent); got != sent || !ended(s.done) {
+					t.Errorf("%d renewals sent after Close", got-sent)
+				}
+			}
+		})
+	}
+}
+
 func TestRenewalThatCloseCutsShortIsNotReported(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
@@ -883,6 +991,18 @@ func ended(done <-chan struct{}) bool {
 	default:
 		return false
 	}
+}
+
+// goroutines is how many run in a function, or were started by it.
+func goroutines(function string) (n int) {
+	stacks := make([]byte, 1<<20)
+	stacks = stacks[:runtime.Stack(stacks, true)]
+	for stack := range bytes.SplitSeq(stacks, []byte("\n\n")) {
+		if bytes.Contains(stack, []byte(function)) {
+			n++
+		}
+	}
+	return n
 }
 
 // stockDone is what the elections of the session see of it.

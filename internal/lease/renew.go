@@ -10,41 +10,43 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// schedule returns when to renew next and how long one attempt may take. The first third of
-// the TTL passes in peace; what is then left until the deadline is enough for a renewal and
-// two retries, so that one endpoint that does not answer costs an attempt and not the lease.
-func (s *Session) schedule() (next time.Time, attempt time.Duration) {
+// untilDue is how long the next renewal has to wait: the first third of the TTL passes in peace.
+// s.mu is held.
+func (s *Session) untilDue() time.Duration { return time.Until(s.sent.mono.Add(s.ttl / 3)) }
+
+// attempt is how long one attempt to renew may take. What is left until the deadline after a third
+// of the TTL is enough for a renewal and two retries, so that one endpoint that does not answer
+// costs an attempt and not the lease.
+func (s *Session) attempt() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	third := s.ttl / 3
-	return s.sent.mono.Add(third), min((s.ttl-s.margin-third)/3, maxAttempt)
+	return min((s.ttl-s.margin-s.ttl/3)/3, maxAttempt)
 }
 
-// renewLoop renews the lease until the session ends.
-func (s *Session) renewLoop() {
-	defer close(s.done)
-	_, attempt := s.schedule()
+// renewal renews the lease, with as many attempts as that takes, unless the session ends. It runs
+// when due fires and sets due anew when all is done: there is never more than one, and no goroutine
+// in between.
+func (s *Session) renewal() {
+	attempt := s.attempt()
 	backoff := retry.Backoff{Min: attempt / 16, Max: attempt / 2}
-	for {
-		next, attempt := s.schedule()
-		if backoff.Streak() == 0 {
-			if retry.Sleep(s.ctx, time.Until(next)) != nil {
-				return
-			}
-		}
+	for s.ctx.Err() == nil {
 		sent := s.now()
 		orphans, err := s.renew(sent, attempt)
 		s.report(sent, err)
 		if err == nil {
-			backoff.Reset()
 			s.sweep(orphans, attempt)
-			continue
+			break
 		}
 		retry.Reconnect(s.client)
-		if backoff.Wait(s.ctx) != nil {
-			return
-		}
+		_ = backoff.Wait(s.ctx)
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.cause != nil {
+		close(s.done)
+		return
+	}
+	s.due.Reset(s.untilDue())
 }
 
 // report tells how an attempt went, unless it was cut short by the session's close.
