@@ -335,7 +335,8 @@ func (q *Queue) watchDeleted(ctx context.Context, t target) (lived time.Duration
 		}
 		if !touched {
 			var gone bool
-			if gone, touched, err = q.look(ctx, t); gone || err != nil {
+			retry.Aside(func() { gone, touched, err = q.look(ctx, t) })
+			if gone || err != nil {
 				return 0, err
 			}
 		}
@@ -350,7 +351,11 @@ func (q *Queue) watchDeleted(ctx context.Context, t target) (lived time.Duration
 func (q *Queue) watch(ctx context.Context, cancel func(), key string, opts ...clientv3.OpOption) clientv3.WatchChan {
 	late := time.AfterFunc(retry.RequestTimeout, cancel)
 	defer late.Stop()
-	return q.client.Watch(ctx, key, append(opts, clientv3.WithCreatedNotify())...) // blocks until created
+	var events clientv3.WatchChan
+	retry.Aside(func() { // blocks until created
+		events = q.client.Watch(ctx, key, append(opts, clientv3.WithCreatedNotify())...)
+	})
+	return events
 }
 
 // look reads the key.

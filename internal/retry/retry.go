@@ -35,6 +35,15 @@ func Request(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(clientv3.WithRequireLeader(ctx), RequestTimeout)
 }
 
+// Aside calls f in a goroutine of its own and waits for it. A request takes a deep stack, and a
+// stack shrinks no further than to four times of what is in use, so what goes on to wait for hours
+// makes its requests aside.
+func Aside(f func()) {
+	var done sync.WaitGroup
+	done.Go(f)
+	done.Wait()
+}
+
 // Cleanup returns a context for tidying up, by [Persist]. It outlives ctx, whose end is often the reason
 // to tidy up, and is bounded by [CleanupTimeout].
 func Cleanup(ctx context.Context) (context.Context, context.CancelFunc) {
@@ -208,9 +217,12 @@ func (l *Loop) Last() error { return l.last }
 func (l *Loop) Do(ctx context.Context, request func(context.Context) error) error {
 	for {
 		sent := time.Now()
-		rctx, cancel := Request(ctx)
-		err := request(rctx)
-		cancel()
+		var err error
+		Aside(func() {
+			rctx, cancel := Request(ctx)
+			defer cancel()
+			err = request(rctx)
+		})
 		if err == nil {
 			l.OK()
 			return nil
