@@ -5,6 +5,7 @@ import (
 	"errors"
 	"time"
 
+	"example.com/leader/internal/retry"
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
@@ -102,7 +103,7 @@ func (s *Session) readKeys(most int, timeout time.Duration) (term uint64, orphan
 	for i, k := range keys {
 		gets[i] = clientv3.OpGet(k.name, clientv3.WithKeysOnly())
 	}
-	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(s.ctx), timeout)
+	ctx, cancel := context.WithTimeout(retry.RequireLeader(s.ctx), timeout)
 	defer cancel()
 	resp, err := s.client.Txn(ctx).Then(gets...).Commit()
 	if err != nil {
@@ -135,7 +136,7 @@ func createRevision(resp *etcdserverpb.ResponseOp) int64 {
 // sweep deletes abandoned keys, for as long as one attempt to renew may take: it must not hold up
 // the next renewal. What is left then is found again.
 func (s *Session) sweep(orphans []orphan, timeout time.Duration) {
-	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(s.ctx), timeout)
+	ctx, cancel := context.WithTimeout(retry.RequireLeader(s.ctx), timeout)
 	defer cancel()
 	for _, o := range orphans {
 		s.mu.Lock()

@@ -99,7 +99,7 @@ func (s *Session) renew(sent stamp, attempt time.Duration) ([]orphan, error) {
 }
 
 func (s *Session) keepAlive(attempt time.Duration) (*clientv3.LeaseKeepAliveResponse, error) {
-	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(s.ctx), attempt)
+	ctx, cancel := context.WithTimeout(retry.RequireLeader(s.ctx), attempt)
 	defer cancel()
 	return s.client.KeepAliveOnce(paced{ctx, attempt / 8}, s.id)
 }

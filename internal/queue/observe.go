@@ -50,7 +50,7 @@ type observer struct {
 // follow reads the queue once a watch has been created and follows the watch until it ends. It
 // returns how long that was.
 func (o *observer) follow(ctx context.Context, reread time.Duration) (lived time.Duration, err error) {
-	ctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
+	ctx, cancel := context.WithCancel(retry.RequireLeader(ctx))
 	defer cancel()
 	events := o.q.watch(ctx, cancel, o.q.prefix, clientv3.WithPrefix())
 	began := time.Now()

@@ -297,7 +297,7 @@ func (q *Queue) waitDeleted(ctx context.Context, loop *retry.Loop, t target) err
 func (q *Queue) watchDeleted(ctx context.Context, t target) (lived time.Duration, err error) {
 	var looks sync.WaitGroup
 	defer looks.Wait()
-	ctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
+	ctx, cancel := context.WithCancel(retry.RequireLeader(ctx))
 	defer cancel()
 	var opts []clientv3.OpOption
 	if t.touched == nil {

@@ -16,6 +16,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 )
 
@@ -29,10 +30,20 @@ const (
 	CleanupTimeout = 2 * time.Second
 )
 
+// RequireLeader returns a context for requests that a member refuses at once while it knows of no
+// raft leader. It is [clientv3.WithRequireLeader] at a third of the memory, which a watch holds for
+// as long as it lives.
+func RequireLeader(ctx context.Context) context.Context {
+	if md, _ := metadata.FromOutgoingContext(ctx); len(md.Get(rpctypes.MetadataRequireLeaderKey)) > 0 {
+		return ctx
+	}
+	return metadata.AppendToOutgoingContext(ctx, rpctypes.MetadataRequireLeaderKey, rpctypes.MetadataHasLeader)
+}
+
 // Request returns a context for one request: it has a deadline of its own, and a member that
 // knows of no raft leader refuses the request at once instead of keeping it for 7 s.
 func Request(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(clientv3.WithRequireLeader(ctx), RequestTimeout)
+	return context.WithTimeout(RequireLeader(ctx), RequestTimeout)
 }
 
 // Aside calls f in a goroutine of its own and waits for it. A request takes a deep stack, and a
@@ -47,7 +58,7 @@ func Aside(f func()) {
 // Cleanup returns a context for tidying up, by [Persist]. It outlives ctx, whose end is often the reason
 // to tidy up, and is bounded by [CleanupTimeout].
 func Cleanup(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(clientv3.WithRequireLeader(context.WithoutCancel(ctx)), CleanupTimeout)
+	return context.WithTimeout(RequireLeader(context.WithoutCancel(ctx)), CleanupTimeout)
 }
 
 // Persist repeats a request that tidies up until etcd has answered it, it cannot heal, the client is

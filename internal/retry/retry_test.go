@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"reflect"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -286,6 +287,22 @@ func TestContextsOfRequests(t *testing.T) {
 			t.Errorf("after the end of the caller's context Request has %v and Cleanup %v", request.Err(), cleanup.Err())
 		}
 	})
+}
+
+// All watches of one metadata share one stream, with those that a user has opened.
+func TestRequireLeaderSendsWhatTheClientsDoes(t *testing.T) {
+	for name, ctx := range map[string]context.Context{
+		"no metadata":          t.Context(),
+		"metadata of a user":   metadata.AppendToOutgoingContext(t.Context(), "trace", "7"),
+		"it is required twice": RequireLeader(t.Context()),
+		"a user requires it":   clientv3.WithRequireLeader(t.Context()),
+	} {
+		got, _ := metadata.FromOutgoingContext(RequireLeader(ctx))
+		want, _ := metadata.FromOutgoingContext(clientv3.WithRequireLeader(ctx))
+		if !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: sends %v, want %v", name, got, want)
+		}
+	}
 }
 
 func bubble(t *testing.T, name string, f func(t *testing.T)) {
