@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 	"time"
 
 	"example.com/leader/internal/lease"
@@ -178,16 +177,16 @@ func (e *Elector) stand(ctx, bound context.Context, loop *retry.Loop, c *claim, 
 		e: e, run: how.run, claim: c, queue: q, session: session, key: q.Key(session.ID()),
 		done: make(chan struct{}), resigning: make(chan struct{}, 1),
 	}
-	l.giveBack = sync.OnceFunc(session.Return)
 	l.ctx, l.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
+	// watched ends when the lease or the key is lost, and with the term.
+	watched, unwatch := context.WithCancel(session.Context())
+	l.unwatch = unwatch
 	var left bool
 	l.tracked, left = session.Track(l.key, l.evict)
 
-	// standing ends as well when the lease or the key is lost.
 	standing, cancel := context.WithCancel(bound)
 	defer cancel()
-	defer context.AfterFunc(session.Context(), cancel)()
-	defer context.AfterFunc(l.ctx, cancel)()
+	defer context.AfterFunc(watched, cancel)()
 
 	place, err := l.join(standing, loop, value, left)
 	if err != nil {
@@ -195,7 +194,7 @@ func (e *Elector) stand(ctx, bound context.Context, loop *retry.Loop, c *claim, 
 	} else {
 		l.token = place.Token
 		l.tracked.Joined(l.token)
-		go l.watch() //nolint:contextcheck // so does the watch
+		go l.watch(watched) //nolint:contextcheck // so does the watch
 		if how.try && !place.First() {
 			err = ErrHeld
 		} else {

@@ -125,11 +125,12 @@ type Leader struct {
 
 	ctx       context.Context // the term's
 	cancel    context.CancelCauseFunc
-	beginning sync.WaitGroup // Hooks.Elected and touch, in a term
-	done      chan struct{}  // closed when watch has returned
-	resigning chan struct{}  // holds a token while Resign talks to etcd
+	beginning sync.WaitGroup     // Hooks.Elected and touch, in a term
+	unwatch   context.CancelFunc // ends watch
+	done      chan struct{}      // closed when watch has returned
+	resigning chan struct{}      // holds a token while Resign talks to etcd
 
-	giveBack func() // gives the session back, once
+	returned sync.Once // the session, see giveBack
 
 	mu      sync.Mutex
 	elected bool      // set only while ctx has not ended
@@ -258,7 +259,11 @@ func (l *Leader) end(cause error) {
 		l.claim.release() // first: who waits for the term's end may campaign at once
 	}
 	l.cancel(cause)
+	l.unwatch()
 }
+
+// giveBack returns the session to the pool, once.
+func (l *Leader) giveBack() { l.returned.Do(l.session.Return) }
 
 // evict ends the term because its key is gone: deleted by somebody else, unless by etcd since the
 // lease had expired.
@@ -281,12 +286,10 @@ func (l *Leader) sessionCause() error {
 	return ErrExpired
 }
 
-// watch ends the term when its key or its session is gone, and sees a lost term off.
-func (l *Leader) watch() {
+// watch ends the term when its key or its session is gone, and sees a lost term off. ctx ends with
+// the session and with the term.
+func (l *Leader) watch(ctx context.Context) {
 	defer close(l.done)
-	ctx, cancel := context.WithCancel(l.session.Context())
-	defer cancel()
-	defer context.AfterFunc(l.ctx, cancel)()
 	// The context must not end later than it says because a request does.
 	defer context.AfterFunc(l.session.Context(), func() { l.end(l.sessionCause()) })()
 	loop := l.e.loop(l.claim.election, "watch of the own key is being retried")
