@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"example.com/leader/internal/lease"
@@ -16,15 +17,14 @@ import (
 // A claim is an Elector's part in an election, from the begin of a campaign to the end of the
 // term: there may be one at a time.
 type claim struct {
-	e        *Elector
-	election string
-	stop     context.CancelFunc // ends observe
-	observed chan struct{}      // closed when observe has returned
+	e         *Elector
+	election  string
+	stop      context.CancelFunc // ends observe
+	observing sync.WaitGroup     // done when observe has returned
 }
 
 func (e *Elector) claim(election string) (*claim, error) {
-	ctx, stop := context.WithCancel(e.ctx)
-	c := &claim{e: e, election: election, stop: stop, observed: make(chan struct{})}
+	c := &claim{e: e, election: election, stop: func() {}}
 	e.mu.Lock()
 	_, taken := e.claims[election]
 	if !taken {
@@ -32,18 +32,17 @@ func (e *Elector) claim(election string) (*claim, error) {
 	}
 	e.mu.Unlock()
 	if taken {
-		stop()
 		return nil, fmt.Errorf("%w: %q", ErrCampaigning, election)
 	}
-	if e.opts.hooks.LeaderChanged == nil {
-		close(c.observed)
-	} else {
-		go c.observe(ctx)
+	if e.opts.hooks.LeaderChanged != nil {
+		var ctx context.Context
+		ctx, c.stop = context.WithCancel(e.ctx)
+		c.observing.Go(func() { c.observe(ctx) })
 	}
 	return c, nil
 }
 
-// release lets the next campaign in. Whoever calls it waits for observed then.
+// release lets the next campaign in. Whoever calls it waits for observing then.
 func (c *claim) release() {
 	c.e.mu.Lock()
 	delete(c.e.claims, c.election)
@@ -54,7 +53,6 @@ func (c *claim) release() {
 // observe calls Hooks.LeaderChanged. A campaign after a lost term does not repeat what the one
 // before it has reported.
 func (c *claim) observe(ctx context.Context) {
-	defer close(c.observed)
 	e := c.e
 	err := queue.New(e.client, c.election).Observe(ctx, e.loop(c.election, "observing is being retried"), e.opts.ttl,
 		func(leader queue.Candidate) bool {
@@ -117,7 +115,7 @@ func (e *Elector) campaign(ctx context.Context, name, value string, how how) (*L
 		if err != nil {
 			err = campaignError(ctx, bound, election, err, cmp.Or(loop.Last(), again.Last()))
 			c.release()
-			<-c.observed
+			c.observing.Wait()
 			e.opts.hooks.CampaignFailed(election, err)
 			return nil, err
 		}

@@ -308,7 +308,7 @@ func (l *Leader) watch(ctx context.Context) {
 		return
 	}
 	l.beginning.Wait()
-	<-l.claim.observed
+	l.claim.observing.Wait()
 	cause := context.Cause(l.ctx)
 	log := l.e.log(l.claim.election).With("token", l.token)
 	lost := !errors.Is(cause, ErrResigned)

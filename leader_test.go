@@ -369,6 +369,31 @@ func TestTryCampaignReturnsErrHeldAtOnce(t *testing.T) {
 	}
 }
 
+// A campaign waits for what observes on its behalf, and nothing changes here that would wake that.
+func TestCampaignThatEndsStopsObserving(t *testing.T) {
+	_, client := start(t)
+	lead(t, newElector(t, client), "jobs", "first")
+	changes := make(chan leader.Candidate, 10)
+	e := newElector(t, client, leader.WithHooks(leader.Hooks{
+		LeaderChanged: func(_ string, c leader.Candidate) { changes <- c },
+	}))
+	campaigned := make(chan error, 1)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	go func() {
+		_, err := e.Campaign(ctx, "jobs", "second")
+		campaigned <- err
+	}()
+	await(t, "the leader", changes)
+	cancel()
+	if err := await(t, "the end of the campaign", campaigned); !errors.Is(err, context.Canceled) {
+		t.Errorf("Campaign: %v", err)
+	}
+	if _, err := e.TryCampaign(t.Context(), "jobs", "second"); !errors.Is(err, leader.ErrHeld) {
+		t.Errorf("TryCampaign: %v", err)
+	}
+}
+
 func TestTryCampaignsAtOnceElectOneAndLeaveNoCandidate(t *testing.T) {
 	_, client := start(t)
 	var wg sync.WaitGroup
