@@ -102,8 +102,10 @@ func observed(ctx context.Context, r *run, n int) ([]*audience, error) {
 		}
 		for range n {
 			observers.Go(func() {
+				var seen int64 // stock says again who leads when the leader's key is put again
 				failed <- a.observe(ctx, a.client, a.name, func(token int64) {
-					if token != 0 {
+					if token > seen {
+						seen = token
 						sights <- time.Now()
 					}
 				})
