@@ -1,0 +1,57 @@
+# The steps of CI, one target each. make alone runs them all, by .ci/run, which installs what they need first.
+# make quick is what takes seconds.
+
+golangci_lint := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+
+go_mods := $(shell find . -mindepth 2 -name go.mod ! -path '*/.*' ! -path '*/testdata/*' ! -path '*/vendor/*')
+nested := $(sort $(go_mods:./%/go.mod=%))
+steps := fmt vet lint tidy test race examples chaos mutations nested
+
+.PHONY: all steps quick $(steps) $(nested:%=nested/%)
+
+all:
+	bash .ci/run
+
+steps:
+	@echo $(steps)
+
+quick: fmt vet lint tidy
+
+# Of all modules.
+fmt:
+	@files=$$("$$(go env GOROOT)/bin/gofmt" -l .) || exit; \
+	[ -z "$$files" ] || { echo "not formatted:" $$files; exit 1; }
+
+vet:
+	go vet ./...
+
+lint:
+	go run $(golangci_lint) run
+
+tidy:
+	go mod tidy -diff
+
+test:
+	go test ./...
+
+race:
+	go test -race -shuffle=on ./...
+
+examples:
+	go run ./examples/failover
+
+# The second seed is new each time, and printed.
+chaos:
+	go run ./internal/chaos -race -duration 90s -seed 1
+	go run ./internal/chaos -race -duration 90s
+
+# Each must find out that a safeguard is off; two at a time, since they mostly wait.
+mutations:
+	go run ./internal/chaos -mutations | xargs -n 1 -P 2 go run ./internal/chaos -mutation
+
+nested: $(nested:%=nested/%)
+
+$(nested:%=nested/%): nested/%:
+	go -C $* vet ./...
+	go -C $* mod tidy -diff
+	go -C $* test -bench . -benchtime 1x ./...
