@@ -1,13 +1,13 @@
 # The steps of CI, one target each. make alone runs them all, by .ci/run, which installs what they need first.
-# make quick is what takes seconds.
+# make quick is what takes seconds; make api rewrites api.txt.
 
 golangci_lint := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 go_mods := $(shell find . -mindepth 2 -name go.mod ! -path '*/.*' ! -path '*/testdata/*' ! -path '*/vendor/*')
 nested := $(sort $(go_mods:./%/go.mod=%))
-steps := fmt vet lint tidy test race examples chaos mutations nested
+steps := fmt vet lint tidy api-check test race examples chaos mutations nested
 
-.PHONY: all steps quick $(steps) $(nested:%=nested/%)
+.PHONY: all steps quick api $(steps) $(nested:%=nested/%)
 
 all:
 	bash .ci/run
@@ -15,7 +15,7 @@ all:
 steps:
 	@echo $(steps)
 
-quick: fmt vet lint tidy
+quick: fmt vet lint tidy api-check
 
 # Of all modules.
 fmt:
@@ -30,6 +30,14 @@ lint:
 
 tidy:
 	go mod tidy -diff
+
+api:
+	bash .ci/api . $(nested) >api.txt
+
+api-check:
+	@bash .ci/api . $(nested) | diff -u api.txt - || { \
+	echo "The exported API is not what api.txt says. If that is meant: make api, commit api.txt, and say it in CHANGELOG.md."; \
+	exit 1; }
 
 test:
 	go test ./...
