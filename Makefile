@@ -5,7 +5,7 @@ golangci_lint := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 go_mods := $(shell find . -mindepth 2 -name go.mod ! -path '*/.*' ! -path '*/testdata/*' ! -path '*/vendor/*')
 nested := $(sort $(go_mods:./%/go.mod=%))
-steps := fmt vet lint tidy api-check test race examples chaos mutations nested
+steps := fmt vet lint tidy api-check test race examples chaos mutations nested vuln
 
 .PHONY: all steps quick api $(steps) $(nested:%=nested/%)
 
@@ -63,3 +63,6 @@ $(nested:%=nested/%): nested/%:
 	go -C $* vet ./...
 	go -C $* mod tidy -diff
 	go -C $* test -bench . -benchtime 1x ./...
+
+vuln:
+	@bash .ci/vuln . $(nested)
