@@ -1,6 +1,7 @@
 # The steps of CI, one target each. make alone runs them all, by .ci/run, which installs what they need first.
 # make quick is what takes seconds; make api rewrites api.txt.
 
+actionlint := github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 golangci_lint := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 go_mods := $(shell find . -mindepth 2 -name go.mod ! -path '*/.*' ! -path '*/testdata/*' ! -path '*/vendor/*')
@@ -27,6 +28,7 @@ vet:
 
 lint:
 	go run $(golangci_lint) run
+	go run $(actionlint) .github/workflows/*.yml
 
 tidy:
 	go mod tidy -diff
