@@ -45,9 +45,9 @@ type Elector struct {
 	reported map[string]Candidate // to Hooks.LeaderChanged, by election
 }
 
-// New returns an Elector. It sends no request. The client is borrowed: it must stay open while
-// the Elector is in use, and is never closed by it. A client whose KV, Watcher and Lease are those
-// of go.etcd.io/etcd/client/v3/namespace works too.
+// New returns an Elector, or an error for a nil client or a bad option. It sends no request. The
+// client is borrowed: it must stay open while the Elector is in use, and is never closed by it. A
+// client whose KV, Watcher and Lease are those of go.etcd.io/etcd/client/v3/namespace works too.
 func New(client *clientv3.Client, opts ...Option) (*Elector, error) {
 	if client == nil {
 		return nil, errors.New("leader: client: must not be nil")
@@ -93,17 +93,20 @@ func (e *Elector) Campaign(ctx context.Context, name, value string) (*Leader, er
 }
 
 // TryCampaign is like [Elector.Campaign] but does not wait behind others: it returns [ErrHeld] if
-// somebody leads. It waits for etcd as Campaign does.
+// somebody leads or is before it in the queue. It waits for etcd as Campaign does, so ctx should
+// have a deadline.
 func (e *Elector) TryCampaign(ctx context.Context, name, value string) (*Leader, error) {
 	return e.campaign(ctx, name, value, how{try: true})
 }
 
 // Run campaigns in the election and calls lead while this instance leads it. It blocks until lead
-// has returned while it still led, until ctx ends, or until campaigning fails for good.
+// has returned while it still led, until ctx ends, or until campaigning fails for good. name, value
+// and what cannot heal are those of [Elector.Campaign].
 //
-// lead gets a context that ends with the term or with ctx, and must return soon after it: within
-// the margin ([WithMargin]) if work must not overlap with the next leader's. Nobody else is let in
-// before that if ctx has ended, since Run resigns only after lead has returned.
+// lead gets a context that ends with the term or with ctx, while [Leader.Context] ends with the
+// term alone, and must return soon after it: within the margin ([WithMargin]) if work must not
+// overlap with the next leader's. Nobody else is let in before that if ctx has ended, since Run
+// resigns only after lead has returned.
 //
 //   - lead returned while leading, or resigned itself: Run resigns and returns lead's error.
 //   - The term was lost: Run waits for lead, logs its error, campaigns again, with backoff, and
@@ -216,8 +219,9 @@ func (e *Elector) Candidates(ctx context.Context, name string) ([]Candidate, err
 // error, when ctx ends (ctx's), on what cannot heal, such as permission denied, or when the Elector
 // or its client is closed ([ErrClosed]). Breaking out of the loop ends it without one.
 //
-// It needs no lease and is no candidate. It keeps the list of all candidates in memory. What it
-// says may be outdated when it arrives: it must not be used to decide whether oneself leads.
+// It needs no lease and is no candidate. Each loop over what it returns observes anew, and keeps
+// the list of all candidates in memory. What it says may be outdated when it arrives: it must not
+// be used to decide whether oneself leads.
 func (e *Elector) Observe(ctx context.Context, name string) iter.Seq2[Candidate, error] {
 	return func(yield func(Candidate, error) bool) {
 		q, err := e.queue(name)
@@ -244,8 +248,8 @@ func (e *Elector) Observe(ctx context.Context, name string) iter.Seq2[Candidate,
 // an operator's tool: the leader learns of it through its watch, milliseconds later or, where its
 // watch is dead, at its next renewal; only Guard and Token protect what it does until then. A
 // leader by stock concurrency.Election never learns of it: such a process is to be stopped first.
-// Evict returns [ErrNoLeader] if nobody leads, and blocks for as long as a few requests take, each
-// at most 5 s.
+// Evict returns [ErrNoLeader] if nobody leads, leaves a later term than it found alone, and blocks
+// for as long as a few requests take, each at most 5 s.
 func (e *Elector) Evict(ctx context.Context, name string) error {
 	c, err := e.Current(ctx, name)
 	if err != nil {

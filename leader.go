@@ -73,7 +73,8 @@ var (
 	// ErrResigned says that it was given up, by [Leader.Resign], [Elector.Close] or the end of Run.
 	ErrResigned = errors.New("leadership resigned")
 
-	// ErrExpired says that the lease could not be renewed in time.
+	// ErrExpired says that the lease could not be renewed in time, or that the client was closed, so
+	// that it can be renewed no more: then the cause matches [ErrClosed] as well.
 	ErrExpired = errors.New("leadership expired: the lease could not be renewed in time")
 
 	// ErrEvicted says that somebody else deleted the key or revoked the lease.
@@ -101,8 +102,9 @@ func Campaign(ctx context.Context, client *clientv3.Client, name, value string, 
 	return e.Campaign(ctx, name, value)
 }
 
-// Run calls lead while this instance leads the election name, as [Elector.Run] of an Elector that
-// is used once.
+// Run calls lead while this instance leads the election name, and again when it leads again after
+// its term was lost. It blocks until lead has returned while it still led, or ctx ends, as
+// [Elector.Run] of an Elector that is used once.
 func Run(ctx context.Context, client *clientv3.Client, name, value string, lead func(ctx context.Context, l *Leader) error, opts ...Option) error {
 	e, err := New(client, opts...)
 	if err != nil {
@@ -111,8 +113,11 @@ func Run(ctx context.Context, client *clientv3.Client, name, value string, lead 
 	return e.Run(ctx, name, value, lead)
 }
 
-// A Leader is one term of leadership. It is safe for concurrent use. A term that has ended stays
-// so: whoever wants to lead again campaigns again and gets another.
+// A Leader is one term of leadership. A term that has ended stays so: whoever wants to lead again
+// campaigns again and gets another.
+//
+// A Leader is safe for concurrent use. Of its methods only Proclaim and Resign send requests or
+// block.
 type Leader struct {
 	e       *Elector
 	run     bool // Run looks after the term
@@ -138,9 +143,10 @@ type Leader struct {
 }
 
 // Context returns a context that is cancelled when the term ends, with a [context.Cause] that is
-// [ErrResigned], [ErrExpired] or [ErrEvicted]. It carries the values of Campaign's context. It is
-// for the work that a leader does. A timer cancels it, so in a process that goes on after a pause it is
-// live for a moment even if the term is over; IsLeader has no such moment.
+// [ErrResigned], [ErrExpired] or [ErrEvicted]. It carries the values of Campaign's context but does
+// not end with it. It is for the work that a leader does. A timer cancels it, so in a process that
+// goes on after a pause it is live for a moment even if the term is over; IsLeader has no such
+// moment.
 func (l *Leader) Context() context.Context { return l.ctx }
 
 // IsLeader reports whether the term still holds. It asks the clocks now and does not wait for a
@@ -176,7 +182,7 @@ func (l *Leader) Deadline() time.Time {
 // over.
 func (l *Leader) Token() int64 { return l.token }
 
-// Key is the term's key in etcd, <prefix><name>/<lease in hex>.
+// Key is the term's key in etcd, <name>/<lease in hex>, the name with the prefix of [WithPrefix].
 func (l *Leader) Key() string { return l.key }
 
 // Guard returns a comparison for the If of an etcd transaction. It holds only while this term does:
@@ -186,11 +192,11 @@ func (l *Leader) Guard() clientv3.Cmp {
 	return clientv3.Compare(clientv3.CreateRevision(l.key), "=", l.token)
 }
 
-// Proclaim changes the value that others see of the leader; "" means the default identity. It
-// returns nil if the term still held when etcd had confirmed, so it also serves to ask etcd whether
-// one still leads. It returns [ErrNotLeader], with the cause, once the term has ended, and ends the
-// term if it finds the key gone. Any other error leaves the term as it is, and open whether the
-// value was changed.
+// Proclaim changes the value that others see of the leader, to one of at most 1 MiB; "" means the
+// default identity of [Elector.Campaign]. It returns nil if the term still held when etcd had
+// confirmed, so it also serves to ask etcd whether one still leads. It returns [ErrNotLeader], with
+// the cause, once the term has ended, and ends the term if it finds the key gone. Any other error
+// leaves the term as it is, and open whether the value was changed.
 //
 // It sends one request and blocks until that is answered, ctx or the term ends, or 5 s have passed.
 func (l *Leader) Proclaim(ctx context.Context, value string) error {

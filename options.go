@@ -20,8 +20,8 @@ const (
 )
 
 // An Option changes a default of an [Elector], [Campaign] or [Run]. Options are opaque and made by
-// the With functions. A bad value is reported by the call that is given the option, as an error
-// that names option, value and rule.
+// the With functions; the last of a kind counts. A bad value is reported by the call that is given
+// the option, as an error that names option, value and rule.
 type Option struct{ apply func(*options) error }
 
 type options struct {
@@ -49,7 +49,7 @@ func newOptions(opts []Option) (options, error) {
 	return o, nil
 }
 
-// WithTTL sets the lease's time to live, 1 s to 5 min: the longest that nobody leads after a
+// WithTTL sets the lease's time to live, 1 s to 5 min: about the longest that nobody leads after a
 // crash of the leader, and, less the margin, the longest outage of etcd or the network that a
 // leader survives. etcd counts in whole seconds, so a fraction is rounded up, and raises what is
 // below its own minimum (2 s with its default settings). Above 5 min etcd may shorten a lease when
@@ -91,9 +91,9 @@ func WithPrefix(prefix string) Option {
 	}}
 }
 
-// WithLogger sets where to log; the default is nowhere. At level Info it gets what happens to a
-// term: elected, resigned, lost. At level Warn it gets what is being retried, once for a streak of
-// failures.
+// WithLogger sets where to log; the default is nowhere, nil is an error. At level Info it gets what
+// happens to a term: elected, resigned, lost. At level Warn it gets what is being retried, once for
+// a streak of failures.
 func WithLogger(log *slog.Logger) Option {
 	return Option{func(o *options) error {
 		if log == nil {
@@ -116,10 +116,12 @@ func WithHooks(hooks Hooks) Option {
 // metrics and notices, not for the work that a leader does.
 //
 // They are called in the middle of things: a hook must return quickly, and must not call Resign,
-// Close or another method that waits for the term to end. Hooks of different elections, and of
-// the lease, may be called at the same time. One campaign's order is Campaigning, then either
-// CampaignFailed or Elected and Ended; the next campaign's Campaigning may come before Ended if it
-// begins as soon as the term's context is done.
+// Close or another method that waits for the term to end. Hooks of different elections, and of the
+// lease, may be called at the same time, and so may LeaderChanged beside Campaigning and Elected.
+// One campaign's order is Campaigning, then either CampaignFailed or Elected and Ended; the next
+// campaign's Campaigning may come before Ended if it begins as soon as the term's context is done.
+// A call that is refused at once, for its name or value, with [ErrCampaigning] or with [ErrClosed],
+// is no campaign.
 //
 // election is the election's name with the prefix of [WithPrefix].
 type Hooks struct {
