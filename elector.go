@@ -248,8 +248,8 @@ func (e *Elector) Observe(ctx context.Context, name string) iter.Seq2[Candidate,
 // an operator's tool: the leader learns of it through its watch, milliseconds later or, where its
 // watch is dead, at its next renewal; only Guard and Token protect what it does until then. A
 // leader by stock concurrency.Election never learns of it: such a process is to be stopped first.
-// Evict returns [ErrNoLeader] if nobody leads, leaves a later term than it found alone, and blocks
-// for as long as a few requests take, each at most 5 s.
+// Evict ends no later term than the one it finds. It returns [ErrNoLeader] if nobody leads, and
+// blocks for as long as a few requests take, each at most 5 s.
 func (e *Elector) Evict(ctx context.Context, name string) error {
 	c, err := e.Current(ctx, name)
 	if err != nil {

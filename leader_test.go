@@ -1072,6 +1072,36 @@ func TestHookReportsWhoLeadsWhileCampaigning(t *testing.T) {
 	resign(t, second)
 }
 
+func TestEndIsToldAfterTheLastChange(t *testing.T) {
+	_, client := start(t)
+	changes, goOn, ended := make(chan leader.Candidate), make(chan struct{}), make(chan struct{}, 1)
+	e := newElector(t, client, leader.WithHooks(leader.Hooks{
+		LeaderChanged: func(_ string, c leader.Candidate) {
+			if c.Value == "busy" {
+				changes <- c
+				<-goOn
+			}
+		},
+		Ended: func(string, *leader.Leader, error) { ended <- struct{}{} },
+	}))
+	l := lead(t, e, "jobs", "")
+	if err := l.Proclaim(t.Context(), "busy"); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the change", changes)
+	if err := e.Evict(t.Context(), "jobs"); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the end of the term", l.Context().Done())
+	select {
+	case <-ended:
+		t.Error("Ended was called while LeaderChanged had not returned")
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(goOn)
+	await(t, "Ended", ended)
+}
+
 func TestLogTellsATermAndEachStreakOnce(t *testing.T) {
 	_, client := start(t)
 	var log logRecorder

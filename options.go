@@ -135,8 +135,9 @@ type Hooks struct {
 	// took.
 	Elected func(election string, l *Leader, waited time.Duration)
 
-	// Ended is called when a term has ended, after its context. cause is [ErrResigned],
-	// [ErrExpired] or [ErrEvicted], possibly wrapped.
+	// Ended is called when a term has ended, after its context, and when LeaderChanged has nothing
+	// more to say of the campaign. cause is [ErrResigned], [ErrExpired] or [ErrEvicted], possibly
+	// wrapped.
 	Ended func(election string, l *Leader, cause error)
 
 	// LeaderChanged is called, while this Elector campaigns or leads in the election, with
