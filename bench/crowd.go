@@ -63,6 +63,11 @@ func measureCandidates(ctx context.Context, r *run) (*result, error) {
 		}
 		crowds = append(crowds, crowd)
 	}
+	outside, err := r.clients(ctx, 2, endpoints)
+	if err != nil {
+		return nil, err
+	}
+	limits := make(map[int]sample)
 	sizes := []int{2, 10, 100, 1000, 10000}[:r.pick(5, 4, 2)]
 	for _, size := range sizes {
 		for _, c := range crowds {
@@ -71,12 +76,25 @@ func measureCandidates(ctx context.Context, r *run) (*result, error) {
 			}
 			r.log("%d candidates of %s: %.0f joins/s", size, c.name, c.joins[size])
 		}
-		for range r.pick(60, 15, 2) {
+		for trial := range r.pick(60, 15, 2) {
+			// The limit has no crowd, but the same etcd, with the renewals of both crowds.
+			p, err := limit.pair(ctx, outside[0], outside[1], fmt.Sprintf("%d/%d", size, trial), crowdTTL)
+			if err != nil {
+				return nil, err
+			}
 			sleep(ctx, 250*time.Millisecond) // as the successors of row 1 wait
-			for _, i := range rand.Perm(len(crowds)) {
-				if err := crowds[i].handoff(ctx); err != nil {
-					return nil, fmt.Errorf("%s: %w", crowds[i].name, err)
+			for _, i := range rand.Perm(len(crowds) + 1) {
+				if i < len(crowds) {
+					if err := crowds[i].handoff(ctx); err != nil {
+						return nil, fmt.Errorf("%s: %w", crowds[i].name, err)
+					}
+					continue
 				}
+				d, err := p.handoff(ctx)
+				if err := errors.Join(err, p.close()); err != nil {
+					return nil, err
+				}
+				limits[size] = append(limits[size], d)
 			}
 		}
 	}
@@ -91,11 +109,12 @@ func measureCandidates(ctx context.Context, r *run) (*result, error) {
 			t.add(append(line, fmt.Sprint(medianInt(c.requests[size])), fmt.Sprint(medianInt(c.watches[size])), fmt.Sprint(medianInt(c.events[size])),
 				number(c.joins[size]), number(c.joinEvents[size]))...)
 		}
+		t.add(append(append([]string{fmt.Sprint(size), limit.name}, limits[size].cells()...), "1", "", "1", "", "")...)
 	}
 	res := &result{tables: []table{t}}
-	own, other, largest := crowds[0], crowds[1], sizes[len(sizes)-1]
+	own, largest := crowds[0], sizes[len(sizes)-1]
 	res.atMost(1.2, own.handoffs[largest].over(own.handoffs[2]), "leader: handoff with %d candidates / with 2", largest).
-		beside(stock.name, other.handoffs[largest].over(other.handoffs[2]))
+		beside(limit.name, limits[largest].over(limits[2]))
 	fewest := medianInt(own.requests[sizes[1]]) // with two nobody is left to find a new predecessor
 	res.atMost(float64(fewest), float64(medianInt(own.requests[largest])), "leader: requests per handoff with %d, as with %d", largest, sizes[1])
 	base := sizes[min(2, len(sizes)-1)] // fewer joins say little
@@ -106,6 +125,7 @@ func measureCandidates(ctx context.Context, r *run) (*result, error) {
 		handoff.add(c.name, sizes, func(n int) float64 { return float64(c.handoffs[n].median()) / 1e6 })
 		requests.add(c.name, sizes, func(n int) float64 { return float64(medianInt(c.requests[n])) })
 	}
+	handoff.add(limit.name, sizes, func(n int) float64 { return float64(limits[n].median()) / 1e6 })
 	res.figures = []figure{handoff, requests}
 	return res, nil
 }
@@ -127,7 +147,10 @@ func (c *crowd) follow(ctx context.Context, r *run, client *clientv3.Client) err
 	go func() {
 		defer close(done)
 		for resp := range events {
-			for range resp.Events {
+			for _, ev := range resp.Events {
+				if !ev.IsCreate() { // a touch
+					continue
+				}
 				select {
 				case c.joined <- struct{}{}:
 				case <-ctx.Done():
