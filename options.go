@@ -104,10 +104,12 @@ func WithLogger(log *slog.Logger) Option {
 	}}
 }
 
-// WithHooks sets functions to call when something happens.
+// WithHooks adds functions to call when something happens. Given more than once, each time adds to
+// what was given before: functions for the same event are called one after the other, in the order
+// of the options.
 func WithHooks(hooks Hooks) Option {
 	return Option{func(o *options) error {
-		o.hooks = hooks.withDefaults()
+		o.hooks = o.hooks.and(hooks.withDefaults())
 		return nil
 	}}
 }
@@ -178,6 +180,48 @@ func (h Hooks) withDefaults() Hooks {
 		h.RenewFailed = func(clientv3.LeaseID, time.Duration, error) {}
 	}
 	return h
+}
+
+// and returns hooks that call those of h, and then those of next. Both have their defaults.
+func (h Hooks) and(next Hooks) Hooks {
+	both := Hooks{
+		Campaigning: func(election string) {
+			h.Campaigning(election)
+			next.Campaigning(election)
+		},
+		CampaignFailed: func(election string, err error) {
+			h.CampaignFailed(election, err)
+			next.CampaignFailed(election, err)
+		},
+		Elected: func(election string, l *Leader, waited time.Duration) {
+			h.Elected(election, l, waited)
+			next.Elected(election, l, waited)
+		},
+		Ended: func(election string, l *Leader, cause error) {
+			h.Ended(election, l, cause)
+			next.Ended(election, l, cause)
+		},
+		Renewed: func(id clientv3.LeaseID, took time.Duration, deadline time.Time) {
+			h.Renewed(id, took, deadline)
+			next.Renewed(id, took, deadline)
+		},
+		RenewFailed: func(id clientv3.LeaseID, took time.Duration, err error) {
+			h.RenewFailed(id, took, err)
+			next.RenewFailed(id, took, err)
+		},
+	}
+	switch {
+	case h.LeaderChanged == nil:
+		both.LeaderChanged = next.LeaderChanged
+	case next.LeaderChanged == nil:
+		both.LeaderChanged = h.LeaderChanged
+	default:
+		both.LeaderChanged = func(election string, leader Candidate) {
+			h.LeaderChanged(election, leader)
+			next.LeaderChanged(election, leader)
+		}
+	}
+	return both
 }
 
 // election returns the etcd prefix of the election, without its last slash.

@@ -2,9 +2,54 @@ package leader
 
 import (
 	"errors"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
 )
+
+// However many hooks are given, and whichever of their functions are set, every function is called,
+// and called in the order of the options.
+func TestHooksAddUpInTheOrderOfTheOptions(t *testing.T) {
+	events := reflect.TypeFor[Hooks]()
+	for i := range events.NumField() {
+		event := events.Field(i)
+		for _, given := range [][]string{{}, {"a"}, {"", "b"}, {"a", ""}, {"a", "b", "c"}, {"a", "", "c"}} {
+			var called, want []string
+			var opts []Option
+			for _, name := range given {
+				var hooks Hooks
+				if name != "" {
+					want = append(want, name)
+					reflect.ValueOf(&hooks).Elem().Field(i).Set(reflect.MakeFunc(event.Type, func([]reflect.Value) []reflect.Value {
+						called = append(called, name)
+						return nil
+					}))
+				}
+				opts = append(opts, WithHooks(hooks))
+			}
+			o, err := newOptions(opts)
+			if err != nil {
+				t.Fatal(err)
+			}
+			hook := reflect.ValueOf(o.hooks).Field(i)
+			if event.Name == "LeaderChanged" && hook.IsNil() != (want == nil) {
+				t.Errorf("given %q, %s is nil: %v; it costs a watch", given, event.Name, hook.IsNil())
+			}
+			if hook.IsNil() {
+				continue
+			}
+			args := make([]reflect.Value, event.Type.NumIn())
+			for j := range args {
+				args[j] = reflect.Zero(event.Type.In(j))
+			}
+			hook.Call(args)
+			if !slices.Equal(called, want) {
+				t.Errorf("given %q, %s calls %q", given, event.Name, called)
+			}
+		}
+	}
+}
 
 // However prefix and name are written, the election is the prefix, one slash, and the name.
 func FuzzElectionName(f *testing.F) {
