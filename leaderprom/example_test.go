@@ -1,0 +1,78 @@
+package leaderprom_test
+
+import (
+	"context"
+	"fmt"
+	"log"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+
+	"example.com/leader"
+	"example.com/leader/internal/etcdtest"
+	"example.com/leader/leaderprom"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+)
+
+func Example() {
+	client, stop := newClient()
+	defer stop()
+	ctx := context.Background()
+
+	metrics := leaderprom.New()
+	prometheus.MustRegister(metrics)
+	http.Handle("/metrics", promhttp.Handler())
+
+	l, err := leader.Campaign(ctx, client, "example", "", leader.WithHooks(metrics.Hooks()))
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(scrapeOf("leader_is_leader"))
+	if err := l.Resign(ctx); err != nil {
+		log.Print(err)
+	}
+	fmt.Println(scrapeOf("leader_is_leader"))
+	fmt.Println(scrapeOf("leader_term_ends_total"))
+	// Output:
+	// leader_is_leader{election="example"} 1
+	//
+	// leader_is_leader{election="example"} 0
+	//
+	// leader_term_ends_total{election="example",reason="evicted"} 0
+	// leader_term_ends_total{election="example",reason="expired"} 0
+	// leader_term_ends_total{election="example",reason="resigned"} 1
+}
+
+// scrapeOf returns what Prometheus would see of a metric.
+func scrapeOf(metric string) string {
+	response := httptest.NewRecorder()
+	http.DefaultServeMux.ServeHTTP(response, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	var series strings.Builder
+	for line := range strings.Lines(response.Body.String()) {
+		if strings.HasPrefix(line, metric) {
+			series.WriteString(line)
+		}
+	}
+	return series.String()
+}
+
+// newClient returns a client of an etcd that runs until stop is called.
+func newClient() (client *clientv3.Client, stop func()) {
+	members, stopEtcd, err := etcdtest.Run(1)
+	if err != nil {
+		log.Fatal(err)
+	}
+	client, err = clientv3.New(clientv3.Config{Endpoints: []string{members[0].Endpoint}, Logger: zap.NewNop()})
+	if err != nil {
+		log.Fatal(err)
+	}
+	return client, func() {
+		if err := client.Close(); err != nil {
+			log.Print(err)
+		}
+		stopEtcd()
+	}
+}
