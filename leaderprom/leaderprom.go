@@ -4,7 +4,7 @@
 // About each election in which this process has campaigned, with the label election:
 //
 //	leader_is_leader                    1 while this process leads, else 0
-//	leader_term_remaining_seconds       until the term's deadline, unless it is renewed; 0 for no term
+//	leader_deadline_seconds             time left until the term's deadline, unless it is renewed; 0 for no term
 //	leader_terms_total                  terms that have begun
 //	leader_term_ends_total              terms that have ended, by reason
 //	leader_campaign_duration_seconds    histogram: how long the campaigns took that were won
@@ -109,7 +109,7 @@ func New() *Collector {
 	c := &Collector{
 		isLeader: prometheus.NewDesc("leader_is_leader",
 			"Whether this process leads the election (1) or not (0), asked at the scrape.", []string{"election"}, nil),
-		remaining: prometheus.NewDesc("leader_term_remaining_seconds",
+		remaining: prometheus.NewDesc("leader_deadline_seconds",
 			"Time until the deadline of this process's term, unless the lease is renewed; 0 while it does not lead.", []string{"election"}, nil),
 		terms: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "leader_terms_total",

@@ -160,7 +160,7 @@ func TestSeriesAreThereBeforeWhatTheyCountAndStay(t *testing.T) {
 		`leader_term_ends_total{election="jobs",reason="evicted"}`:  0,
 		`leader_term_ends_total{election="jobs",reason="expired"}`:  0,
 		`leader_term_ends_total{election="jobs",reason="resigned"}`: 0,
-		`leader_term_remaining_seconds{election="jobs"}`:            0,
+		`leader_deadline_seconds{election="jobs"}`:                  0,
 		`leader_terms_total{election="jobs"}`:                       0,
 	})
 	watched := func(s scrape) scrape { // without what may come while the candidate waits
@@ -186,7 +186,7 @@ func TestTermIsToldFromItsBeginToItsResignation(t *testing.T) {
 	e := newElector(t, client, leader.WithHooks(c.Hooks()))
 	l := lead(t, e, "jobs")
 	before, deadline := time.Now(), l.Deadline()
-	remaining := scraped(t, c)[`leader_term_remaining_seconds{election="jobs"}`]
+	remaining := scraped(t, c)[`leader_deadline_seconds{election="jobs"}`]
 	least, most := time.Until(deadline).Seconds(), l.Deadline().Sub(before).Seconds() // a renewal moves the deadline
 	if remaining < least || remaining > most {
 		t.Errorf("%v s of the term are said to remain, want between %v and %v", remaining, least, most)
@@ -200,7 +200,7 @@ func TestTermIsToldFromItsBeginToItsResignation(t *testing.T) {
 	resign(t, l)
 	expect(t, c, scrape{
 		`leader_is_leader{election="jobs"}`:                         0,
-		`leader_term_remaining_seconds{election="jobs"}`:            0,
+		`leader_deadline_seconds{election="jobs"}`:                  0,
 		`leader_terms_total{election="jobs"}`:                       1,
 		`leader_campaign_duration_seconds_count{election="jobs"}`:   1,
 		`leader_term_ends_total{election="jobs",reason="resigned"}`: 1,
@@ -265,7 +265,7 @@ func TestRenewalsAreToldAndSoIsExpiryWithoutThem(t *testing.T) {
 	}
 	expect(t, c, scrape{
 		`leader_is_leader{election="jobs"}`:                         0,
-		`leader_term_remaining_seconds{election="jobs"}`:            0,
+		`leader_deadline_seconds{election="jobs"}`:                  0,
 		`leader_term_ends_total{election="jobs",reason="expired"}`:  1,
 		`leader_term_ends_total{election="jobs",reason="resigned"}`: 0,
 		`leader_term_ends_total{election="jobs",reason="evicted"}`:  0,
@@ -285,7 +285,7 @@ func TestNoScrapeSaysLeaderOnceTheTermIsOver(t *testing.T) {
 		Ended: func(string, *leader.Leader, error) { over = scraped(t, c) },
 	}), leader.WithHooks(c.Hooks()))
 	resign(t, lead(t, e, "jobs"))
-	for _, series := range []string{`leader_is_leader{election="jobs"}`, `leader_term_remaining_seconds{election="jobs"}`} {
+	for _, series := range []string{`leader_is_leader{election="jobs"}`, `leader_deadline_seconds{election="jobs"}`} {
 		if value, ok := over[series]; !ok || value != 0 {
 			t.Errorf("once the term is over %s is %v (there: %v), want 0", series, value, ok)
 		}
@@ -318,7 +318,7 @@ func TestTwoElectorsInOneElectionAddUp(t *testing.T) {
 			`leader_terms_total{election="jobs"}`:                     2,
 			`leader_campaign_duration_seconds_count{election="jobs"}`: 2,
 		})
-		if n := scraped(t, c)[`leader_term_remaining_seconds{election="jobs"}`]; n <= 0 {
+		if n := scraped(t, c)[`leader_deadline_seconds{election="jobs"}`]; n <= 0 {
 			t.Errorf("%v s of the second term are said to remain", n)
 		}
 	}

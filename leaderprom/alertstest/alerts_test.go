@@ -41,8 +41,8 @@ var scenarios = []scenario{
 		series: `
 			leader_is_leader{job="batch", instance="a", election="jobs"} 1x120
 			leader_is_leader{job="batch", instance="b", election="jobs"} 0x120
-			leader_term_remaining_seconds{job="batch", instance="a", election="jobs"} 11x120
-			leader_term_remaining_seconds{job="batch", instance="b", election="jobs"} 0x120
+			leader_deadline_seconds{job="batch", instance="a", election="jobs"} 11x120
+			leader_deadline_seconds{job="batch", instance="b", election="jobs"} 0x120
 			leader_terms_total{job="batch", instance="a", election="jobs"} 1x120
 			leader_terms_total{job="batch", instance="b", election="jobs"} 0x120
 			leader_term_ends_total{job="batch", instance="a", election="jobs", reason="expired"} 0x120
