@@ -20,8 +20,8 @@ const (
 )
 
 // An Option changes a default of an [Elector], [Campaign] or [Run]. Options are opaque and made by
-// the With functions. Of a kind the last counts, but for hooks, which add up. A bad value is reported by the call that is given
-// the option, as an error that names option, value and rule.
+// the With functions. Of a kind the last counts, but for hooks, which add up. A bad value is reported
+// by the call that is given the option, as an error that names option, value and rule.
 type Option struct{ apply func(*options) error }
 
 type options struct {
