@@ -12,25 +12,19 @@
 package main
 
 import (
-	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
-	"io"
-	"net"
-	"net/url"
 	"os"
-	"os/exec"
 	"os/signal"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
+	"example.com/leader/examples/internal/demo"
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/zap"
 )
 
@@ -60,12 +54,12 @@ func demonstrate(ctx context.Context, endpoints string, ttl time.Duration, worke
 		return fmt.Errorf("-workers %d: must be at least 2", workers)
 	}
 	if endpoints == "" {
-		server, err := startEtcd()
+		endpoint, stop, err := demo.StartEtcd()
 		if err != nil {
-			return fmt.Errorf("start etcd: %w", err)
+			return err
 		}
-		defer func() { server.Close(); os.RemoveAll(server.Config().Dir) }()
-		endpoints = server.Clients[0].Addr().String()
+		defer stop()
+		endpoints = endpoint
 		fmt.Printf("embedded etcd on %s\n", endpoints)
 	}
 	client, err := clientv3.New(clientv3.Config{Endpoints: strings.Split(endpoints, ","), Logger: zap.NewNop()})
@@ -77,7 +71,7 @@ func demonstrate(ctx context.Context, endpoints string, ttl time.Duration, worke
 		return fmt.Errorf("reach etcd: %w", err)
 	}
 
-	d := &demo{began: time.Now(), endpoints: endpoints, ttl: ttl, procs: make(map[string]*proc), events: make(chan event), acks: make(map[int64]int64)}
+	d := &failover{began: time.Now(), endpoints: endpoints, ttl: ttl, procs: make(map[string]proc), events: make(chan event), acks: make(map[int64]int64)}
 	defer d.stopAll()
 	for i := range workers {
 		if err := d.start(fmt.Sprintf("w%d", i+1)); err != nil {
@@ -92,47 +86,6 @@ func demonstrate(ctx context.Context, endpoints string, ttl time.Duration, worke
 	return errors.Join(d.checkTerms(), d.checkCounter(ctx, client))
 }
 
-// startEtcd runs a server that listens on loopback only, with its data in a temporary folder.
-func startEtcd() (*embed.Etcd, error) {
-	peer, err := freeAddress()
-	if err != nil {
-		return nil, err
-	}
-	dir, err := os.MkdirTemp("", "failover-etcd-")
-	if err != nil {
-		return nil, err
-	}
-	cfg := embed.NewConfig()
-	cfg.Dir = dir
-	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
-	cfg.ListenClientUrls = []url.URL{{Scheme: "http", Host: "127.0.0.1:0"}}
-	cfg.AdvertiseClientUrls = cfg.ListenClientUrls
-	cfg.ListenPeerUrls = []url.URL{{Scheme: "http", Host: peer}}
-	cfg.AdvertisePeerUrls = cfg.ListenPeerUrls
-	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
-	server, err := embed.StartEtcd(cfg)
-	if err == nil {
-		select {
-		case <-server.Server.ReadyNotify():
-			return server, nil
-		case err = <-server.Err():
-		case <-time.After(30 * time.Second):
-			err = errors.New("not ready after 30 s")
-		}
-		server.Close()
-	}
-	return nil, errors.Join(err, os.RemoveAll(dir))
-}
-
-func freeAddress() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	defer l.Close()
-	return l.Addr().String(), nil
-}
-
 // clean removes what an earlier run has left in an etcd that is not ours.
 func clean(ctx context.Context, client *clientv3.Client) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
@@ -141,12 +94,12 @@ func clean(ctx context.Context, client *clientv3.Client) error {
 	return err
 }
 
-// A demo runs the workers and keeps what they have told.
-type demo struct {
+// A failover runs the workers and keeps what they have told.
+type failover struct {
 	began     time.Time
 	endpoints string
 	ttl       time.Duration
-	procs     map[string]*proc
+	procs     map[string]proc
 	events    chan event
 
 	terms    []*term
@@ -158,10 +111,8 @@ type demo struct {
 
 // A proc is a worker process.
 type proc struct {
-	cmd   *exec.Cmd
-	stdin io.Closer
+	*demo.Process[event]
 	begin time.Time
-	said  chan struct{} // closed when all that it said has been read
 }
 
 // A term is the time in which a worker believed that it led.
@@ -183,47 +134,22 @@ type handoff struct {
 	from, to *term
 }
 
-func (d *demo) say(format string, args ...any) {
+func (d *failover) say(format string, args ...any) {
 	fmt.Printf("%7.3fs  %s\n", time.Since(d.began).Seconds(), fmt.Sprintf(format, args...))
 }
 
-func (d *demo) start(name string) error {
-	self, err := os.Executable()
+func (d *failover) start(name string) error {
+	p, err := demo.Start(d.events, "-worker", name, "-endpoints", d.endpoints, "-ttl", d.ttl.String())
 	if err != nil {
 		return err
 	}
-	cmd := exec.Command(self, "-worker", name, "-endpoints", d.endpoints, "-ttl", d.ttl.String())
-	cmd.Stderr = os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is for the demonstration, which stops them
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		return err
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		return err
-	}
-	if err := cmd.Start(); err != nil {
-		return err
-	}
-	p := &proc{cmd: cmd, stdin: stdin, begin: time.Now(), said: make(chan struct{})}
-	d.procs[name] = p
-	go func() { // reap waits for it
-		defer close(p.said)
-		lines := bufio.NewScanner(stdout)
-		for lines.Scan() {
-			var e event
-			if json.Unmarshal(lines.Bytes(), &e) == nil {
-				d.events <- e
-			}
-		}
-	}()
-	d.say("%s  started, pid %d", name, cmd.Process.Pid)
+	d.procs[name] = proc{p, time.Now()}
+	d.say("%s  started, pid %d", name, p.PID())
 	return nil
 }
 
 // wait handles events until one is what was waited for.
-func (d *demo) wait(ctx context.Context, what string, wanted func(event) bool) error {
+func (d *failover) wait(ctx context.Context, what string, wanted func(event) bool) error {
 	timeout := time.NewTimer(3*d.ttl + 15*time.Second)
 	defer timeout.Stop()
 	for {
@@ -241,9 +167,9 @@ func (d *demo) wait(ctx context.Context, what string, wanted func(event) bool) e
 	}
 }
 
-func (d *demo) leader() *term { return d.terms[len(d.terms)-1] }
+func (d *failover) leader() *term { return d.terms[len(d.terms)-1] }
 
-func (d *demo) handle(e event) {
+func (d *failover) handle(e event) {
 	switch e.What {
 	case "elected":
 		d.terms = append(d.terms, &term{worker: e.Worker, token: e.Token, begin: e.At})
@@ -276,7 +202,7 @@ func (d *demo) handle(e event) {
 	}
 }
 
-func (d *demo) finding(format string, args ...any) {
+func (d *failover) finding(format string, args ...any) {
 	d.findings = append(d.findings, fmt.Errorf(format, args...))
 }
 
@@ -295,7 +221,7 @@ func increments(n int) func(event) bool {
 }
 
 // play is the demonstration.
-func (d *demo) play(ctx context.Context) error {
+func (d *failover) play(ctx context.Context) error {
 	if err := d.wait(ctx, "the first leader", func(e event) bool { return e.What == "elected" }); err != nil {
 		return err
 	}
@@ -323,7 +249,7 @@ func (d *demo) play(ctx context.Context) error {
 }
 
 // terminate asks the leader to stop. It resigns, and the next one leads.
-func (d *demo) terminate(ctx context.Context, old *term) error {
+func (d *failover) terminate(ctx context.Context, old *term) error {
 	if err := d.signal(old.worker, syscall.SIGTERM); err != nil {
 		return err
 	}
@@ -335,7 +261,7 @@ func (d *demo) terminate(ctx context.Context, old *term) error {
 }
 
 // kill leaves the lease to expire.
-func (d *demo) kill(ctx context.Context, old *term) error {
+func (d *failover) kill(ctx context.Context, old *term) error {
 	old.end = time.Now()
 	if err := d.signal(old.worker, syscall.SIGKILL); err != nil {
 		return err
@@ -348,7 +274,7 @@ func (d *demo) kill(ctx context.Context, old *term) error {
 }
 
 // pause stops the leader until another one leads, and lets it go on then.
-func (d *demo) pause(ctx context.Context, old *term) error {
+func (d *failover) pause(ctx context.Context, old *term) error {
 	if err := d.signal(old.worker, syscall.SIGSTOP); err != nil {
 		return err
 	}
@@ -375,42 +301,30 @@ func (d *demo) pause(ctx context.Context, old *term) error {
 	})
 }
 
-func (d *demo) signal(name string, sig os.Signal) error {
-	return d.procs[name].cmd.Process.Signal(sig)
+func (d *failover) signal(name string, sig os.Signal) error {
+	return d.procs[name].Signal(sig)
 }
 
 // reap waits for a process that was told to end, and hears what it still has to say.
-func (d *demo) reap(name string) {
+func (d *failover) reap(name string) {
 	p := d.procs[name]
-	for said := false; !said; {
-		select {
-		case e := <-d.events:
-			d.handle(e)
-		case <-p.said:
-			said = true
-		}
-	}
-	_ = p.cmd.Wait() // its status is the signal's
+	p.Reap(d.handle)
 	d.spans = append(d.spans, span{name, p.begin, time.Now(), false})
 	delete(d.procs, name)
 }
 
-// stopAll ends the workers: they are asked, and killed if they do not listen.
-func (d *demo) stopAll() {
-	for name, p := range d.procs {
-		_ = d.signal(name, syscall.SIGCONT)
-		_ = d.signal(name, syscall.SIGTERM)
-		_ = p.stdin.Close()
+// stopAll ends the workers.
+func (d *failover) stopAll() {
+	for _, p := range d.procs {
+		p.Stop()
 	}
-	for name, p := range d.procs {
-		late := time.AfterFunc(5*time.Second, func() { _ = p.cmd.Process.Kill() })
+	for name := range d.procs {
 		d.reap(name)
-		late.Stop()
 	}
 }
 
 // checkTerms checks that tokens grow and that no two workers believed that they led.
-func (d *demo) checkTerms() error {
+func (d *failover) checkTerms() error {
 	errs := d.findings
 	for i, t := range d.terms {
 		if t.end.IsZero() {
@@ -436,7 +350,7 @@ func (d *demo) checkTerms() error {
 
 // checkCounter checks that every increment which was acknowledged is in etcd, once, and that the
 // tokens behind the increments never went back.
-func (d *demo) checkCounter(ctx context.Context, client *clientv3.Client) error {
+func (d *failover) checkCounter(ctx context.Context, client *clientv3.Client) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	counter, err := client.Get(ctx, counterKey)

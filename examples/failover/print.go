@@ -16,7 +16,7 @@ import (
 const columns = 96
 
 // print shows the handoffs as a table and the terms as a timeline.
-func (d *demo) print() {
+func (d *failover) print() {
 	fmt.Println()
 	table := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', 0)
 	fmt.Fprintln(table, "event\tleader\ttoken\tnobody led for")

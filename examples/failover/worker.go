@@ -7,15 +7,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
-	"os/signal"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"example.com/leader"
+	"example.com/leader/examples/internal/demo"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 )
@@ -38,12 +36,8 @@ type event struct {
 
 // worker is a service as a user would write it: main calls [leader.Run] and works while it leads.
 func worker(name, endpoints string, ttl time.Duration) error {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	ctx, stop := demo.Context() // in a service this is signal.NotifyContext
 	defer stop()
-	go func() { // a demonstration that has died closes our standard input
-		_, _ = io.Copy(io.Discard, os.Stdin)
-		stop()
-	}()
 
 	client, err := clientv3.New(clientv3.Config{Endpoints: strings.Split(endpoints, ","), Logger: zap.NewNop()})
 	if err != nil {

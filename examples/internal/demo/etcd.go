@@ -1,0 +1,51 @@
+// Package demo is what the examples need to be demonstrations: an etcd, and processes to end. None
+// of it belongs into a service.
+package demo
+
+import (
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"time"
+
+	"go.etcd.io/etcd/server/v3/embed"
+	"go.uber.org/zap"
+)
+
+// StartEtcd runs a server in this process until stop is called, which also removes its data. It
+// listens on loopback only.
+func StartEtcd() (endpoint string, stop func(), err error) {
+	dir, err := os.MkdirTemp("", "leader-etcd-")
+	if err != nil {
+		return "", nil, err
+	}
+	server, err := startEtcd(dir)
+	if err != nil {
+		return "", nil, fmt.Errorf("start etcd: %w", errors.Join(err, os.RemoveAll(dir)))
+	}
+	return server.Clients[0].Addr().String(), func() { server.Close(); os.RemoveAll(dir) }, nil
+}
+
+func startEtcd(dir string) (*embed.Etcd, error) {
+	free := []url.URL{{Scheme: "http", Host: "127.0.0.1:0"}} // a single member is its own only peer
+	cfg := embed.NewConfig()
+	cfg.Dir = dir
+	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
+	cfg.ListenClientUrls, cfg.AdvertiseClientUrls = free, free
+	cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = free, free
+	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
+	server, err := embed.StartEtcd(cfg)
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case <-server.Server.ReadyNotify():
+		return server, nil
+	case err = <-server.Err():
+	case <-time.After(30 * time.Second):
+		err = errors.New("not ready after 30 s")
+	}
+	server.Close()
+	return nil, err
+}
