@@ -1,0 +1,113 @@
+package main
+
+import (
+	"crypto/tls"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"example.com/leader"
+	"go.etcd.io/etcd/client/pkg/v3/transport"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+)
+
+// A config is what flags and environment say.
+type config struct {
+	endpoints        []string // nil: an etcd of its own
+	ca, cert, key    string   // paths of PEM files
+	user, password   string
+	listen, election string
+	ttl              time.Duration
+}
+
+// parse reads the flags, and the environment for those that are not given. It ends the process if
+// a flag is unknown or malformed.
+func parse(args []string, getenv func(string) string) (config, error) {
+	var c config
+	flags := flag.NewFlagSet("service", flag.ExitOnError)
+	endpoints := flags.String("endpoints", "", "etcd `host:port,…`, or https://host:port; starts an etcd of its own if empty")
+	flags.StringVar(&c.ca, "ca", "", "PEM `file` of the authorities that etcd's certificate is checked with")
+	flags.StringVar(&c.cert, "cert", "", "PEM `file` of the certificate to show to etcd")
+	flags.StringVar(&c.key, "key", "", "PEM `file` of its private key")
+	flags.StringVar(&c.user, "user", "", "`name` of the etcd user; the password is in $SERVICE_PASSWORD or -password-file")
+	passwordFile := flags.String("password-file", "", "`file` with the password of the etcd user")
+	flags.StringVar(&c.listen, "listen", "127.0.0.1:8080", "`address` to serve HTTP on")
+	flags.StringVar(&c.election, "election", "service/leader", "`name` of the election")
+	flags.DurationVar(&c.ttl, "ttl", leader.DefaultTTL, "time to live of the leader's lease")
+
+	var err error
+	flags.VisitAll(func(f *flag.Flag) {
+		name := "SERVICE_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		f.Usage += " [$" + name + "]"
+		if value := getenv(name); value != "" {
+			if ferr := f.Value.Set(value); ferr != nil { // before Parse, so that a flag wins
+				err = errors.Join(err, fmt.Errorf("%s=%s: %w", name, value, ferr))
+			}
+		}
+	})
+	_ = flags.Parse(args) // it exits
+	if err != nil {
+		return c, err
+	}
+
+	c.password = getenv("SERVICE_PASSWORD")
+	if *passwordFile != "" {
+		if c.password != "" {
+			return c, errors.New("-password-file: must not be given with SERVICE_PASSWORD")
+		}
+		text, err := os.ReadFile(*passwordFile)
+		if err != nil {
+			return c, fmt.Errorf("-password-file: %w", err)
+		}
+		c.password = strings.TrimRight(string(text), "\r\n")
+	}
+	if *endpoints != "" {
+		c.endpoints = strings.Split(*endpoints, ",")
+	}
+	secure := c.ca != "" || c.cert != ""
+	switch {
+	case flags.NArg() > 0:
+		return c, fmt.Errorf("%q is no flag", flags.Arg(0))
+	case slices.Contains(c.endpoints, ""):
+		return c, fmt.Errorf("-endpoints %s: must not have an empty one", *endpoints)
+	case c.endpoints == nil && (secure || c.user != ""):
+		return c, errors.New("-ca, -cert and -user: must be given with -endpoints")
+	case (c.cert == "") != (c.key == ""):
+		return c, errors.New("-cert and -key: must be given together")
+	case secure && strings.Contains(*endpoints, "http://"):
+		return c, fmt.Errorf("-endpoints %s: must not be http:// with -ca or -cert, which it would ignore", *endpoints)
+	case (c.user == "") != (c.password == ""):
+		return c, errors.New("-user: must be given together with a password, in SERVICE_PASSWORD or -password-file")
+	case c.election == "" || strings.HasSuffix(c.election, "/"):
+		return c, fmt.Errorf("-election %q: must not be empty or end in a slash", c.election)
+	}
+	return c, nil
+}
+
+// client returns a client of etcd. It waits for etcd, for 10 s, only to check a password.
+func (c *config) client() (*clientv3.Client, error) {
+	var secure *tls.Config // nil: https:// is checked with the system's authorities
+	if c.ca != "" || c.cert != "" {
+		var err error
+		info := transport.TLSInfo{TrustedCAFile: c.ca, CertFile: c.cert, KeyFile: c.key} // reads a renewed certificate
+		if secure, err = info.ClientConfig(); err != nil {
+			return nil, fmt.Errorf("-ca, -cert or -key: %w", err)
+		}
+	}
+	return clientv3.New(clientv3.Config{
+		Endpoints:   c.endpoints,
+		TLS:         secure,
+		Username:    c.user,
+		Password:    c.password,
+		DialTimeout: 10 * time.Second,
+		// A connection on which nothing arrives any more is given up.
+		DialKeepAliveTime:    10 * time.Second,
+		DialKeepAliveTimeout: 5 * time.Second,
+		Logger:               zap.NewNop(), // what matters is logged by those who send the requests
+	})
+}

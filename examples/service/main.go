@@ -1,0 +1,81 @@
+// Service is an HTTP service as in production, of whose instances one at a time does the work.
+//
+//	go run ./examples/service
+//
+// It starts an etcd of its own, to try it out, unless -endpoints names one. Every flag has an
+// environment variable to fall back to: SERVICE_TTL for -ttl. README.md shows two instances, and how
+// to deploy three.
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"example.com/leader"
+	"example.com/leader/examples/internal/demo"
+	"example.com/leader/leaderprom"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+)
+
+func main() {
+	log := slog.New(slog.NewJSONHandler(os.Stderr, nil))
+	cfg, err := parse(os.Args[1:], os.Getenv)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "service:", err)
+		os.Exit(2)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	if err := run(ctx, cfg, log); err != nil {
+		log.Error("failed", "error", err)
+		os.Exit(1)
+	}
+}
+
+// run serves until ctx ends, which is no error, or until something fails for good.
+func run(ctx context.Context, cfg config, log *slog.Logger) error {
+	tryout := cfg.endpoints == nil
+	if tryout {
+		endpoint, stop, err := demo.StartEtcd()
+		if err != nil {
+			return err
+		}
+		defer stop()
+		cfg.endpoints = []string{endpoint}
+		log.Warn("without -endpoints: no other instance takes part in the election", "embedded etcd", endpoint)
+	}
+	client, err := cfg.client()
+	if err != nil {
+		return fmt.Errorf("etcd client: %w", err)
+	}
+	defer client.Close()
+
+	collector := leaderprom.New()
+	elector, err := leader.New(client, leader.WithTTL(cfg.ttl), leader.WithLogger(log), leader.WithHooks(collector.Hooks()))
+	if err != nil {
+		return fmt.Errorf("-ttl %v: %w", cfg.ttl, err)
+	}
+	// Not the default registry, which the embedded etcd fills with metrics of its own.
+	metrics := prometheus.NewRegistry()
+	metrics.MustRegister(collector, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+
+	listener, err := net.Listen("tcp", cfg.listen)
+	if err != nil {
+		return fmt.Errorf("-listen %s: %w", cfg.listen, err)
+	}
+	address := listener.Addr().String()
+	log.Info("listening", "address", address)
+	if tryout {
+		fmt.Printf("curl http://%s/leader\ncurl http://%[1]s/readyz\ncurl http://%[1]s/livez\ncurl http://%[1]s/metrics\n", address)
+		fmt.Printf("go run ./examples/service -endpoints %s -listen 127.0.0.1:0   # another instance\n", cfg.endpoints[0])
+	}
+
+	s := &service{client: client, elector: elector, election: cfg.election, log: log}
+	return s.run(ctx, listener, metrics)
+}

@@ -1,0 +1,344 @@
+//go:build linux
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"example.com/leader/internal/etcdtest"
+	"go.etcd.io/etcd/client/pkg/v3/transport"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+)
+
+// instanceEnv tells a process of the test's own binary to be an instance of the service. So it has
+// the race detector if the test has it.
+const instanceEnv = "SERVICE_TEST_INSTANCE"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(instanceEnv) != "" {
+		main()
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// An instance is a process of the service.
+type instance struct {
+	cmd    *exec.Cmd
+	url    string
+	exited chan struct{}
+}
+
+// start runs an instance until the test ends. env is name=value each.
+func start(t *testing.T, env ...string) *instance {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := &instance{cmd: exec.Command(self, "-listen", "127.0.0.1:0"), exited: make(chan struct{})}
+	i.cmd.Env = append(os.Environ(), append(env, instanceEnv+"=1")...)
+	i.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	stderr, err := i.cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := i.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var log bytes.Buffer
+	address := make(chan string, 1)
+	go func() {
+		defer close(i.exited)
+		defer close(address)
+		lines := bufio.NewScanner(stderr)
+		for lines.Scan() {
+			log.WriteString(lines.Text() + "\n")
+			var line struct{ Msg, Address string }
+			if json.Unmarshal(lines.Bytes(), &line) == nil && line.Msg == "listening" {
+				address <- line.Address
+			}
+		}
+		_ = i.cmd.Wait() // the exit code says it
+	}()
+	t.Cleanup(func() {
+		_ = i.cmd.Process.Kill() // an error says that it has ended
+		<-i.exited
+		if strings.Contains(log.String(), "DATA RACE") {
+			t.Error("an instance has a data race")
+		}
+		if t.Failed() {
+			t.Logf("log of pid %d:\n%s", i.cmd.Process.Pid, log.String())
+		}
+	})
+	select {
+	case a, ok := <-address:
+		if !ok {
+			t.Fatal("the instance has ended")
+		}
+		i.url = "http://" + a
+	case <-time.After(patience):
+		t.Fatal("the instance does not listen")
+	}
+	return i
+}
+
+func (i *instance) signal(t *testing.T, s os.Signal) {
+	t.Helper()
+	if err := i.cmd.Process.Signal(s); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// get returns the answer to a request, or 0 if there is none.
+func (i *instance) get(path string) (code int, body string) {
+	client := http.Client{Timeout: patience, Transport: &http.Transport{DisableKeepAlives: true}}
+	resp, err := client.Get(i.url + path)
+	if err != nil {
+		return 0, err.Error()
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return 0, err.Error()
+	}
+	return resp.StatusCode, string(text)
+}
+
+func (i *instance) ready() bool {
+	code, _ := i.get("/readyz")
+	return code == http.StatusOK
+}
+
+// leads returns what the instance says of the leader, and whether that is itself.
+func (i *instance) leads() (s status, self bool) {
+	code, body := i.get("/leader")
+	if code != http.StatusOK || json.Unmarshal([]byte(body), &s) != nil {
+		return status{}, false
+	}
+	return s, s.Self
+}
+
+// patience is how long a test waits for what must happen.
+const patience = 30 * time.Second
+
+func await(t *testing.T, what string, happened func() bool) {
+	t.Helper()
+	for began := time.Now(); !happened(); time.Sleep(10 * time.Millisecond) {
+		if time.Since(began) > patience {
+			t.Fatalf("waited in vain for %s", what)
+		}
+	}
+}
+
+// pair starts two instances, and returns them when one leads and the other knows it.
+func pair(t *testing.T, env ...string) (leader, follower *instance, led status) {
+	t.Helper()
+	leader, follower = start(t, env...), start(t, env...)
+	await(t, "one of two to lead", func() bool {
+		s, self := leader.leads()
+		other, otherSelf := follower.leads()
+		if otherSelf {
+			leader, follower = follower, leader
+		}
+		led = s
+		return self != otherSelf && s.Token != 0 && s.Token == other.Token && s.Leader == other.Leader
+	})
+	if !leader.ready() || !follower.ready() {
+		t.Error("leader or follower is not ready")
+	}
+	return leader, follower, led
+}
+
+// ticks returns how many ticks there are.
+func ticks(t *testing.T, client *clientv3.Client) int64 {
+	t.Helper()
+	resp, err := client.Get(t.Context(), ticksKey("service/leader"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if resp.Count == 0 {
+		return 0
+	}
+	return resp.Kvs[0].Version
+}
+
+func TestFollowerTakesOverWhenTheLeaderIsKilled(t *testing.T) {
+	t.Parallel()
+	m := etcdtest.Start(t)
+	client := etcdtest.NewClient(t, m.Endpoint)
+	leader, follower, led := pair(t, "SERVICE_ENDPOINTS="+m.Endpoint, "SERVICE_TTL=2s")
+	await(t, "the leader's work", func() bool { return ticks(t, client) > 1 })
+
+	leader.signal(t, syscall.SIGKILL)
+	<-leader.exited
+	done := ticks(t, client)
+	await(t, "the follower to lead", func() bool { _, self := follower.leads(); return self })
+	if s, _ := follower.leads(); s.Token <= led.Token {
+		t.Errorf("token %d came after token %d", s.Token, led.Token)
+	}
+	await(t, "the work to go on", func() bool { return ticks(t, client) > done })
+	if _, body := follower.get("/metrics"); !strings.Contains(body, "leader_is_leader") {
+		t.Errorf("metrics lack leader_is_leader:\n%s", body)
+	}
+}
+
+// Nobody would wait for this TTL.
+func TestSIGTERMHandsOverAtOnceAndExitsWithZero(t *testing.T) {
+	t.Parallel()
+	m := etcdtest.Start(t)
+	leader, follower, led := pair(t, "SERVICE_ENDPOINTS="+m.Endpoint, "SERVICE_TTL=5m")
+	leader.signal(t, syscall.SIGTERM)
+	await(t, "the follower to lead", func() bool { _, self := follower.leads(); return self })
+	if s, _ := follower.leads(); s.Token <= led.Token {
+		t.Errorf("token %d came after token %d", s.Token, led.Token)
+	}
+	<-leader.exited
+	if code := leader.cmd.ProcessState.ExitCode(); code != 0 {
+		t.Errorf("exit code %d, want 0", code)
+	}
+}
+
+func TestWithoutEtcdTheServiceLivesAndIsNotReadyUntilItIsThere(t *testing.T) {
+	t.Parallel()
+	link := etcdtest.NewLink(t, etcdtest.Start(t))
+	link.Darken()
+	i := start(t, "SERVICE_ENDPOINTS="+link.Endpoint)
+	for path, want := range map[string]int{
+		"/livez":   http.StatusOK,
+		"/metrics": http.StatusOK,
+		"/readyz":  http.StatusServiceUnavailable,
+		"/leader":  http.StatusServiceUnavailable,
+	} {
+		if code, body := i.get(path); code != want {
+			t.Errorf("%s without etcd: %d %s, want %d", path, code, body, want)
+		}
+	}
+	link.Heal()
+	await(t, "the instance to be ready", i.ready)
+
+	link.Darken()
+	if !i.ready() {
+		t.Error("the loss of etcd took an instance that knew who leads out of service")
+	}
+	i.signal(t, syscall.SIGTERM)
+	<-i.exited
+	if code := i.cmd.ProcessState.ExitCode(); code != 0 {
+		t.Errorf("exit code %d without etcd, want 0", code)
+	}
+}
+
+func TestTLSAndPassword(t *testing.T) {
+	t.Parallel()
+	certificate, err := transport.SelfCert(zap.NewNop(), t.TempDir(), []string{"127.0.0.1:0"}, 1, x509.ExtKeyUsageClientAuth)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := etcdtest.Start(t, cheapPasswords, etcdtest.Settings{"client-transport-security": etcdtest.Settings{
+		"cert-file":        certificate.CertFile,
+		"key-file":         certificate.KeyFile,
+		"trusted-ca-file":  certificate.CertFile,
+		"client-cert-auth": true,
+	}})
+	cfg := config{endpoints: []string{m.Endpoint}, ca: certificate.CertFile, cert: certificate.CertFile, key: certificate.KeyFile}
+	client, err := cfg.client()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	enableAuth(t, client)
+	password := filepath.Join(t.TempDir(), "password")
+	if err := os.WriteFile(password, []byte("open sesame\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	i := start(t, "SERVICE_ENDPOINTS=https://"+m.Endpoint, "SERVICE_CA="+certificate.CertFile, "SERVICE_CERT="+certificate.CertFile,
+		"SERVICE_KEY="+certificate.KeyFile, "SERVICE_USER=root", "SERVICE_PASSWORD_FILE="+password)
+	await(t, "the instance to lead", func() bool { _, self := i.leads(); return self })
+}
+
+func TestInstanceWithoutPermissionExitsWithOne(t *testing.T) {
+	t.Parallel()
+	m := etcdtest.Start(t, cheapPasswords)
+	enableAuth(t, etcdtest.NewClient(t, m.Endpoint))
+	i := start(t, "SERVICE_ENDPOINTS="+m.Endpoint, "SERVICE_USER=guest", "SERVICE_PASSWORD=open sesame")
+	select {
+	case <-i.exited:
+	case <-time.After(patience):
+		t.Fatal("the instance goes on")
+	}
+	if code := i.cmd.ProcessState.ExitCode(); code != 1 {
+		t.Errorf("exit code %d, want 1", code)
+	}
+}
+
+// cheapPasswords keeps etcd from spending seconds on a password, as it does under the race detector.
+var cheapPasswords = etcdtest.Settings{"bcrypt-cost": 4}
+
+// enableAuth makes etcd ask for a password, which is "open sesame", of root, and of a guest without any
+// permission.
+func enableAuth(t *testing.T, client *clientv3.Client) {
+	t.Helper()
+	var err error
+	for _, user := range []string{"root", "guest"} {
+		_, uerr := client.UserAdd(t.Context(), user, "open sesame")
+		err = errors.Join(err, uerr)
+	}
+	_, rerr := client.UserGrantRole(t.Context(), "root", "root")
+	_, aerr := client.AuthEnable(t.Context())
+	if err := errors.Join(err, rerr, aerr); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestFlagWinsOverEnvironment(t *testing.T) {
+	env := map[string]string{"SERVICE_TTL": "7s", "SERVICE_LISTEN": ":1"}
+	c, err := parse([]string{"-listen", ":2"}, func(name string) string { return env[name] })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.ttl != 7*time.Second || c.listen != ":2" {
+		t.Errorf("ttl is %v and listen %s, want 7s from the environment and :2 from the flag", c.ttl, c.listen)
+	}
+}
+
+func TestBadSettingsAreRefused(t *testing.T) {
+	for _, c := range []struct {
+		args []string
+		env  string // of SERVICE_TTL
+		want string
+	}{
+		{args: []string{"serve"}, want: `"serve" is no flag`},
+		{env: "soon", want: "SERVICE_TTL=soon: parse error"},
+		{args: []string{"-endpoints", "a:1,,b:2"}, want: "-endpoints a:1,,b:2: must not have an empty one"},
+		{args: []string{"-ca", "ca.pem"}, want: "must be given with -endpoints"},
+		{args: []string{"-endpoints", "a:1", "-key", "key.pem"}, want: "-cert and -key: must be given together"},
+		{args: []string{"-endpoints", "http://a:1", "-ca", "ca.pem"}, want: "must not be http:// with -ca"},
+		{args: []string{"-endpoints", "a:1", "-user", "root"}, want: "-user: must be given together with a password"},
+		{args: []string{"-password-file", "/nonexistent"}, want: "-password-file: open /nonexistent"},
+		{args: []string{"-election", "jobs/"}, want: `-election "jobs/": must not be empty or end in a slash`},
+	} {
+		_, err := parse(c.args, func(name string) string {
+			if name == "SERVICE_TTL" {
+				return c.env
+			}
+			return ""
+		})
+		if err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%q: error is %v, want one with %q", c.args, err, c.want)
+		}
+	}
+}
