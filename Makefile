@@ -49,6 +49,7 @@ race:
 
 examples:
 	go run ./examples/failover
+	go run ./examples/shards
 
 # The second seed is new each time, and printed.
 chaos:
