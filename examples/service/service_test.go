@@ -192,8 +192,8 @@ func TestFollowerTakesOverWhenTheLeaderIsKilled(t *testing.T) {
 		t.Errorf("token %d came after token %d", s.Token, led.Token)
 	}
 	await(t, "the work to go on", func() bool { return ticks(t, client) > done })
-	if _, body := follower.get("/metrics"); !strings.Contains(body, "leader_is_leader") {
-		t.Errorf("metrics lack leader_is_leader:\n%s", body)
+	if _, body := follower.get("/metrics"); !strings.Contains(body, `leader_is_leader{election="service/leader"} 1`) {
+		t.Errorf("the metrics do not say that it leads:\n%s", body)
 	}
 }
 
