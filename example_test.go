@@ -163,7 +163,8 @@ func ExampleElector_Observe() {
 	// nobody leads any more
 }
 
-// newClient returns a client of an etcd that runs until stop is called.
+// newClient returns a client of an etcd that runs until stop is called. A service calls clientv3.New
+// instead, and its test leadertest.NewClient, which needs a testing.TB that an example does not have.
 func newClient() (client *clientv3.Client, stop func()) {
 	members, stopEtcd, err := etcdtest.Run(1)
 	if err != nil {
