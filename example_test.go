@@ -8,7 +8,7 @@ import (
 	"time"
 
 	"example.com/leader"
-	"example.com/leader/internal/etcdtest"
+	"example.com/leader/leadertest"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 )
@@ -164,13 +164,13 @@ func ExampleElector_Observe() {
 }
 
 // newClient returns a client of an etcd that runs until stop is called. A service calls clientv3.New
-// instead, and its test leadertest.NewClient, which needs a testing.TB that an example does not have.
+// instead, and its test leadertest.NewClient.
 func newClient() (client *clientv3.Client, stop func()) {
-	members, stopEtcd, err := etcdtest.Run(1)
+	server, stopServer, err := leadertest.Start()
 	if err != nil {
 		log.Fatal(err)
 	}
-	client, err = clientv3.New(clientv3.Config{Endpoints: []string{members[0].Endpoint}, Logger: zap.NewNop()})
+	client, err = clientv3.New(clientv3.Config{Endpoints: []string{server.Endpoint()}, Logger: zap.NewNop()})
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -178,6 +178,6 @@ func newClient() (client *clientv3.Client, stop func()) {
 		if err := client.Close(); err != nil {
 			log.Print(err)
 		}
-		stopEtcd()
+		stopServer()
 	}
 }

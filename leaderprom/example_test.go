@@ -9,8 +9,8 @@ import (
 	"strings"
 
 	"example.com/leader"
-	"example.com/leader/internal/etcdtest"
 	"example.com/leader/leaderprom"
+	"example.com/leader/leadertest"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -61,11 +61,11 @@ func scrapeOf(metric string) string {
 
 // newClient returns a client of an etcd that runs until stop is called.
 func newClient() (client *clientv3.Client, stop func()) {
-	members, stopEtcd, err := etcdtest.Run(1)
+	server, stopServer, err := leadertest.Start()
 	if err != nil {
 		log.Fatal(err)
 	}
-	client, err = clientv3.New(clientv3.Config{Endpoints: []string{members[0].Endpoint}, Logger: zap.NewNop()})
+	client, err = clientv3.New(clientv3.Config{Endpoints: []string{server.Endpoint()}, Logger: zap.NewNop()})
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -73,6 +73,6 @@ func newClient() (client *clientv3.Client, stop func()) {
 		if err := client.Close(); err != nil {
 			log.Print(err)
 		}
-		stopEtcd()
+		stopServer()
 	}
 }

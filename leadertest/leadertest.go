@@ -81,6 +81,7 @@ package leadertest
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"testing"
 
@@ -102,11 +103,31 @@ type Server struct {
 // its data is deleted.
 func NewServer(tb testing.TB) *Server {
 	tb.Helper()
-	s := new(Server)
-	tb.Cleanup(s.closeLinks) // before Start, so that it is called after the etcd's end
-	s.member = etcdtest.Start(tb)
+	s, stop, err := Start()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(stop)
 	return s
 }
+
+// Start is NewServer where there is no testing.TB: in TestMain, for a server that all tests share, or
+// in an example. stop stops the etcd, once, and deletes its data; the clients should be closed before.
+func Start() (s *Server, stop func(), err error) {
+	members, stopEtcd, err := etcdtest.Run(1)
+	if err != nil {
+		return nil, nil, fmt.Errorf("leadertest: start etcd: %w", err)
+	}
+	s = &Server{member: members[0]}
+	return s, func() {
+		stopEtcd()
+		s.closeLinks()
+	}, nil
+}
+
+// Endpoint is where the server listens, for a client that the test or a process that it starts makes
+// itself. The network of such a client cannot be taken away.
+func (s *Server) Endpoint() string { return s.member.Endpoint }
 
 // closeLinks is called once the etcd has stopped: a link waits for its connections, which the service
 // may have left open and which the etcd breaks.

@@ -244,7 +244,7 @@ func TestNothingIsLeft(t *testing.T) {
 func TestServerThatDoesNotStartFailsTheTest(t *testing.T) {
 	t.Setenv("TMPDIR", "/does/not/exist")
 	failure := in(t, func(tb testing.TB) { leadertest.NewClient(tb) })
-	if !strings.HasPrefix(failure, "start etcd: ") || !strings.Contains(failure, "/does/not/exist") {
+	if !strings.HasPrefix(failure, "leadertest: start etcd: ") || !strings.Contains(failure, "/does/not/exist") {
 		t.Errorf("failed with %q", failure)
 	}
 }
