@@ -2,9 +2,12 @@ package leader_test
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log"
+	"os"
 	"time"
 
 	"example.com/leader"
@@ -161,6 +164,31 @@ func ExampleElector_Observe() {
 	// nobody leads
 	// leader: 10.0.0.1:8080
 	// nobody leads any more
+}
+
+// A client that shows a certificate to an etcd that runs with --client-cert-auth.
+func Example_clientCertificate() {
+	certificate, err := tls.LoadX509KeyPair("client.crt", "client.key")
+	if err != nil {
+		log.Fatal(err)
+	}
+	pem, err := os.ReadFile("ca.crt")
+	if err != nil {
+		log.Fatal(err)
+	}
+	ca := x509.NewCertPool()
+	ca.AppendCertsFromPEM(pem)
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: []string{"https://etcd-1:2379", "https://etcd-2:2379", "https://etcd-3:2379"},
+		TLS:       &tls.Config{Certificates: []tls.Certificate{certificate}, RootCAs: ca},
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+	if _, err := leader.New(client); err != nil {
+		log.Fatal(err)
+	}
 }
 
 // newClient returns a client of an etcd that runs until stop is called. A service calls clientv3.New
