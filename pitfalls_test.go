@@ -1065,6 +1065,32 @@ func TestNobodyIsElectedWhenACandidateInTheMiddleLeaves(t *testing.T) {
 	awaitLeader(t, third)
 }
 
+// Pitfall 19: A stock candidate that waits and campaigns again puts its key again, as a leader does that touches it.
+func TestNobodyIsElectedWhenACandidateInTheMiddleIsTouchedAndLeaves(t *testing.T) {
+	_, client := start(t)
+	first := lead(t, newElector(t, client), "jobs", "first")
+	session, _, _ := stock(t, client, "jobs", "second", time.Minute)
+	middle := awaitQueue(t, client, "jobs", queued(2))[1]
+	third := campaign(t.Context(), newElector(t, client), "jobs", "third")
+	awaitQueue(t, client, "jobs", queued(3))
+	time.Sleep(100 * time.Millisecond) // the third watches the second
+	if _, err := client.Put(t.Context(), middle.Key, "second", clientv3.WithLease(middle.Lease)); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(100 * time.Millisecond) // the third looks who is first
+	if err := session.Close(); err != nil {
+		t.Fatal(err)
+	}
+	awaitQueue(t, client, "jobs", queued(2))
+	select {
+	case o := <-third:
+		t.Fatalf("elected while another leads: %v", o.err)
+	case <-time.After(100 * time.Millisecond): // what must not happen has no event
+	}
+	resign(t, first)
+	awaitLeader(t, third)
+}
+
 // Pitfall 20: kubernetes/kubernetes#139991, client-go#728.
 func TestRunLetsGoOnlyAfterLeadHasReturned(t *testing.T) {
 	_, client := start(t)
