@@ -178,8 +178,8 @@ func (l *Leader) Deadline() time.Time {
 
 // Token is the term's fencing token, the create revision of its key. It is positive and larger
 // than that of every earlier term of the election. A resource that remembers the largest token it
-// has seen and refuses smaller ones is safe from a leader that does not know yet that its term is
-// over.
+// has seen and refuses smaller ones is safe, from the new term's first write on, from a leader that
+// does not know yet that its own term is over.
 func (l *Leader) Token() int64 { return l.token }
 
 // Key is the term's key in etcd, <name>/<lease in hex>, the name with the prefix of [WithPrefix].

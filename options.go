@@ -93,7 +93,7 @@ func WithPrefix(prefix string) Option {
 
 // WithLogger sets where to log; the default is nowhere, nil is an error. At level Info it gets what
 // happens to a term: elected, resigned, lost. At level Warn it gets what is being retried, once for
-// a streak of failures.
+// a streak of failures, and what was given up, such as a resignation while etcd was away.
 func WithLogger(log *slog.Logger) Option {
 	return Option{func(o *options) error {
 		if log == nil {

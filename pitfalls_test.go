@@ -111,6 +111,47 @@ func TestWaitingCandidateWhoseKeyIsDeletedJoinsAgain(t *testing.T) {
 	}
 }
 
+// Pitfall 1: the event that elects may have been under way when the candidate's own key was deleted.
+func TestCandidateWhoseKeyIsGoneIsNotElectedByALateEvent(t *testing.T) {
+	_, client := start(t)
+	first := lead(t, newElector(t, client), "jobs", "first")
+	late := wrapped(client)
+	late.Watcher = lateWatcher{client.Watcher, first.Key()}
+	next := campaign(t.Context(), newElector(t, late), "jobs", "second")
+	old := awaitQueue(t, client, "jobs", queued(2))[1]
+	resign(t, first)
+	if _, err := client.Delete(t.Context(), old.Key); err != nil {
+		t.Fatal(err)
+	}
+	if l := awaitLeader(t, next); l.Token() == old.Token || !guarded(t, client, l) {
+		t.Errorf("elected with token %d, of a key that was deleted", l.Token())
+	}
+}
+
+// A lateWatcher passes the events of a key on when the watch has been given up.
+type lateWatcher struct {
+	clientv3.Watcher
+	key string
+}
+
+func (w lateWatcher) Watch(ctx context.Context, key string, opts ...clientv3.OpOption) clientv3.WatchChan {
+	in := w.Watcher.Watch(ctx, key, opts...)
+	if key != w.key {
+		return in
+	}
+	out := make(chan clientv3.WatchResponse, 2) // that it is created, and that the key is deleted
+	go func() {
+		defer close(out)
+		for resp := range in {
+			if len(resp.Events) > 0 {
+				<-ctx.Done()
+			}
+			out <- resp
+		}
+	}()
+	return out
+}
+
 // Pitfall 1.
 func TestWaitingCandidateWhoseLeaseExpiresJoinsAgain(t *testing.T) {
 	m, client := start(t)

@@ -22,28 +22,29 @@ func Example() {
 	defer stop()
 	ctx := context.Background()
 
-	metrics := leaderprom.New()
-	prometheus.MustRegister(metrics)
 	http.Handle("/metrics", promhttp.Handler())
-
-	l, err := leader.Campaign(ctx, client, "example", "", leader.WithHooks(metrics.Hooks()))
-	if err != nil {
-		log.Fatal(err)
+	work := func(context.Context, *leader.Leader) error {
+		fmt.Println(scrapeOf("leader_is_leader"))
+		return nil
 	}
-	fmt.Println(scrapeOf("leader_is_leader"))
-	if err := l.Resign(ctx); err != nil {
+
+	metrics := leaderprom.New() // one per process
+	prometheus.MustRegister(metrics)
+	err := leader.Run(ctx, client, "my-service/leader", "", work, leader.WithHooks(metrics.Hooks()))
+	if err != nil {
 		log.Print(err)
+		return
 	}
 	fmt.Println(scrapeOf("leader_is_leader"))
 	fmt.Println(scrapeOf("leader_term_ends_total"))
 	// Output:
-	// leader_is_leader{election="example"} 1
+	// leader_is_leader{election="my-service/leader"} 1
 	//
-	// leader_is_leader{election="example"} 0
+	// leader_is_leader{election="my-service/leader"} 0
 	//
-	// leader_term_ends_total{election="example",reason="evicted"} 0
-	// leader_term_ends_total{election="example",reason="expired"} 0
-	// leader_term_ends_total{election="example",reason="resigned"} 1
+	// leader_term_ends_total{election="my-service/leader",reason="evicted"} 0
+	// leader_term_ends_total{election="my-service/leader",reason="expired"} 0
+	// leader_term_ends_total{election="my-service/leader",reason="resigned"} 1
 }
 
 // scrapeOf returns what Prometheus would see of a metric.
