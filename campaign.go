@@ -249,6 +249,7 @@ func (l *Leader) elect() bool {
 // withdraw tidies up after a candidate that was not elected.
 func (l *Leader) withdraw(ctx context.Context) {
 	l.end(ErrResigned)
+	l.unwatch()
 	<-l.done
 	cctx, cancel := retry.Cleanup(ctx)
 	defer cancel()

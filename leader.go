@@ -265,7 +265,9 @@ func (l *Leader) end(cause error) {
 		l.claim.release() // first: who waits for the term's end may campaign at once
 	}
 	l.cancel(cause)
-	l.unwatch()
+	if !errors.Is(cause, ErrResigned) {
+		l.unwatch() // else whoever resigns does, once the key has been seen to: nothing is to come in between
+	}
 }
 
 // giveBack returns the session to the pool, once.
@@ -358,6 +360,7 @@ func (l *Leader) leave(ctx context.Context) error {
 			return l.session.Election(l.queue.Prefix(), l.key, l.token).Resign(ctx)
 		})
 	}
+	l.unwatch()
 	err = errors.Join(err, l.session.Finish(rctx))
 	if err != nil && !l.session.Gone() {
 		l.tracked.Abandon()
@@ -371,6 +374,7 @@ func (l *Leader) leave(ctx context.Context) error {
 // abandon ends the term and leaves its key to whoever renews the lease, or to the lease's end.
 func (l *Leader) abandon() {
 	l.end(ErrResigned)
+	l.unwatch()
 	l.giveBack()
 	l.tracked.Abandon()
 }

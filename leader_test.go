@@ -28,9 +28,10 @@ func TestMain(m *testing.M) {
 	etcdtest.Main()
 	code := m.Run()
 	if code == 0 {
-		// All of the package's goroutines have an owner that waits for them, so none may be left
-		// after the last test has closed its client. A stopped etcd leaves some between its
-		// members, which speak net/http; this package does not.
+		// All of the package's goroutines have an owner that waits for them, but for that of stock's
+		// session, which ends with ours. So none may be left after the last test has closed its
+		// client. A stopped etcd leaves some between its members, which speak net/http; this package
+		// does not.
 		err := goleak.Find(
 			goleak.IgnoreAnyFunction("net/http.(*persistConn).readLoop"),
 			goleak.IgnoreAnyFunction("net/http.(*persistConn).writeLoop"),
@@ -562,6 +563,26 @@ func TestNextInLineIsElectedWithoutARead(t *testing.T) {
 		if got := c.calls.reads() - before; got != 0 {
 			t.Errorf("candidate %d read %d times between the resignation and its election", i+1, got)
 		}
+	}
+}
+
+func TestNextInLineKnowsThatItIsWhenTheOneBetweenHasLeft(t *testing.T) {
+	m, client := start(t)
+	first := lead(t, newElector(t, client), "jobs", "")
+	ctx, leave := context.WithCancel(t.Context())
+	between := campaign(ctx, newElector(t, client), "jobs", "")
+	awaitQueue(t, client, "jobs", queued(2))
+	var calls rpcCounter
+	next := campaign(t.Context(), newElector(t, etcdtest.NewClientFrom(t, calls.config(m.Endpoint)), leader.WithTTL(time.Minute)), "jobs", "")
+	awaitQueue(t, client, "jobs", queued(3))
+	awaitCalls(t, calls.reads, 2) // of the one before it and of itself, when it watches them
+	leave()
+	await(t, "the end of a campaign", between)
+	awaitCalls(t, calls.reads, 4) // who is before it now, and that one when it watches it
+	resign(t, first)
+	awaitLeader(t, next)
+	if got := calls.reads(); got != 4 {
+		t.Errorf("it read %d times between the resignation and its election", got-4)
 	}
 }
 

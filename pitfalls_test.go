@@ -113,12 +113,14 @@ func TestWaitingCandidateWhoseKeyIsDeletedJoinsAgain(t *testing.T) {
 
 // Pitfall 1: the event that elects may have been under way when the candidate's own key was deleted.
 func TestCandidateWhoseKeyIsGoneIsNotElectedByALateEvent(t *testing.T) {
-	_, client := start(t)
+	m, client := start(t)
 	first := lead(t, newElector(t, client), "jobs", "first")
-	late := wrapped(client)
-	late.Watcher = lateWatcher{client.Watcher, first.Key()}
+	var calls rpcCounter
+	late := wrapped(etcdtest.NewClientFrom(t, calls.config(m.Endpoint)))
+	late.Watcher = lateWatcher{late.Watcher, first.Key()}
 	next := campaign(t.Context(), newElector(t, late), "jobs", "second")
 	old := awaitQueue(t, client, "jobs", queued(2))[1]
+	awaitCalls(t, calls.reads, 2) // it watches both keys
 	resign(t, first)
 	if _, err := client.Delete(t.Context(), old.Key); err != nil {
 		t.Fatal(err)
@@ -1108,17 +1110,18 @@ func TestNobodyIsElectedWhenACandidateInTheMiddleLeaves(t *testing.T) {
 
 // Pitfall 19: A stock candidate that waits and campaigns again puts its key again, as a leader does that touches it.
 func TestNobodyIsElectedWhenACandidateInTheMiddleIsTouchedAndLeaves(t *testing.T) {
-	_, client := start(t)
+	m, client := start(t)
 	first := lead(t, newElector(t, client), "jobs", "first")
 	session, _, _ := stock(t, client, "jobs", "second", time.Minute)
 	middle := awaitQueue(t, client, "jobs", queued(2))[1]
-	third := campaign(t.Context(), newElector(t, client), "jobs", "third")
+	var calls rpcCounter
+	third := campaign(t.Context(), newElector(t, etcdtest.NewClientFrom(t, calls.config(m.Endpoint)), leader.WithTTL(time.Minute)), "jobs", "third")
 	awaitQueue(t, client, "jobs", queued(3))
-	time.Sleep(100 * time.Millisecond) // the third watches the second
+	awaitCalls(t, calls.reads, 2) // it watches the second, and itself
 	if _, err := client.Put(t.Context(), middle.Key, "second", clientv3.WithLease(middle.Lease)); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(100 * time.Millisecond) // the third looks who is first
+	awaitCalls(t, calls.reads, 3) // it has looked who is first
 	if err := session.Close(); err != nil {
 		t.Fatal(err)
 	}

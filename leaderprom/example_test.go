@@ -22,7 +22,6 @@ func Example() {
 	defer stop()
 	ctx := context.Background()
 
-	http.Handle("/metrics", promhttp.Handler())
 	work := func(context.Context, *leader.Leader) error {
 		fmt.Println(scrapeOf("leader_is_leader"))
 		return nil
@@ -30,6 +29,7 @@ func Example() {
 
 	metrics := leaderprom.New() // one per process
 	prometheus.MustRegister(metrics)
+	http.Handle("/metrics", promhttp.Handler()) // in a service with http.ListenAndServe beside it
 	err := leader.Run(ctx, client, "my-service/leader", "", work, leader.WithHooks(metrics.Hooks()))
 	if err != nil {
 		log.Print(err)

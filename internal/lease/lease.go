@@ -1,7 +1,7 @@
 // Package lease keeps a lease alive and knows until when it can be trusted.
 //
-// A [Session] has a [concurrency.Session] whose Done closes before etcd can let the lease
-// expire, not up to a second after. It is valid until
+// A [Session] ends before etcd can let the lease expire, where a [concurrency.Session] is done up to
+// a second after. It is valid until
 //
 //	S + TTL − margin
 //

@@ -106,7 +106,7 @@ func (q *Queue) Join(ctx context.Context, loop *retry.Loop, id clientv3.LeaseID,
 			If(clientv3.Compare(clientv3.CreateRevision(key), "=", 0)).
 			Then(
 				clientv3.OpPut(key, value, clientv3.WithLease(id)),
-				q.newest(2), // the candidate itself and the one before it
+				q.newest(3), // the candidate itself and two before it
 			).
 			Else(clientv3.OpGet(key, clientv3.WithKeysOnly())).
 			Commit()
@@ -114,9 +114,8 @@ func (q *Queue) Join(ctx context.Context, loop *retry.Loop, id clientv3.LeaseID,
 			return err
 		}
 		if resp.Succeeded {
-			newest := resp.Responses[1].GetResponseRange()
-			place, err = q.place(ctx, resp.Header.Revision, newest.Kvs[1:])
-			place.oldest = place.oldest || newest.Count == 2
+			newest := resp.Responses[1].GetResponseRange().Kvs
+			place, err = q.place(ctx, resp.Header.Revision, newest[1:])
 			return err
 		}
 		place, err = q.behind(ctx, resp.Responses[0].GetResponseRange().Kvs[0].CreateRevision)
@@ -161,7 +160,7 @@ var ErrGone = errors.New("the candidate's key is gone")
 
 // behind reads the place of the candidate with this token.
 func (q *Queue) behind(ctx context.Context, token int64) (Place, error) {
-	resp, err := q.client.Do(ctx, q.newest(2, clientv3.WithMaxCreateRev(token)))
+	resp, err := q.client.Do(ctx, q.newest(3, clientv3.WithMaxCreateRev(token)))
 	if err != nil {
 		return Place{}, err
 	}
@@ -172,15 +171,15 @@ func (q *Queue) behind(ctx context.Context, token int64) (Place, error) {
 	return q.place(ctx, token, newest[1:])
 }
 
-// place works out the place of the candidate with this token from the newest key before it. Where
-// that is no candidate it reads all keys; that is the price of an election whose name is the
-// beginning of another's.
+// place works out the place of the candidate with this token from the two newest keys before it.
+// Where the newest is no candidate it reads all keys; that is the price of an election whose name is
+// the beginning of another's.
 func (q *Queue) place(ctx context.Context, token int64, before []*mvccpb.KeyValue) (Place, error) {
 	if len(before) == 0 {
 		return Place{Token: token}, nil
 	}
 	if c, ok := q.candidate(before[0]); ok {
-		return Place{Token: token, before: c.Key, rev: c.Token}, nil
+		return Place{Token: token, before: c.Key, rev: c.Token, oldest: len(before) == 1}, nil
 	}
 	resp, err := q.client.Get(ctx, q.prefix, clientv3.WithPrefix(), clientv3.WithKeysOnly(),
 		clientv3.WithMaxCreateRev(token-1), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
@@ -200,10 +199,11 @@ func (q *Queue) place(ctx context.Context, token int64, before []*mvccpb.KeyValu
 // tell; where that key is deleted together with the one before it, either watch may be the first.
 //
 // If it is known that nobody is before the one before it, the watch event of that one's end elects,
-// without another read: create revisions only grow, so nobody can have come there since. That is
-// known from the join if there were just two. Otherwise the one before says so, by [Queue.Touch], when
-// it is elected itself. Where it does not, as stock's candidates do not, the queue is read once more
-// when it has gone, which takes etcd the longer the longer the queue is.
+// without another read: create revisions only grow, so nobody can have come there since. The place
+// knows it where it was read when there were just two. Otherwise the one before says so, by
+// [Queue.Touch], when it is elected itself: then its place is read ahead. Where it does not, as stock's
+// candidates do not, the queue is read when it has gone, which takes etcd the longer the longer the
+// queue is.
 func (q *Queue) Wait(ctx context.Context, loop *retry.Loop, p Place, reread time.Duration) error {
 	for !p.First() {
 		before := target{key: p.before, rev: p.rev, reread: reread}
@@ -214,8 +214,13 @@ func (q *Queue) Wait(ctx context.Context, loop *retry.Loop, p Place, reread time
 					return // one look at a time is enough
 				}
 				defer looking.Unlock()
-				first, err := q.Leader(ctx)
-				p.oldest = p.oldest || err == nil && first.Key == p.before && first.Token == p.rev
+				if p.oldest {
+					return
+				}
+				rctx, cancel := retry.Request(ctx)
+				defer cancel()
+				ahead, err := q.behind(rctx, p.rev)
+				p.oldest = err == nil && ahead.First()
 			}
 		}
 		if err := q.waitDeleted(ctx, loop, before); err != nil {
@@ -254,8 +259,8 @@ type target struct {
 	// interval, if that is not 0.
 	reread time.Duration
 
-	// touched, if not nil, is called in a goroutine of its own when the key is found to have been put
-	// again since it was created. Its ctx ends, and it is awaited, before the wait does.
+	// touched, if not nil, is called in a goroutine of its own whenever the key is put, and when a read
+	// finds that it has been since it was created. Its ctx ends, and it is awaited, before the wait does.
 	touched func(ctx context.Context)
 }
 
@@ -267,7 +272,7 @@ func (q *Queue) WaitDeleted(ctx context.Context, loop *retry.Loop, key string, r
 
 func (q *Queue) waitDeleted(ctx context.Context, loop *retry.Loop, t target) error {
 	for {
-		lived, err := q.watchDeleted(ctx, t)
+		lived, err := q.watchDeleted(ctx, loop, t)
 		if err == nil {
 			return nil
 		}
@@ -277,11 +282,11 @@ func (q *Queue) waitDeleted(ctx context.Context, loop *retry.Loop, t target) err
 		// A watch gives its reasons as text. A read that is refused for the same reason says so in
 		// a way that a program can tell.
 		if ctx.Err() == nil {
-			gone, _, rerr := q.look(ctx, t)
-			if gone {
+			now := q.look(ctx, t)
+			if now.gone {
 				return nil
 			}
-			err = cmp.Or(rerr, err)
+			err = cmp.Or(now.err, err)
 		}
 		if err := loop.Again(ctx, fmt.Errorf("watch %q: %w", t.key, err)); err != nil {
 			return err
@@ -293,10 +298,10 @@ func (q *Queue) waitDeleted(ctx context.Context, loop *retry.Loop, t target) err
 //
 // The watch has no start revision, and the key is read once the watch exists: a watch that
 // starts in the past, by a single revision even, is served by etcd's loop for slow watchers,
-// up to 100 ms late.
-func (q *Queue) watchDeleted(ctx context.Context, t target) (lived time.Duration, err error) {
-	var looks sync.WaitGroup
-	defer looks.Wait()
+// up to 100 ms late. Neither that read nor a later one keeps an event waiting.
+func (q *Queue) watchDeleted(ctx context.Context, loop *retry.Loop, t target) (lived time.Duration, err error) {
+	var reads sync.WaitGroup
+	defer reads.Wait()
 	ctx, cancel := context.WithCancel(retry.RequireLeader(ctx))
 	defer cancel()
 	var opts []clientv3.OpOption
@@ -312,8 +317,9 @@ func (q *Queue) watchDeleted(ctx context.Context, t target) (lived time.Duration
 		defer ticker.Stop()
 		again = ticker.C
 	}
+	var looked chan sight // nil while the key is not being read
 	for {
-		var touched bool
+		var look, touched bool
 		select {
 		case resp, ok := <-events:
 			if !ok {
@@ -328,20 +334,22 @@ func (q *Queue) watchDeleted(ctx context.Context, t target) (lived time.Duration
 				}
 				touched = true
 			}
-			if !resp.Created && !touched {
-				continue
-			}
+			look = resp.Created
 		case <-again:
-		}
-		if !touched {
-			var gone bool
-			retry.Aside(func() { gone, touched, err = q.look(ctx, t) })
-			if gone || err != nil {
-				return 0, err
+			look = true
+		case now := <-looked:
+			if now.gone || now.err != nil {
+				return 0, now.err
 			}
+			looked, touched = nil, now.touched
+		}
+		if look && looked == nil {
+			found := make(chan sight, 1)
+			reads.Go(func() { found <- q.lookAgain(ctx, loop, t) })
+			looked = found
 		}
 		if touched && t.touched != nil {
-			looks.Go(func() { t.touched(ctx) })
+			reads.Go(func() { t.touched(ctx) })
 		}
 	}
 }
@@ -358,18 +366,41 @@ func (q *Queue) watch(ctx context.Context, cancel func(), key string, opts ...cl
 	return events
 }
 
-// look reads the key.
-func (q *Queue) look(ctx context.Context, t target) (gone, touched bool, err error) {
+// A sight is what a read of a key has found.
+type sight struct {
+	gone    bool
+	touched bool // put again since it was created
+	err     error
+}
+
+func (q *Queue) look(ctx context.Context, t target) sight {
 	rctx, cancel := retry.Request(ctx)
 	defer cancel()
 	resp, err := q.client.Get(rctx, t.key, clientv3.WithKeysOnly())
 	if err != nil {
-		return false, false, err
+		return sight{err: err}
 	}
 	if len(resp.Kvs) == 0 || resp.Kvs[0].CreateRevision != t.rev {
-		return true, false, nil
+		return sight{gone: true}
 	}
-	return false, resp.Kvs[0].Version > 1, nil
+	return sight{touched: resp.Kvs[0].Version > 1}
+}
+
+// lookAgain looks until that succeeds or is not worth another try: a read that one endpoint does not
+// answer says nothing about the watch, which may have another.
+func (q *Queue) lookAgain(ctx context.Context, loop *retry.Loop, t target) sight {
+	for failed := false; ; failed = true {
+		now := q.look(ctx, t)
+		if now.err == nil {
+			if failed {
+				loop.OK()
+			}
+			return now
+		}
+		if err := loop.Again(ctx, fmt.Errorf("read %q: %w", t.key, now.err)); err != nil {
+			return sight{err: err}
+		}
+	}
 }
 
 // List returns the candidates in the order of the queue. It sends one request.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -131,53 +132,115 @@ func (p present) Watch(context.Context, string, ...clientv3.OpOption) clientv3.W
 // The touch may come before the watch that would tell of it.
 func TestTouchBeforeTheWatchIsSeen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		touched := &mvccpb.KeyValue{Key: []byte("jobs/1"), CreateRevision: 5, ModRevision: 7, Version: 2}
-		events := make(chan clientv3.WatchResponse)
-		client := clientv3.NewCtxClient(t.Context())
-		client.KV, client.Watcher = present{rev: 10, kv: touched}, present{events: events}
-		elected := make(chan error)
-		go func() {
-			place := Place{Token: 6, before: "jobs/1", rev: 5}
-			elected <- New(client, "jobs").Wait(t.Context(), &retry.Loop{Client: client}, place, time.Hour)
-		}()
+		kv := &line{touched: true}
+		elected, events := wait(t, kv)
 		events <- clientv3.WatchResponse{Created: true}
 		synctest.Wait() // it has looked
-		events <- clientv3.WatchResponse{Events: []*clientv3.Event{{Type: clientv3.EventTypeDelete, Kv: touched}}}
-		if err := <-elected; err != nil { // present has no transactions, which a read of the place would be
-			t.Errorf("Wait returned %v", err)
+		events <- happened(clientv3.EventTypeDelete)
+		if err := <-elected; err != nil || kv.reads != 1 {
+			t.Errorf("Wait returned %v after %d reads of the queue, want the look ahead alone", err, kv.reads)
 		}
 	})
 }
 
-// Who looks ahead does not wait for the answer once it is elected.
-func TestElectionDoesNotWaitForTheLookAhead(t *testing.T) {
+// A leader may proclaim as often as it likes, and what was seen once needs no other look.
+func TestLookAheadIsMadeOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		key := &mvccpb.KeyValue{Key: []byte("jobs/1"), CreateRevision: 5}
-		events := make(chan clientv3.WatchResponse, 3)
-		client := clientv3.NewCtxClient(t.Context())
-		client.KV, client.Watcher = silent{}, present{events: events}
-		events <- clientv3.WatchResponse{Events: []*clientv3.Event{{Type: clientv3.EventTypePut, Kv: key}}}
-		events <- clientv3.WatchResponse{Events: []*clientv3.Event{{Type: clientv3.EventTypePut, Kv: key}}}
-		events <- clientv3.WatchResponse{Events: []*clientv3.Event{{Type: clientv3.EventTypeDelete, Kv: key}}}
-		place := Place{Token: 6, before: "jobs/1", rev: 5}
-		began := time.Now()
-		err := New(client, "jobs").Wait(t.Context(), &retry.Loop{Client: client}, place, time.Hour)
-		if took := time.Since(began); err != nil || took > 0 {
-			t.Errorf("Wait returned %v after %v", err, took)
+		kv := &line{touched: true}
+		elected, events := wait(t, kv)
+		events <- clientv3.WatchResponse{Created: true}
+		for range 10 {
+			events <- happened(clientv3.EventTypePut)
+			synctest.Wait()
+		}
+		time.Sleep(10 * reread)
+		synctest.Wait()
+		events <- happened(clientv3.EventTypeDelete)
+		if err := <-elected; err != nil || kv.reads != 1 {
+			t.Errorf("Wait returned %v after %d reads of the queue, want 1", err, kv.reads)
 		}
 	})
 }
 
-// silent is an etcd that does not answer, except for who is before a candidate: nobody.
-type silent struct{ clientv3.KV }
-
-func (silent) Get(ctx context.Context, _ string, _ ...clientv3.OpOption) (*clientv3.GetResponse, error) {
-	<-ctx.Done()
-	return nil, ctx.Err()
+// Neither a read of the key nor one ahead keeps the event waiting that elects.
+func TestElectionWaitsForNoRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		kv := &line{silent: true}
+		elected, events := wait(t, kv)
+		events <- clientv3.WatchResponse{Created: true}
+		events <- happened(clientv3.EventTypePut)
+		time.Sleep(3*reread + time.Second) // a read that takes that long is not joined by another
+		synctest.Wait()
+		began := time.Now()
+		events <- happened(clientv3.EventTypeDelete)
+		if err := <-elected; err != nil || time.Since(began) > 0 {
+			t.Errorf("Wait returned %v after %v", err, time.Since(began))
+		}
+		if kv.most != 1 {
+			t.Errorf("%d reads of the key at a time", kv.most)
+		}
+	})
 }
 
-func (silent) Do(context.Context, clientv3.Op) (clientv3.OpResponse, error) {
-	return (&clientv3.GetResponse{Kvs: []*mvccpb.KeyValue{{CreateRevision: 6}}}).OpResponse(), nil
+const reread = time.Minute
+
+// wait waits behind the candidate 5 of a line.
+func wait(t *testing.T, kv *line) (elected <-chan error, events chan<- clientv3.WatchResponse) {
+	client := clientv3.NewCtxClient(t.Context())
+	watched := make(chan clientv3.WatchResponse)
+	client.KV, client.Watcher = kv, present{events: watched}
+	result := make(chan error)
+	go func() {
+		place := Place{Token: 6, before: "jobs/1", rev: 5}
+		result <- New(client, "jobs").Wait(t.Context(), &retry.Loop{Client: client}, place, reread)
+	}()
+	return result, watched
+}
+
+// happened is what a watch of the candidate 5 tells.
+func happened(kind mvccpb.Event_EventType) clientv3.WatchResponse {
+	return clientv3.WatchResponse{Events: []*clientv3.Event{{Type: kind, Kv: &mvccpb.KeyValue{Key: []byte("jobs/1"), CreateRevision: 5}}}}
+}
+
+// A line is an etcd with the candidate 5, and behind it 6.
+type line struct {
+	clientv3.KV
+	touched bool // 5 has been
+	silent  bool // answers nothing but what is asked when 5 has gone
+	reads   int  // of the queue
+
+	mu        sync.Mutex
+	now, most int // reads of the key at a time
+}
+
+func (l *line) Get(ctx context.Context, _ string, _ ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+	l.mu.Lock()
+	l.now++
+	l.most = max(l.most, l.now)
+	l.mu.Unlock()
+	defer func() {
+		l.mu.Lock()
+		l.now--
+		l.mu.Unlock()
+	}()
+	if l.silent {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	version := int64(1)
+	if l.touched {
+		version++
+	}
+	return &clientv3.GetResponse{Kvs: []*mvccpb.KeyValue{{Key: []byte("jobs/1"), CreateRevision: 5, Version: version}}}, nil
+}
+
+func (l *line) Do(ctx context.Context, op clientv3.Op) (clientv3.OpResponse, error) {
+	l.reads++
+	if l.silent && op.MaxCreateRev() == 5 {
+		<-ctx.Done()
+		return clientv3.OpResponse{}, ctx.Err()
+	}
+	return (&clientv3.GetResponse{Kvs: []*mvccpb.KeyValue{{CreateRevision: op.MaxCreateRev()}}}).OpResponse(), nil
 }
 
 // absent is an etcd that cannot be reached.
