@@ -28,7 +28,7 @@ var once = func() map[string]func() (*result, error) {
 	return all
 }()
 
-// TestReport shows that a report finds the places of all it has to write, which a run of half an hour
+// TestReport shows that a report finds the places of all it has to write, which a run of twenty minutes
 // must not find out at its end, and that it leaves alone what is written by hand.
 func TestReport(t *testing.T) {
 	rep := report{dir: t.TempDir()}

@@ -1,6 +1,6 @@
 // Bench measures this library and its peers on the same etcd.
 //
-//	go run .                   # every row, about half an hour
+//	go run .                   # every row, about twenty minutes
 //	go run . -quick -o /tmp    # every row with few trials; elsewhere, since its figures are rough
 //	go run . -only 1,2         # some rows
 //
