@@ -1,5 +1,5 @@
 # The steps of CI, one target each. make alone runs them all, by .ci/run, which installs what they need first.
-# make quick is what takes seconds; make api rewrites api.txt.
+# make quick is what takes half a minute; make api rewrites api.txt.
 
 actionlint := github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 golangci_lint := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0

@@ -4,8 +4,10 @@ import (
 	"context"
 	"fmt"
 	"log"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 
 	"example.com/leader"
@@ -29,7 +31,7 @@ func Example() {
 
 	metrics := leaderprom.New() // one per process
 	prometheus.MustRegister(metrics)
-	http.Handle("/metrics", promhttp.Handler()) // in a service with http.ListenAndServe beside it
+	http.Handle("/metrics", promhttp.Handler())
 	err := leader.Run(ctx, client, "my-service/leader", "", work, leader.WithHooks(metrics.Hooks()))
 	if err != nil {
 		log.Print(err)
@@ -45,6 +47,27 @@ func Example() {
 	// leader_term_ends_total{election="my-service/leader",reason="evicted"} 0
 	// leader_term_ends_total{election="my-service/leader",reason="expired"} 0
 	// leader_term_ends_total{election="my-service/leader",reason="resigned"} 1
+}
+
+// A service that shows its metrics on the address that is its argument.
+func ExampleCollector_Hooks() {
+	var (
+		ctx    context.Context
+		client *clientv3.Client
+		work   func(ctx context.Context, l *leader.Leader) error
+		err    error
+	)
+
+	metrics := leaderprom.New() // one per process
+	prometheus.MustRegister(metrics)
+	http.Handle("/metrics", promhttp.Handler())
+	go func() { log.Fatal(http.ListenAndServe(os.Args[1], nil)) }()
+	err = leader.Run(ctx, client, "my-service/leader", "", work,
+		leader.WithLogger(slog.Default()), leader.WithHooks(metrics.Hooks()))
+
+	if err != nil {
+		log.Print(err)
+	}
 }
 
 // scrapeOf returns what Prometheus would see of a metric.

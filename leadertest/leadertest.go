@@ -45,6 +45,8 @@
 //		}
 //	}
 //
+// The whole of it, with its imports, is example_test.go next to this file.
+//
 // # How a term ends
 //
 // The instance that leads learns why from the [context.Cause] of its context. A test ends its term in

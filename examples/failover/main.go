@@ -54,7 +54,7 @@ func demonstrate(ctx context.Context, endpoints string, ttl time.Duration, worke
 		return fmt.Errorf("-workers %d: must be at least 2", workers)
 	}
 	if endpoints == "" {
-		endpoint, stop, err := demo.StartEtcd()
+		endpoint, stop, err := demo.StartEtcd(demo.AnyPort)
 		if err != nil {
 			return err
 		}

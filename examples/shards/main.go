@@ -75,7 +75,7 @@ func demonstrate(ctx context.Context, c config) error {
 		return fmt.Errorf("-processes %d: must be 2 to 9", c.processes)
 	}
 	if c.endpoints == "" {
-		endpoint, stop, err := demo.StartEtcd()
+		endpoint, stop, err := demo.StartEtcd(demo.AnyPort)
 		if err != nil {
 			return err
 		}

@@ -13,27 +13,31 @@ import (
 	"go.uber.org/zap"
 )
 
+// AnyPort has etcd listen on a port of loopback that is free.
+const AnyPort = "127.0.0.1:0"
+
 // StartEtcd runs a server in this process until stop is called, which also removes its data. It
-// listens on loopback only.
-func StartEtcd() (endpoint string, stop func(), err error) {
+// listens for clients at the address listen, and on loopback for itself.
+func StartEtcd(listen string) (endpoint string, stop func(), err error) {
 	dir, err := os.MkdirTemp("", "leader-etcd-")
 	if err != nil {
 		return "", nil, err
 	}
-	server, err := startEtcd(dir)
+	server, err := startEtcd(dir, listen)
 	if err != nil {
 		return "", nil, fmt.Errorf("start etcd: %w", errors.Join(err, os.RemoveAll(dir)))
 	}
 	return server.Clients[0].Addr().String(), func() { server.Close(); os.RemoveAll(dir) }, nil
 }
 
-func startEtcd(dir string) (*embed.Etcd, error) {
-	free := []url.URL{{Scheme: "http", Host: "127.0.0.1:0"}} // a single member is its own only peer
+func startEtcd(dir, listen string) (*embed.Etcd, error) {
+	clients := []url.URL{{Scheme: "http", Host: listen}}
+	peers := []url.URL{{Scheme: "http", Host: AnyPort}} // a single member is its own only peer
 	cfg := embed.NewConfig()
 	cfg.Dir = dir
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
-	cfg.ListenClientUrls, cfg.AdvertiseClientUrls = free, free
-	cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = free, free
+	cfg.ListenClientUrls, cfg.AdvertiseClientUrls = clients, clients
+	cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = peers, peers
 	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
 	server, err := embed.StartEtcd(cfg)
 	if err != nil {
