@@ -386,6 +386,7 @@ func TestCampaignThatEndsStopsObserving(t *testing.T) {
 		campaigned <- err
 	}()
 	await(t, "the leader", changes)
+	awaitQueue(t, client, "jobs", queued(2)) // a grant that is cut short would leave a lease to expire
 	cancel()
 	if err := await(t, "the end of the campaign", campaigned); !errors.Is(err, context.Canceled) {
 		t.Errorf("Campaign: %v", err)
