@@ -15,6 +15,7 @@ import (
 
 	"example.com/leader"
 	"example.com/leader/internal/etcdtest"
+	"example.com/leader/internal/queue"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -587,6 +588,37 @@ func TestNextInLineKnowsThatItIsWhenTheOneBetweenHasLeft(t *testing.T) {
 	}
 }
 
+// The next one waits for the deletion, and nobody for the end of a watch.
+func TestResignationDeletesBeforeItLetsGoOfTheWatch(t *testing.T) {
+	_, client := start(t)
+	broken := wrapped(client)
+	kv, watches := &brokenKV{KV: client.KV}, make(chan context.Context, 1)
+	broken.KV, broken.Watcher = kv, watchReporter{client.Watcher, watches}
+	l := lead(t, newElector(t, broken), "jobs", "")
+	watch := await(t, "the watch of the own key", watches)
+	var given atomic.Bool
+	before := func() { given.Store(watch.Err() != nil) }
+	kv.before.Store(&before)
+	resign(t, l)
+	if given.Load() {
+		t.Error("the watch was given up before the deletion was sent")
+	}
+	if watch.Err() == nil {
+		t.Error("the watch goes on")
+	}
+}
+
+// A watchReporter tells of the contexts of watches.
+type watchReporter struct {
+	clientv3.Watcher
+	watches chan<- context.Context
+}
+
+func (w watchReporter) Watch(ctx context.Context, key string, opts ...clientv3.OpOption) clientv3.WatchChan {
+	w.watches <- ctx
+	return w.Watcher.Watch(ctx, key, opts...)
+}
+
 // What a leader does to its key for the next in line changes nothing for those who read the key.
 func TestTouchKeepsValueAndLease(t *testing.T) {
 	_, client := start(t)
@@ -596,6 +628,13 @@ func TestTouchKeepsValueAndLease(t *testing.T) {
 	resign(t, first)
 	l := awaitLeader(t, won)
 	touch := await(t, "a touch", client.Watch(t.Context(), l.Key(), clientv3.WithRev(l.Token()+1)))
+	// One that comes late finds another term's key.
+	if err := queue.New(client, "jobs").Touch(t.Context(), l.Key(), l.Token()-1); err != nil {
+		t.Error(err)
+	}
+	if kv, err := client.Get(t.Context(), l.Key()); err != nil || kv.Kvs[0].Version != 2 {
+		t.Errorf("after the touch of a term that is over, the key is %v, %v", kv, err)
+	}
 	if kv := touch.Events[0].Kv; string(kv.Value) != "second" || l.Key() != fmt.Sprintf("jobs/%x", kv.Lease) || kv.CreateRevision != l.Token() {
 		t.Errorf("after the touch, the key is %v", kv)
 	}

@@ -109,7 +109,7 @@ func measureCandidates(ctx context.Context, r *run) (*result, error) {
 			t.add(append(line, fmt.Sprint(medianInt(c.requests[size])), fmt.Sprint(medianInt(c.watches[size])), fmt.Sprint(medianInt(c.events[size])),
 				number(c.joins[size]), number(c.joinEvents[size]))...)
 		}
-		t.add(append(append([]string{fmt.Sprint(size), limit.name}, limits[size].cells()...), "1", "", "1", "", "")...)
+		t.add(append(append([]string{fmt.Sprint(size), limit.name}, limits[size].cells()...), "", "", "", "", "")...)
 	}
 	res := &result{tables: []table{t}}
 	own, largest := crowds[0], sizes[len(sizes)-1]

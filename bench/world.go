@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"example.com/leader/internal/etcdtest"
+	"example.com/leader/internal/retry"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
@@ -140,12 +141,7 @@ func receive[T any](ctx context.Context, what string, ch <-chan T) (v T, err err
 }
 
 // sleep is time.Sleep, unless ctx ends.
-func sleep(ctx context.Context, d time.Duration) {
-	select {
-	case <-time.After(d):
-	case <-ctx.Done():
-	}
-}
+func sleep(ctx context.Context, d time.Duration) { _ = retry.Sleep(ctx, d) }
 
 // each calls f for 0 to n-1, at most so many at a time, and returns what went wrong.
 func each(n, together int, f func(i int) error) error {
