@@ -1,14 +1,22 @@
 # The steps of CI, one target each. make alone runs them all, by .ci/run, which installs what they need first.
-# make quick is what takes half a minute; make api rewrites api.txt.
+# make quick is what takes a minute; make api rewrites api.txt.
+
+# A step fails if any of its commands fails, also one in front of a pipe. No recipe relies on this alone, since
+# make 3.81, which macOS has, ignores .SHELLFLAGS: what can fail runs first, then its output is used.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
 
 actionlint := github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 golangci_lint := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 go_mods := $(shell find . -mindepth 2 -name go.mod ! -path '*/.*' ! -path '*/testdata/*' ! -path '*/vendor/*')
+ifneq ($(filter-out 0,$(.SHELLSTATUS)),)
+$(error find failed, so the list of nested modules may be incomplete)
+endif
 nested := $(sort $(go_mods:./%/go.mod=%))
 steps := fmt vet lint tidy api-check test race examples chaos mutations nested vuln
 
-.PHONY: all steps quick api $(steps) $(nested:%=nested/%)
+.PHONY: all steps quick api lint-workflows $(steps) $(nested:%=nested/%) $(addprefix lint/,. $(nested))
 
 all:
 	bash .ci/run
@@ -26,18 +34,25 @@ fmt:
 vet:
 	go vet ./...
 
-lint:
-	go run $(golangci_lint) run
+# Of all modules, with the same configuration.
+lint: lint-workflows $(addprefix lint/,. $(nested))
+
+$(addprefix lint/,. $(nested)): lint/%:
+	go -C $* run $(golangci_lint) run
+
+lint-workflows:
 	go run $(actionlint) .github/workflows/*.yml
 
 tidy:
 	go mod tidy -diff
 
 api:
-	bash .ci/api . $(nested) >api.txt
+	@api=$$(bash .ci/api . $(nested)) || exit; \
+	printf '%s\n\n' "$$api" >api.txt
 
 api-check:
-	@bash .ci/api . $(nested) | diff -u api.txt - || { \
+	@api=$$(bash .ci/api . $(nested)) || exit; \
+	printf '%s\n\n' "$$api" | diff -u api.txt - || { \
 	echo "The exported API is not what api.txt says. If that is meant: make api, commit api.txt, and say it in CHANGELOG.md."; \
 	exit 1; }
 
@@ -58,7 +73,8 @@ chaos:
 
 # Each must find out that a safeguard is off; two at a time, since they mostly wait.
 mutations:
-	go run ./internal/chaos -mutations | xargs -n 1 -P 2 go run ./internal/chaos -mutation
+	names=$$(go run ./internal/chaos -mutations) || exit; \
+	xargs -n 1 -P 2 go run ./internal/chaos -mutation <<<"$$names"
 
 nested: $(nested:%=nested/%)
 

@@ -2,6 +2,7 @@ package migrating
 
 import (
 	"context"
+	"errors"
 
 	"example.com/leader"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -18,7 +19,7 @@ func lockBefore(ctx context.Context, client *clientv3.Client, report string) (do
 	if err := mutex.Lock(ctx); err != nil {
 		return false, err
 	}
-	defer mutex.Unlock(context.WithoutCancel(ctx))
+	defer func() { err = errors.Join(err, mutex.Unlock(context.WithoutCancel(ctx))) }()
 	resp, err := client.Txn(ctx).
 		If(mutex.IsOwner()).
 		Then(clientv3.OpPut("report", report)).
@@ -31,7 +32,7 @@ func lockAfter(ctx context.Context, client *clientv3.Client, report string) (don
 	if err != nil {
 		return false, err
 	}
-	defer l.Resign(context.WithoutCancel(ctx))
+	defer func() { err = errors.Join(err, l.Resign(context.WithoutCancel(ctx))) }()
 	resp, err := client.Txn(l.Context()).
 		If(l.Guard()).
 		Then(clientv3.OpPut("report", report)).
