@@ -4,6 +4,7 @@
 // About each election in which this process has campaigned, with the label election:
 //
 //	leader_is_leader                    1 while this process leads, else 0
+//	leader_token                        fencing token of the term while this process leads, else 0
 //	leader_deadline_seconds             time left until the term's deadline, unless it is renewed; 0 for no term
 //	leader_terms_total                  terms that have begun
 //	leader_term_ends_total              terms that have ended, by reason
@@ -30,8 +31,17 @@
 //	other              none of these
 //
 // Whether this process leads is asked of the term at every scrape, not remembered, so that no scrape
-// says 1 after the term is over. What Prometheus stores is as old as the last scrape all the same:
+// says 1, or names the term's token, after the term is over. What Prometheus stores is as old as the last scrape all the same:
 // it is for people to look at, not for deciding who may work.
+//
+// To count the terms of an election, use both leader_token and leader_terms_total, since each misses
+// some. leader_terms_total starts at 0 with the process, so Prometheus does not see a term that begins
+// before the process's first scrape: a process that is elected, exits and is started again shows 1 for
+// ever. leader_token differs in every term, whichever process leads, but a term that no scrape falls
+// into leaves no trace. This counts the tokens that scrapes have seen; "> 0" leaves out the times
+// without a leader:
+//
+//	changes(max by (job, election) (leader_token > 0)[10m:15s])
 //
 // Every series is there before the first event that it counts: those of an election with its first
 // campaign, those of the leases from the start. None is dropped later, since a counter must not
@@ -62,13 +72,14 @@ import (
 
 // A Collector is a [prometheus.Collector] of the metrics of this package, for one process and any
 // number of Electors. Elections are told apart by name alone: where two Electors campaign in the
-// same one, counts add up and leader_is_leader says whether either leads. Electors on different
+// same one, counts add up, leader_is_leader says whether either leads, and leader_token is the larger one. Electors on different
 // etcds are better given a Collector each, registered with [prometheus.WrapRegistererWith] and a
 // label that tells the etcds apart.
 //
 // A Collector is safe for concurrent use.
 type Collector struct {
 	isLeader  *prometheus.Desc
+	token     *prometheus.Desc
 	remaining *prometheus.Desc
 	terms     *prometheus.CounterVec
 	ends      *prometheus.CounterVec
@@ -109,6 +120,8 @@ func New() *Collector {
 	c := &Collector{
 		isLeader: prometheus.NewDesc("leader_is_leader",
 			"Whether this process leads the election (1) or not (0), asked at the scrape.", []string{"election"}, nil),
+		token: prometheus.NewDesc("leader_token",
+			"Fencing token of this process's term, asked at the scrape; 0 while it does not lead.", []string{"election"}, nil),
 		remaining: prometheus.NewDesc("leader_deadline_seconds",
 			"Time until the deadline of this process's term, unless the lease is renewed; 0 while it does not lead.", []string{"election"}, nil),
 		terms: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -198,6 +211,7 @@ func (c *Collector) ended(election string, l *leader.Leader, cause error) {
 // Describe implements [prometheus.Collector].
 func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
 	ch <- c.isLeader
+	ch <- c.token
 	ch <- c.remaining
 	c.terms.Describe(ch)
 	c.ends.Describe(ch)
@@ -209,14 +223,16 @@ func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
 // Collect implements [prometheus.Collector]. It sends no request to etcd.
 func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 	for election, terms := range c.snapshot() {
-		var leads, remaining float64
+		var leads, token, remaining float64
 		for _, l := range terms {
 			if l.IsLeader() {
 				leads = 1
+				token = max(token, float64(l.Token()))
 				remaining = max(remaining, time.Until(l.Deadline()).Seconds())
 			}
 		}
 		ch <- prometheus.MustNewConstMetric(c.isLeader, prometheus.GaugeValue, leads, election)
+		ch <- prometheus.MustNewConstMetric(c.token, prometheus.GaugeValue, token, election)
 		ch <- prometheus.MustNewConstMetric(c.remaining, prometheus.GaugeValue, remaining, election)
 	}
 	c.terms.Collect(ch)

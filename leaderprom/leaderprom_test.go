@@ -162,6 +162,7 @@ func TestSeriesAreThereBeforeWhatTheyCountAndStay(t *testing.T) {
 		`leader_term_ends_total{election="jobs",reason="resigned"}`: 0,
 		`leader_deadline_seconds{election="jobs"}`:                  0,
 		`leader_terms_total{election="jobs"}`:                       0,
+		`leader_token{election="jobs"}`:                             0,
 	})
 	watched := func(s scrape) scrape { // without what may come while the candidate waits
 		delete(s, `leader_renewal_duration_seconds_count`)
@@ -193,6 +194,7 @@ func TestTermIsToldFromItsBeginToItsResignation(t *testing.T) {
 	}
 	expect(t, c, scrape{
 		`leader_is_leader{election="jobs"}`:                         1,
+		`leader_token{election="jobs"}`:                             float64(l.Token()),
 		`leader_terms_total{election="jobs"}`:                       1,
 		`leader_campaign_duration_seconds_count{election="jobs"}`:   1,
 		`leader_term_ends_total{election="jobs",reason="resigned"}`: 0,
@@ -200,6 +202,7 @@ func TestTermIsToldFromItsBeginToItsResignation(t *testing.T) {
 	resign(t, l)
 	expect(t, c, scrape{
 		`leader_is_leader{election="jobs"}`:                         0,
+		`leader_token{election="jobs"}`:                             0,
 		`leader_deadline_seconds{election="jobs"}`:                  0,
 		`leader_terms_total{election="jobs"}`:                       1,
 		`leader_campaign_duration_seconds_count{election="jobs"}`:   1,
@@ -207,12 +210,14 @@ func TestTermIsToldFromItsBeginToItsResignation(t *testing.T) {
 		`leader_term_ends_total{election="jobs",reason="expired"}`:  0,
 		`leader_term_ends_total{election="jobs",reason="evicted"}`:  0,
 	})
-	lead(t, e, "jobs")
-	lead(t, e, "mail")
+	jobs := lead(t, e, "jobs")
+	mail := lead(t, e, "mail")
 	expect(t, c, scrape{
 		`leader_is_leader{election="jobs"}`:   1,
+		`leader_token{election="jobs"}`:       float64(jobs.Token()),
 		`leader_terms_total{election="jobs"}`: 2,
 		`leader_is_leader{election="mail"}`:   1,
+		`leader_token{election="mail"}`:       float64(mail.Token()),
 		`leader_terms_total{election="mail"}`: 1,
 	})
 }
@@ -285,7 +290,9 @@ func TestNoScrapeSaysLeaderOnceTheTermIsOver(t *testing.T) {
 		Ended: func(string, *leader.Leader, error) { over = scraped(t, c) },
 	}), leader.WithHooks(c.Hooks()))
 	resign(t, lead(t, e, "jobs"))
-	for _, series := range []string{`leader_is_leader{election="jobs"}`, `leader_deadline_seconds{election="jobs"}`} {
+	for _, series := range []string{
+		`leader_is_leader{election="jobs"}`, `leader_token{election="jobs"}`, `leader_deadline_seconds{election="jobs"}`,
+	} {
 		if value, ok := over[series]; !ok || value != 0 {
 			t.Errorf("once the term is over %s is %v (there: %v), want 0", series, value, ok)
 		}
@@ -311,10 +318,11 @@ func TestTwoElectorsInOneElectionAddUp(t *testing.T) {
 	expect(t, c, scrape{`leader_is_leader{election="jobs"}`: 1, `leader_terms_total{election="jobs"}`: 1})
 	resigned := make(chan error, 1)
 	go func() { resigned <- l.Resign(t.Context()) }()
-	lead(t, second, "jobs")
+	token := lead(t, second, "jobs").Token()
 	for range 20 { // whichever of the terms is asked last
 		expect(t, c, scrape{
 			`leader_is_leader{election="jobs"}`:                       1,
+			`leader_token{election="jobs"}`:                           float64(token),
 			`leader_terms_total{election="jobs"}`:                     2,
 			`leader_campaign_duration_seconds_count{election="jobs"}`: 2,
 		})
@@ -333,13 +341,23 @@ func TestTwoElectorsInOneElectionAddUp(t *testing.T) {
 }
 
 // On one etcd there is no second leader.
-func TestIsLeaderIsOneWhereElectorsOnTwoEtcdsLead(t *testing.T) {
+func TestIsLeaderIsOneAndTheTokenIsTheLargerOneWhereElectorsOnTwoEtcdsLead(t *testing.T) {
 	_, client := start(t)
 	c := leaderprom.New()
 	other := etcdtest.NewClient(t, etcdtest.Start(t).Endpoint)
-	lead(t, newElector(t, client, leader.WithHooks(c.Hooks())), "jobs")
-	lead(t, newElector(t, other, leader.WithHooks(c.Hooks())), "jobs")
-	expect(t, c, scrape{`leader_is_leader{election="jobs"}`: 1, `leader_terms_total{election="jobs"}`: 2})
+	first := lead(t, newElector(t, client, leader.WithHooks(c.Hooks())), "jobs")
+	resign(t, lead(t, newElector(t, other), "jobs")) // so that the tokens differ
+	second := lead(t, newElector(t, other, leader.WithHooks(c.Hooks())), "jobs")
+	if second.Token() <= first.Token() {
+		t.Fatalf("the tokens are %d and %d, want the second to be larger", first.Token(), second.Token())
+	}
+	for range 20 { // whichever of the terms is asked last
+		expect(t, c, scrape{
+			`leader_is_leader{election="jobs"}`:   1,
+			`leader_token{election="jobs"}`:       float64(second.Token()),
+			`leader_terms_total{election="jobs"}`: 2,
+		})
+	}
 }
 
 func TestFailedRenewalsAreToldByReason(t *testing.T) {

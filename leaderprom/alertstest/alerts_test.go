@@ -41,6 +41,8 @@ var scenarios = []scenario{
 		series: `
 			leader_is_leader{job="batch", instance="a", election="jobs"} 1x120
 			leader_is_leader{job="batch", instance="b", election="jobs"} 0x120
+			leader_token{job="batch", instance="a", election="jobs"} 5x120
+			leader_token{job="batch", instance="b", election="jobs"} 0x120
 			leader_deadline_seconds{job="batch", instance="a", election="jobs"} 11x120
 			leader_deadline_seconds{job="batch", instance="b", election="jobs"} 0x120
 			leader_terms_total{job="batch", instance="a", election="jobs"} 1x120
@@ -165,25 +167,64 @@ var scenarios = []scenario{
 			leader_terms_total{job="batch", instance="d", election="jobs"} _x11 0x6 1x3 stale
 			leader_terms_total{job="batch", instance="e", election="jobs"} _x15 0x6 1x3 stale
 			leader_terms_total{job="batch", instance="f", election="jobs"} _x19 0x6 1x120
+			leader_token{job="batch", instance="a", election="jobs"} 5x9 stale
+			leader_token{job="batch", instance="b", election="jobs"} 0x11 8x3 stale
+			leader_token{job="batch", instance="c", election="jobs"} 0x15 11x3 stale
+			leader_token{job="batch", instance="d", election="jobs"} _x11 0x6 14x3 stale
+			leader_token{job="batch", instance="e", election="jobs"} _x15 0x6 17x3 stale
+			leader_token{job="batch", instance="f", election="jobs"} _x19 0x6 20x120
 		`,
+	},
+	{
+		name:  "a leader crashes every four minutes, and nobody leads until it is back",
+		lasts: 40 * time.Minute,
+		series: `
+			leader_token{job="batch", instance="a", election="jobs"} 5x36` + lives(10, 8, 3, "%dx12 stale _ _") + `
+			leader_token{job="batch", instance="b", election="jobs"} 0x160
+		`,
+	},
+	{
+		name:  "a process exits two minutes after it is elected, is started again, and is elected before it is scraped",
+		lasts: 40 * time.Minute,
+		series: `
+			leader_terms_total{job="batch", instance="a", election="jobs"} 1x159
+			leader_token{job="batch", instance="a", election="jobs"} 5x39` + turns(8, 3) + `
+			leader_token{job="batch", instance="b", election="jobs"} 0x159
+			leader_token{job="batch", instance="b", election="mail"} 4x159
+		`,
+		fires: []string{`LeaderFlapping{election="jobs", job="batch"} from 31m0s on`},
+	},
+	{
+		name:  "two processes take turns: one is elected before it is scraped, exits half a minute later, and is down for minutes",
+		lasts: 40 * time.Minute,
+		series: `
+			leader_terms_total{job="batch", instance="a", election="jobs"} _x40` + lives(8, 1, 0, "_ %dx1 stale _x12") + `
+			leader_terms_total{job="batch", instance="b", election="jobs"} _x48` + lives(8, 1, 0, "_ %dx1 stale _x12") + `
+			leader_token{job="batch", instance="a", election="jobs"} _x40` + lives(8, 5, 6, "_ %dx1 stale _x12") + `
+			leader_token{job="batch", instance="b", election="jobs"} _x48` + lives(8, 8, 6, "_ %dx1 stale _x12") + `
+		`,
+		fires: []string{`LeaderFlapping{election="jobs", job="batch"} from 33m15s on`},
 	},
 	{
 		name:  "the work gives up again and again",
 		lasts: 40 * time.Minute,
 		series: `
-			leader_terms_total{job="batch", instance="a", election="jobs"} 1x39` + turns(2) + `
-			leader_terms_total{job="batch", instance="b", election="jobs"} 0x37` + turns(1) + `
+			leader_terms_total{job="batch", instance="a", election="jobs"} 1x39` + turns(2, 1) + `
+			leader_terms_total{job="batch", instance="b", election="jobs"} 0x37` + turns(1, 1) + `
 			leader_terms_total{job="batch", instance="b", election="mail"} 1x160
 		`,
 		fires: []string{`LeaderFlapping{election="jobs", job="batch"} from 27m0s on`},
 	},
 }
 
-// turns is a counter that grows from n by one every two minutes, for half an hour.
-func turns(n int) string {
+// turns is a series that grows from n by step every two minutes, for half an hour.
+func turns(n, step int) string { return lives(15, n, step, "%dx7") }
+
+// lives is one life of a process after another: samples, with a value that grows from n by step.
+func lives(times, n, step int, samples string) string {
 	var s strings.Builder
-	for i := range 15 {
-		fmt.Fprintf(&s, " %dx7", n+i)
+	for i := range times {
+		fmt.Fprintf(&s, " "+samples, n+i*step)
 	}
 	return s.String()
 }

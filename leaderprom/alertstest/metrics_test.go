@@ -12,6 +12,7 @@ import (
 	"example.com/leader/leaderprom"
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/promql/parser"
 )
@@ -188,7 +189,7 @@ func TestRulesAndDashboardAskForWhatACollectorProduces(t *testing.T) {
 			}
 			for _, m := range vs.LabelMatchers {
 				switch {
-				case m.Name == labels.MetricName:
+				case m.Name == model.MetricNameLabel:
 				case m.Type == labels.MatchEqual:
 					asked[m.Name] = m.Value
 				default:
@@ -216,8 +217,8 @@ func TestScenariosAreOfSeriesThatACollectorProduces(t *testing.T) {
 				t.Errorf("%s: %v", s.name, err)
 				continue
 			}
-			name, has := series.Get(labels.MetricName), series.Map()
-			delete(has, labels.MetricName)
+			name, has := series.Get(model.MetricNameLabel), series.Map()
+			delete(has, model.MetricNameLabel)
 			check(t, s.name, kinds, name, has)
 			for label := range kinds[name].labels {
 				if has[label] == "" {
