@@ -62,7 +62,12 @@ func demonstrate(ctx context.Context, endpoints string, ttl time.Duration, worke
 		endpoints = endpoint
 		fmt.Printf("embedded etcd on %s\n", endpoints)
 	}
-	client, err := clientv3.New(clientv3.Config{Endpoints: strings.Split(endpoints, ","), Logger: zap.NewNop()})
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints:            strings.Split(endpoints, ","),
+		DialKeepAliveTime:    10 * time.Second, // finds a connection that died without a sign; TCP may take 15 minutes
+		DialKeepAliveTimeout: 2 * time.Second,
+		Logger:               zap.NewNop(),
+	})
 	if err != nil {
 		return err
 	}

@@ -39,7 +39,12 @@ func worker(name, endpoints string, ttl time.Duration) error {
 	ctx, stop := demo.Context() // in a service this is signal.NotifyContext
 	defer stop()
 
-	client, err := clientv3.New(clientv3.Config{Endpoints: strings.Split(endpoints, ","), Logger: zap.NewNop()})
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints:            strings.Split(endpoints, ","),
+		DialKeepAliveTime:    10 * time.Second, // finds a connection that died without a sign; TCP may take 15 minutes
+		DialKeepAliveTimeout: 2 * time.Second,
+		Logger:               zap.NewNop(),
+	})
 	if err != nil {
 		return err
 	}

@@ -28,7 +28,12 @@ func instance(ctx context.Context, name, endpoint, database string) error {
 		return err
 	}
 	defer db.Close()
-	client, err := clientv3.New(clientv3.Config{Endpoints: []string{endpoint}, Logger: zap.NewNop()})
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints:            []string{endpoint},
+		DialKeepAliveTime:    10 * time.Second, // finds a connection that died without a sign; TCP may take 15 minutes
+		DialKeepAliveTimeout: 2 * time.Second,
+		Logger:               zap.NewNop(),
+	})
 	if err != nil {
 		return err
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/tls"
 	"errors"
 	"flag"
@@ -89,8 +90,9 @@ func parse(args []string, getenv func(string) string) (config, error) {
 	return c, nil
 }
 
-// client returns a client of etcd. It waits for etcd, for 10 s, only to check a password.
-func (c *config) client() (*clientv3.Client, error) {
+// client returns a client of etcd. It waits for etcd only to check a password, for at most 10 s, and gives up when ctx
+// ends. The client itself does not end with ctx, since resigning takes it.
+func (c *config) client(ctx context.Context) (*clientv3.Client, error) {
 	var secure *tls.Config // nil: https:// is checked with the system's authorities
 	if c.ca != "" || c.cert != "" {
 		var err error
@@ -99,15 +101,27 @@ func (c *config) client() (*clientv3.Client, error) {
 			return nil, fmt.Errorf("-ca, -cert or -key: %w", err)
 		}
 	}
-	return clientv3.New(clientv3.Config{
+	clientCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	release := context.AfterFunc(ctx, cancel)
+	client, err := clientv3.New(clientv3.Config{
+		Context:     clientCtx,
 		Endpoints:   c.endpoints,
 		TLS:         secure,
 		Username:    c.user,
 		Password:    c.password,
 		DialTimeout: 10 * time.Second,
-		// A connection on which nothing arrives any more is given up.
+		// A NAT or a load balancer may forget a connection without a sign. Pings show that within 12 s; TCP alone may
+		// take 15 minutes. etcd accepts a ping every 5 s (--grpc-keepalive-min-time).
 		DialKeepAliveTime:    10 * time.Second,
-		DialKeepAliveTimeout: 5 * time.Second,
+		DialKeepAliveTimeout: 2 * time.Second,
 		Logger:               zap.NewNop(), // what matters is logged by those who send the requests
 	})
+	if !release() && err == nil { // ctx has ended, and so has clientCtx
+		err = errors.Join(context.Cause(ctx), client.Close())
+	}
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	return client, nil
 }

@@ -50,7 +50,10 @@ func run(ctx context.Context, cfg config, log *slog.Logger) error {
 		cfg.endpoints = []string{endpoint}
 		log.Warn("without -endpoints: no other instance takes part in the election", "embedded etcd", endpoint)
 	}
-	client, err := cfg.client()
+	client, err := cfg.client(ctx)
+	if err != nil && ctx.Err() != nil {
+		return nil // it was stopped while it waited for etcd
+	}
 	if err != nil {
 		return fmt.Errorf("etcd client: %w", err)
 	}

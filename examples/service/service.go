@@ -8,9 +8,11 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode/utf8"
 
 	"example.com/leader"
 	"github.com/prometheus/client_golang/prometheus"
@@ -30,9 +32,20 @@ type service struct {
 	election string
 	log      *slog.Logger
 
-	leader atomic.Pointer[leader.Candidate] // as observed; nil until then
-	term   atomic.Pointer[leader.Leader]    // of this instance, the last one
+	leader atomic.Pointer[observed]      // nil until the first observation
+	term   atomic.Pointer[leader.Leader] // of this instance, the last one
 }
+
+// An observed is what this instance knows of the leader.
+type observed struct {
+	value string // its value in the election, cut to maxValue bytes; "" if nobody leads
+	cut   int    // how many bytes of the value are missing
+	token int64  // 0 if nobody leads
+}
+
+// maxValue is how many bytes of a leader's value are kept, logged and answered. Whoever may write below the election's
+// name chooses a value, and etcd takes 1.5 MB of it; what this service campaigns with is far shorter.
+const maxValue = 256
 
 // run serves and takes part in the election until ctx ends, which is no error, or something fails for
 // good. It stops in the order in which that is missed: the worker first, then leadership, so that
@@ -86,10 +99,29 @@ func (s *service) observe(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		s.log.Info("leader observed", "leader", c.Value, "token", c.Token)
-		s.leader.Store(&c)
+		o := &observed{token: c.Token}
+		o.value, o.cut = cut(c.Value)
+		log := s.log
+		if o.cut > 0 {
+			log = log.With("cut", o.cut)
+		}
+		log.Info("leader observed", "leader", o.value, "token", o.token)
+		s.leader.Store(o)
 	}
 	return nil
+}
+
+// cut returns the first maxValue bytes of a value, or a few less so as not to end within a character, and how many
+// bytes are missing.
+func cut(value string) (beginning string, missing int) {
+	if len(value) <= maxValue {
+		return value, 0
+	}
+	end := maxValue
+	for end > maxValue-utf8.UTFMax && !utf8.RuneStart(value[end]) {
+		end--
+	}
+	return strings.Clone(value[:end]), len(value) - end // a clone, so that the rest is not kept in memory
 }
 
 // handler serves until running ends, and what is under way then.
@@ -119,23 +151,25 @@ func (s *service) handler(running context.Context, metrics prometheus.Gatherer) 
 
 // A status is the answer of /leader.
 type status struct {
-	Leader string `json:"leader"` // its value in the election, "" if nobody leads
-	Token  int64  `json:"token"`  // 0 if nobody leads
-	Self   bool   `json:"self"`   // it is this instance, and its term holds
+	Leader string `json:"leader"`        // its value in the election, cut to maxValue bytes; "" if nobody leads
+	Cut    int    `json:"cut,omitempty"` // how many bytes of the value are missing
+	Token  int64  `json:"token"`         // 0 if nobody leads
+	Self   bool   `json:"self"`          // it is this instance, and its term holds
 }
 
 func (s *service) serveLeader(w http.ResponseWriter, _ *http.Request) {
-	c := s.leader.Load()
-	if c == nil {
+	o := s.leader.Load()
+	if o == nil {
 		http.Error(w, "who leads has not been observed yet", http.StatusServiceUnavailable)
 		return
 	}
 	term := s.term.Load()
 	w.Header().Set("Content-Type", "application/json")
 	_ = json.NewEncoder(w).Encode(status{ // an error says that the client is gone
-		Leader: c.Value,
-		Token:  c.Token,
-		Self:   term != nil && term.Token() == c.Token && term.IsLeader(), // what was observed may be outdated
+		Leader: o.value,
+		Cut:    o.cut,
+		Token:  o.token,
+		Self:   term != nil && term.Token() == o.token && term.IsLeader(), // what was observed may be outdated
 	})
 }
 

@@ -5,15 +5,20 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -21,6 +26,7 @@ import (
 	"example.com/leader/internal/etcdtest"
 	"go.etcd.io/etcd/client/pkg/v3/transport"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/client/v3/concurrency"
 	"go.uber.org/zap"
 )
 
@@ -38,19 +44,41 @@ func TestMain(m *testing.M) {
 
 // An instance is a process of the service.
 type instance struct {
-	cmd    *exec.Cmd
-	url    string
-	exited chan struct{}
+	cmd     *exec.Cmd
+	address chan string // of its listener; closed when the instance has ended
+	url     string      // once it listens
+	log     bytes.Buffer
+	exited  chan struct{} // closed when the process has ended, after which log is complete
 }
 
-// start runs an instance until the test ends. env is name=value each.
+// start runs an instance until the test ends, and waits until it listens. env is name=value each.
 func start(t *testing.T, env ...string) *instance {
+	t.Helper()
+	i := launch(t, env...)
+	select {
+	case a, ok := <-i.address:
+		if !ok {
+			t.Fatal("the instance has ended")
+		}
+		i.url = "http://" + a
+	case <-time.After(patience):
+		t.Fatal("the instance does not listen")
+	}
+	return i
+}
+
+// launch is start without the wait.
+func launch(t *testing.T, env ...string) *instance {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	i := &instance{cmd: exec.Command(self, "-listen", "127.0.0.1:0"), exited: make(chan struct{})}
+	i := &instance{
+		cmd:     exec.Command(self, "-listen", "127.0.0.1:0"),
+		address: make(chan string, 1),
+		exited:  make(chan struct{}),
+	}
 	i.cmd.Env = append(os.Environ(), append(env, instanceEnv+"=1")...)
 	i.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	stderr, err := i.cmd.StderrPipe()
@@ -60,17 +88,16 @@ func start(t *testing.T, env ...string) *instance {
 	if err := i.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	var log bytes.Buffer
-	address := make(chan string, 1)
 	go func() {
 		defer close(i.exited)
-		defer close(address)
+		defer close(i.address)
 		lines := bufio.NewScanner(stderr)
+		lines.Buffer(nil, 10<<20) // a line that is too long must not stop the instance
 		for lines.Scan() {
-			log.WriteString(lines.Text() + "\n")
+			i.log.WriteString(lines.Text() + "\n")
 			var line struct{ Msg, Address string }
 			if json.Unmarshal(lines.Bytes(), &line) == nil && line.Msg == "listening" {
-				address <- line.Address
+				i.address <- line.Address
 			}
 		}
 		_ = i.cmd.Wait() // the exit code says it
@@ -78,23 +105,25 @@ func start(t *testing.T, env ...string) *instance {
 	t.Cleanup(func() {
 		_ = i.cmd.Process.Kill() // an error says that it has ended
 		<-i.exited
-		if strings.Contains(log.String(), "DATA RACE") {
+		if strings.Contains(i.log.String(), "DATA RACE") {
 			t.Error("an instance has a data race")
 		}
 		if t.Failed() {
-			t.Logf("log of pid %d:\n%s", i.cmd.Process.Pid, log.String())
+			t.Logf("log of pid %d:\n%s", i.cmd.Process.Pid, i.log.String())
 		}
 	})
-	select {
-	case a, ok := <-address:
-		if !ok {
-			t.Fatal("the instance has ended")
-		}
-		i.url = "http://" + a
-	case <-time.After(patience):
-		t.Fatal("the instance does not listen")
-	}
 	return i
+}
+
+// exitCode waits until the instance has ended.
+func (i *instance) exitCode(t *testing.T) int {
+	t.Helper()
+	select {
+	case <-i.exited:
+	case <-time.After(patience):
+		t.Fatal("the instance goes on")
+	}
+	return i.cmd.ProcessState.ExitCode()
 }
 
 func (i *instance) signal(t *testing.T, s os.Signal) {
@@ -207,8 +236,7 @@ func TestSIGTERMHandsOverAtOnceAndExitsWithZero(t *testing.T) {
 	if s, _ := follower.leads(); s.Token <= led.Token {
 		t.Errorf("token %d came after token %d", s.Token, led.Token)
 	}
-	<-leader.exited
-	if code := leader.cmd.ProcessState.ExitCode(); code != 0 {
+	if code := leader.exitCode(t); code != 0 {
 		t.Errorf("exit code %d, want 0", code)
 	}
 }
@@ -236,10 +264,148 @@ func TestWithoutEtcdTheServiceLivesAndIsNotReadyUntilItIsThere(t *testing.T) {
 		t.Error("the loss of etcd took an instance that knew who leads out of service")
 	}
 	i.signal(t, syscall.SIGTERM)
-	<-i.exited
-	if code := i.cmd.ProcessState.ExitCode(); code != 0 {
+	if code := i.exitCode(t); code != 0 {
 		t.Errorf("exit code %d without etcd, want 0", code)
 	}
+}
+
+// It waits for etcd then, which has the password to check. The test waits for its connection, so that the signal
+// comes neither before that nor before the process handles signals.
+func TestSIGTERMEndsAnInstanceWithAPasswordThatEtcdDoesNotAnswer(t *testing.T) {
+	t.Parallel()
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	i := launch(t, "SERVICE_ENDPOINTS="+silent.Addr().String(), "SERVICE_USER=root", "SERVICE_PASSWORD=open sesame")
+	if err := silent.(*net.TCPListener).SetDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := silent.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	began := time.Now()
+	i.signal(t, syscall.SIGTERM)
+	if code := i.exitCode(t); code != 0 {
+		t.Errorf("exit code %d, want 0", code)
+	}
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("it ended %v after the signal, as its wait for etcd did", took)
+	}
+}
+
+func TestLargeValueOfAnotherCandidateIsCutInAnswerAndLog(t *testing.T) {
+	t.Parallel()
+	m := etcdtest.Start(t)
+	session, err := concurrency.NewSession(etcdtest.NewClient(t, m.Endpoint))
+	if err != nil {
+		t.Fatal(err)
+	}
+	value := "x" + strings.Repeat("é", 1<<19) // the byte at which it is cut is the second of an é
+	if err := concurrency.NewElection(session, "service/leader").Campaign(t.Context(), value); err != nil {
+		t.Fatal(err)
+	}
+	i := start(t, "SERVICE_ENDPOINTS="+m.Endpoint)
+	await(t, "the instance to be ready", i.ready)
+
+	code, body := i.get("/leader")
+	var s status
+	if err := json.Unmarshal([]byte(body), &s); err != nil || code != http.StatusOK {
+		t.Fatalf("/leader: %d, %v", code, err)
+	}
+	const shown = 255
+	if s.Leader != value[:shown] || s.Cut != len(value)-shown || s.Token == 0 || s.Self || len(body) > 1000 {
+		t.Errorf("/leader answers %d bytes: %d bytes of the value, token %d, self %v, and %d bytes are missing; want %d and %d",
+			len(body), len(s.Leader), s.Token, s.Self, s.Cut, shown, len(value)-shown)
+	}
+
+	i.signal(t, syscall.SIGTERM)
+	i.exitCode(t)
+	for line := range strings.Lines(i.log.String()) {
+		if len(line) > 1000 {
+			t.Errorf("a line of %d bytes is logged: %.200s…", len(line), line)
+		}
+	}
+	if missing := fmt.Sprintf(`"cut":%d`, len(value)-shown); !strings.Contains(i.log.String(), missing) {
+		t.Errorf("no line of the log says %s", missing)
+	}
+}
+
+// A nat forwards connections. When it forgets those that there are, it drops what either end sends and tells neither.
+// New connections work.
+type nat struct {
+	net.Listener
+	dropping atomic.Pointer[atomic.Bool] // shared by the connections since the last forget
+}
+
+// startNAT forwards to an address, host:port, until the test ends. Clients must end before.
+func startNAT(t *testing.T, to string) *nat {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := &nat{Listener: listener}
+	n.dropping.Store(new(atomic.Bool))
+	var loops sync.WaitGroup
+	loops.Go(func() {
+		for {
+			client, err := n.Accept()
+			if err != nil {
+				return // the test has ended
+			}
+			server, err := net.Dial("tcp", to)
+			if err != nil {
+				client.Close()
+				continue
+			}
+			dropping := n.dropping.Load()
+			loops.Go(func() { forward(server, client, dropping) })
+			loops.Go(func() { forward(client, server, dropping) })
+		}
+	})
+	t.Cleanup(func() {
+		n.Close()
+		loops.Wait()
+	})
+	return n
+}
+
+// forward copies until one of the connections ends, and closes the one that it copies to.
+func forward(to, from net.Conn, dropping *atomic.Bool) {
+	defer to.Close()
+	buf := make([]byte, 32<<10)
+	for {
+		n, err := from.Read(buf)
+		if err != nil {
+			return
+		}
+		if dropping.Load() {
+			continue
+		}
+		if _, err := to.Write(buf[:n]); err != nil {
+			return
+		}
+	}
+}
+
+func (n *nat) forget() { n.dropping.Swap(new(atomic.Bool)).Store(true) }
+
+// Without keepalive it would not lead again for as long as TCP tries.
+func TestInstanceLeadsAgainAfterItsConnectionDiedWithoutASign(t *testing.T) {
+	t.Parallel()
+	n := startNAT(t, etcdtest.Start(t).Endpoint)
+	i := start(t, "SERVICE_ENDPOINTS="+n.Addr().String(), "SERVICE_TTL=2s")
+	var led status
+	await(t, "the instance to lead", func() (self bool) { led, self = i.leads(); return self })
+	n.forget()
+	await(t, "the instance to lead again", func() bool {
+		s, self := i.leads()
+		return self && s.Token > led.Token
+	})
 }
 
 func TestTLSAndPassword(t *testing.T) {
@@ -255,7 +421,7 @@ func TestTLSAndPassword(t *testing.T) {
 		"client-cert-auth": true,
 	}})
 	cfg := config{endpoints: []string{m.Endpoint}, ca: certificate.CertFile, cert: certificate.CertFile, key: certificate.KeyFile}
-	client, err := cfg.client()
+	client, err := cfg.client(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -275,12 +441,7 @@ func TestInstanceWithoutPermissionExitsWithOne(t *testing.T) {
 	m := etcdtest.Start(t, cheapPasswords)
 	enableAuth(t, etcdtest.NewClient(t, m.Endpoint))
 	i := start(t, "SERVICE_ENDPOINTS="+m.Endpoint, "SERVICE_USER=guest", "SERVICE_PASSWORD=open sesame")
-	select {
-	case <-i.exited:
-	case <-time.After(patience):
-		t.Fatal("the instance goes on")
-	}
-	if code := i.cmd.ProcessState.ExitCode(); code != 1 {
+	if code := i.exitCode(t); code != 1 {
 		t.Errorf("exit code %d, want 1", code)
 	}
 }
@@ -301,6 +462,24 @@ func enableAuth(t *testing.T, client *clientv3.Client) {
 	_, aerr := client.AuthEnable(t.Context())
 	if err := errors.Join(err, rerr, aerr); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// The service resigns after SIGTERM has ended its context.
+func TestClientDoesNotEndWithTheContextThatItWasMadeUnder(t *testing.T) {
+	cfg := config{endpoints: []string{"127.0.0.1:1"}}
+	ctx, cancel := context.WithCancel(t.Context())
+	client, err := cfg.client(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	cancel()
+	if err := client.Ctx().Err(); err != nil {
+		t.Errorf("the client has ended: %v", err)
+	}
+	if _, err := cfg.client(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("a client under a context that has ended: %v, want %v", err, context.Canceled)
 	}
 }
 
