@@ -12,9 +12,9 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// The package's documentation quotes what follows.
+// The package documentation quotes the code below.
 
-// work is the service. Of all instances the one that leads sends its name.
+// work is the service. Only the instance that leads sends its name.
 func work(ctx context.Context, client *clientv3.Client, name string, working chan<- string) error {
 	lead := func(ctx context.Context, _ *leader.Leader) error {
 		for {
@@ -28,7 +28,7 @@ func work(ctx context.Context, client *clientv3.Client, name string, working cha
 	return leader.Run(ctx, client, "example/work", name, lead, leader.WithTTL(2*time.Second))
 }
 
-func TestWorkGoesOnWhenTheLeaderIsCutOff(t *testing.T) {
+func TestWorkContinuesWhenTheLeaderIsCutOff(t *testing.T) {
 	server := leadertest.NewServer(t)
 	clients := map[string]*clientv3.Client{
 		"a": server.NewClient(t),
@@ -43,7 +43,7 @@ func TestWorkGoesOnWhenTheLeaderIsCutOff(t *testing.T) {
 			}
 		})
 	}
-	t.Cleanup(instances.Wait) // t.Context has ended before
+	t.Cleanup(instances.Wait) // after the end of t.Context
 
 	first := <-working
 	leadertest.Disconnect(t, clients[first])

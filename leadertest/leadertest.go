@@ -1,9 +1,9 @@
-// Package leadertest serves tests of what depends on leadership, as net/http/httptest serves those of
-// HTTP: it runs an etcd for a test, and takes the network away from a leader.
+// Package leadertest helps to test code that depends on leadership. It runs an etcd for a test, as net/http/httptest
+// runs a server, and can cut a leader off from it.
 //
 // For a service like
 //
-//	// work is the service. Of all instances the one that leads sends its name.
+//	// work is the service. Only the instance that leads sends its name.
 //	func work(ctx context.Context, client *clientv3.Client, name string, working chan<- string) error {
 //		lead := func(ctx context.Context, _ *leader.Leader) error {
 //			for {
@@ -19,7 +19,7 @@
 //
 // this test shows that another instance takes over when the one that leads is cut off:
 //
-//	func TestWorkGoesOnWhenTheLeaderIsCutOff(t *testing.T) {
+//	func TestWorkContinuesWhenTheLeaderIsCutOff(t *testing.T) {
 //		server := leadertest.NewServer(t)
 //		clients := map[string]*clientv3.Client{
 //			"a": server.NewClient(t),
@@ -34,7 +34,7 @@
 //				}
 //			})
 //		}
-//		t.Cleanup(instances.Wait) // t.Context has ended before
+//		t.Cleanup(instances.Wait) // after the end of t.Context
 //
 //		first := <-working
 //		leadertest.Disconnect(t, clients[first])
@@ -45,45 +45,49 @@
 //		}
 //	}
 //
-// The whole of it, with its imports, is example_test.go next to this file.
+// The file example_test.go of this package contains the complete test.
 //
 // # How a term ends
 //
-// The instance that leads learns why from the [context.Cause] of its context. A test ends its term in
-// the way that it is about:
+// The [context.Cause] of the leader's context tells it why its term ended. A test can end a term in these ways:
 //
-//   - The instance is asked to stop: end the context of Run. The next candidate leads as soon as the
-//     instance has stopped.
-//   - It is evicted: call leader.Elector.Evict. Within milliseconds it sees leader.ErrEvicted and the
-//     next candidate leads, in either order. A test that only needs the term to end does this.
-//   - It loses its lease: revoke the Lease that leader.Elector.Current returns. That evicts it, with
-//     leader.ErrEvicted, from all elections of its Elector at once.
-//   - It loses the network: call [Disconnect]. After about half to four fifths of the TTL it sees
-//     leader.ErrExpired, if the margin is the default. The others see nothing until etcd takes the
-//     lease, a TTL and up to half a second after the last renewal; then the next candidate leads.
-//   - It crashes: the others see what they see when it loses the network, so call Disconnect. The
-//     instance itself, which a crash would leave nothing of, goes on until it sees leader.ErrExpired.
-//   - etcd is out of reach: disconnect every client. Each term ends with leader.ErrExpired, and nobody
-//     leads until a client is reconnected.
+//   - Stop the instance: end the context of Run. The next candidate leads as soon as the instance has stopped.
+//   - Evict it: call leader.Elector.Evict. Within milliseconds the instance sees leader.ErrEvicted and the next
+//     candidate leads, in either order. Use this if the test only needs the term to end.
+//   - Take its lease: revoke the Lease that leader.Elector.Current returns. The instance sees leader.ErrEvicted in
+//     every election of its Elector at once.
+//   - Cut its network: call [Disconnect]. With the default margin, the instance sees leader.ErrExpired after about half
+//     to four fifths of the TTL. The others notice nothing until etcd expires the lease, up to half a second more than
+//     a TTL after the last renewal. Then the next candidate leads.
+//   - Crash it: call [Disconnect], which to the others looks the same. Unlike after a crash, the instance itself
+//     keeps working until it sees leader.ErrExpired.
+//   - Make etcd unreachable: disconnect every client. Each term ends with leader.ErrExpired, and nobody leads until a
+//     client is reconnected.
 //
-// The last three take as long as they do in production. Nothing shortens that: to revoke the lease of
-// an instance that is disconnected lets the next one lead while it still does, as an expiry does not.
-// So let the TTL of the service be set, and set 2 s with leader.WithTTL, or 1 s where the machine is
-// never busy.
+// The last three take as long as in production, and there is no way to shorten them. Do not revoke the lease of an
+// instance that is disconnected: the next candidate would lead while the instance still does, which an expiry never
+// allows. Make the TTL of the service configurable instead, and use leader.WithTTL(2 * time.Second) in tests, or 1 s on
+// a machine that is never busy.
 //
-// # What it is not
+// # What to expect of the server
 //
-// It is not a mock. A server is a real etcd in the test's process, with its data in a temporary
-// folder. It starts in about 0.1 s, so each test can have its own; it listens on loopback only, at
-// ports that are free, so tests can run in parallel; and it leaves nothing behind, no goroutine either.
+// It is a real etcd, inside the test's process. It starts in about 0.1 s, so each test can have its own. It listens on
+// free ports of loopback only, so tests can run in parallel. It leaves nothing behind, not even a goroutine.
 //
-// It is not for measuring, since it does not wait for the disk, and not for bubbles of
-// testing/synctest, since its network and clock are real.
+// Its data is in a temporary folder. It takes about 2 MB, and more as the test writes. For that, importing this package
+// sets wal.SegmentSizeBytes of etcd to 1 MB in the whole process; an etcd of the test's own gets it too.
+//
+// If etcd cannot write its data, because the disk is full for example, the test fails with the reason. From then on
+// requests fail, or get no answer. Such a server takes up to 8 s to stop, and leaves goroutines behind.
+//
+// Do not measure performance with it: it does not wait for the disk. Do not use it in a bubble of testing/synctest: its
+// network and clock are real.
 package leadertest
 
 import (
 	"context"
 	"fmt"
+	"os"
 	"sync"
 	"testing"
 
@@ -91,8 +95,8 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// A Server is an etcd of one member that runs inside the test's process until the test ends. It
-// grants leases from 1 s on, where an etcd with its default settings does from 2 s on.
+// A Server is an etcd of one member that runs inside the test's process until the test ends. It grants leases of 1 s
+// and more. An etcd with default settings grants none below 2 s.
 type Server struct {
 	member *etcdtest.Member
 
@@ -100,12 +104,13 @@ type Server struct {
 	links []*etcdtest.Link // of the clients
 }
 
-// NewServer starts an etcd and blocks until it is ready. It fails the test if that is not possible,
-// or takes more than a minute. When tb ends, the etcd is stopped, after its clients are closed, and
-// its data is deleted.
+// NewServer starts an etcd and waits until it is ready. It fails the test if etcd does not start within a minute. When
+// tb ends, the etcd stops, after its clients are closed, and its data is deleted.
+//
+// If the etcd fails while tb runs, tb is marked as failed, and requests fail from then on or get no answer.
 func NewServer(tb testing.TB) *Server {
 	tb.Helper()
-	s, stop, err := Start()
+	s, stop, err := start(func(err error) { tb.Errorf("leadertest: %v", err) })
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -113,10 +118,20 @@ func NewServer(tb testing.TB) *Server {
 	return s
 }
 
-// Start is NewServer where there is no testing.TB: in TestMain, for a server that all tests share, or
-// in an example. stop stops the etcd, once, and deletes its data; the clients should be closed before.
+// Start is NewServer without a testing.TB, for an example, or for a TestMain that starts one server for all tests. stop
+// stops the etcd and deletes its data. Call it once, after closing the clients.
+//
+// If the etcd fails before stop, the process prints why and exits with status 1.
 func Start() (s *Server, stop func(), err error) {
-	members, stopEtcd, err := etcdtest.Run(1)
+	return start(func(err error) {
+		fmt.Fprintln(os.Stderr, "leadertest:", err)
+		os.Exit(1)
+	})
+}
+
+// start calls failed if the etcd fails after its start.
+func start(failed func(error)) (s *Server, stop func(), err error) {
+	members, stopEtcd, err := etcdtest.RunWatched(1, failed)
 	if err != nil {
 		return nil, nil, fmt.Errorf("leadertest: start etcd: %w", err)
 	}
@@ -127,12 +142,12 @@ func Start() (s *Server, stop func(), err error) {
 	}, nil
 }
 
-// Endpoint is where the server listens, for a client that the test or a process that it starts makes
-// itself. The network of such a client cannot be taken away.
+// Endpoint is the address of the server, host:port. Use it for a client that the test makes itself, or that a process
+// makes which the test starts. [Disconnect] cannot cut off such a client.
 func (s *Server) Endpoint() string { return s.member.Endpoint }
 
-// closeLinks is called once the etcd has stopped: a link waits for its connections, which the service
-// may have left open and which the etcd breaks.
+// closeLinks must be called after the etcd has stopped: a link waits for its connections. The service may have left
+// some open, which the etcd breaks when it stops.
 func (s *Server) closeLinks() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -141,13 +156,12 @@ func (s *Server) closeLinks() {
 	}
 }
 
-// NewClient returns a client that reaches the server over a network of its own, which [Disconnect]
-// takes away. It does not block. tb is that of the server or of a subtest. The client is closed when
-// tb ends, after the cleanups that tb was given later: an instance that one of them stops can still
-// resign.
+// NewClient returns a client that reaches the server over a network of its own, which [Disconnect] can cut. It does not
+// block. tb is the server's or that of a subtest. The client is closed when tb ends, after the cleanups that were
+// registered later, so an instance that such a cleanup stops can still resign.
 //
-// Each instance of a service should get a client of its own, as it has in production. One that makes its
-// client itself can be given the Endpoints of this one, which are Unix sockets, and shares its network.
+// Give each instance of a service a client of its own, as in production. If the service makes its client itself, give
+// it the Endpoints of a client from here. They are unix sockets. The two clients share one network.
 func (s *Server) NewClient(tb testing.TB) *clientv3.Client {
 	tb.Helper()
 	link, err := etcdtest.StartLink(s.member.Endpoint)
@@ -157,26 +171,30 @@ func (s *Server) NewClient(tb testing.TB) *clientv3.Client {
 	s.mu.Lock()
 	s.links = append(s.links, link)
 	s.mu.Unlock()
+	n := &network{link: link, cutBy: make(map[testing.TB]bool)}
 	return etcdtest.NewClientFrom(tb, clientv3.Config{
 		Endpoints: []string{link.Endpoint},
-		Context:   context.WithValue(context.Background(), networkKey{}, &network{link: link}),
+		Context:   context.WithValue(context.Background(), networkKey{}, n),
 	})
 }
 
-// NewClient starts an etcd for the test and returns a client of it: [Server.NewClient] of a
-// [NewServer], for a test that needs one client.
+// NewClient starts an etcd for the test and returns a client for it: [Server.NewClient] of a [NewServer]. Use it if the
+// test needs one client.
 func NewClient(tb testing.TB) *clientv3.Client {
 	tb.Helper()
 	return NewServer(tb).NewClient(tb)
 }
 
-// Disconnect takes away the network between a client of [Server.NewClient] and its etcd: nothing
-// arrives any more, in either direction, and no connection breaks, until reconnect is called or
-// tb ends. What was on its way arrives then, late. A term on the client ends with leader.ErrExpired
-// before a candidate on another client leads; the package's documentation says when.
+// Disconnect cuts the network between a client of [Server.NewClient] and its etcd, until reconnect is called or tb
+// ends. Nothing arrives, in either direction, and no connection breaks. What was sent arrives late, after the network
+// is back. A term on the client ends with leader.ErrExpired before a candidate on another client leads; the package
+// documentation says when.
 //
-// Neither Disconnect nor reconnect blocks. A second call of either changes nothing, and they may be
-// called concurrently. Disconnect fails the test if the client is not of Server.NewClient.
+// If several tests disconnect a client, such as a test and its subtest, the network is back when each of them has
+// reconnected it or ended. Within one test a second call of Disconnect or reconnect has no effect.
+//
+// Neither function blocks, and both may be called concurrently. Disconnect fails the test if the client is not from
+// Server.NewClient.
 func Disconnect(tb testing.TB, client *clientv3.Client) (reconnect func()) {
 	tb.Helper()
 	if client == nil {
@@ -186,36 +204,38 @@ func Disconnect(tb testing.TB, client *clientv3.Client) (reconnect func()) {
 	if !ok {
 		tb.Fatal("leadertest: Disconnect: client must be one of leadertest's NewClient")
 	}
-	n.disconnect()
-	// A service that is stopped then need not wait in vain, nor the etcd for what a connection that was
-	// made meanwhile has to say.
-	tb.Cleanup(n.reconnect)
-	return n.reconnect
+	n.disconnect(tb)
+	reconnect = func() { n.reconnect(tb) }
+	// Without this, a service that stops after the test would wait in vain, and etcd for the rest of a handshake.
+	tb.Cleanup(reconnect)
+	return reconnect
 }
 
 // networkKey is the key of a client's *network in the client's context.
 type networkKey struct{}
 
-// A network is what lies between a client and the server.
+// A network is what lies between a client and the server. It is dark while cutBy is not empty.
 type network struct {
 	link *etcdtest.Link
 
-	mu   sync.Mutex
-	dark bool // to darken the link again would let through what waits
+	mu    sync.Mutex
+	cutBy map[testing.TB]bool
 }
 
-func (n *network) disconnect() {
+func (n *network) disconnect(tb testing.TB) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if !n.dark {
-		n.dark = true
+	if len(n.cutBy) == 0 { // to darken a dark link lets pass what it keeps
 		n.link.Darken()
 	}
+	n.cutBy[tb] = true
 }
 
-func (n *network) reconnect() {
+func (n *network) reconnect(tb testing.TB) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.dark = false
-	n.link.Heal()
+	delete(n.cutBy, tb)
+	if len(n.cutBy) == 0 {
+		n.link.Heal()
+	}
 }

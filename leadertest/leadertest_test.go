@@ -9,6 +9,8 @@ import (
 	"go/token"
 	"net/url"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -151,6 +153,30 @@ func TestDisconnectedClientStaysSoWhenDisconnectedAgain(t *testing.T) {
 	}
 }
 
+func TestClientIsDisconnectedUntilEveryTestHasReconnectedIt(t *testing.T) {
+	t.Parallel()
+	client := leadertest.NewClient(t)
+	cut := func(when string) {
+		t.Helper()
+		if err := put(t.Context(), client, 100*time.Millisecond); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%s: %v", when, err)
+		}
+	}
+	reconnect := leadertest.Disconnect(t, client)
+	in(t, func(tb testing.TB) { leadertest.Disconnect(tb, client) })
+	cut("after the end of a subtest that disconnected it too")
+	in(t, func(tb testing.TB) {
+		leadertest.Disconnect(tb, client)()
+		cut("after a subtest reconnected it")
+		leadertest.Disconnect(tb, client)
+		reconnect()
+		cut("while a subtest still disconnects it")
+	})
+	if err := put(t.Context(), client, patience); err != nil {
+		t.Errorf("after both have reconnected it: %v", err)
+	}
+}
+
 func TestClientWorksInCleanup(t *testing.T) {
 	t.Parallel()
 	for _, disconnected := range []bool{false, true} {
@@ -249,6 +275,61 @@ func TestServerThatDoesNotStartFailsTheTest(t *testing.T) {
 	}
 }
 
+// breakEnv asks the test's own binary for a server that fails: "test" for one of a test, "process" for one of Start.
+const breakEnv = "LEADERTEST_BREAK"
+
+// An etcd inside the test's process must not end the process silently, nor leave the test waiting.
+func TestServerThatFailsSaysSo(t *testing.T) {
+	switch os.Getenv(breakEnv) {
+	case "test":
+		t.Cleanup(func() { t.Log("cleaned up") })
+		client := leadertest.NewClient(t)
+		if err := putIntoNoFolder(t, client); err == nil || t.Context().Err() != nil {
+			t.Errorf("Put returned %v", err)
+		}
+	case "process":
+		server, _, err := leadertest.Start()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Error(putIntoNoFolder(t, server.NewClient(t)))
+	default:
+		t.Parallel()
+		for from, want := range map[string][]string{
+			"test":    {"leadertest: etcd has failed: ", "cleaned up", "--- FAIL: " + t.Name()},
+			"process": {"\nleadertest: etcd has failed: "},
+		} {
+			cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=1m")
+			cmd.Env = append(os.Environ(), breakEnv+"="+from, "TMPDIR="+t.TempDir())
+			out, err := cmd.CombinedOutput()
+			if exit := new(exec.ExitError); !errors.As(err, &exit) || exit.ExitCode() != 1 {
+				t.Errorf("%s: %v", from, err)
+			}
+			for _, text := range want {
+				if !strings.Contains(string(out), text) {
+					t.Errorf("%s: %q is not in what it prints:\n%s", from, text, out)
+				}
+			}
+			if strings.Contains(string(out), "panic: ") {
+				t.Errorf("%s: panics:\n%s", from, out)
+			}
+		}
+	}
+}
+
+// putIntoNoFolder deletes the folder of the only server's log and then writes until the log needs a new file there.
+func putIntoNoFolder(t *testing.T, client *clientv3.Client) error {
+	wals, err := filepath.Glob(filepath.Join(os.TempDir(), "*", "*", "*", "member", "wal"))
+	if err != nil || len(wals) != 1 {
+		t.Fatalf("found %v, %v", wals, err)
+	}
+	if err := os.RemoveAll(wals[0]); err != nil {
+		t.Fatal(err)
+	}
+	_, err = client.Put(t.Context(), "key", strings.Repeat("x", 1<<20))
+	return err
+}
+
 func TestDisconnectOfAForeignClientFailsTheTest(t *testing.T) {
 	t.Parallel()
 	foreign, err := clientv3.New(clientv3.Config{Endpoints: []string{"127.0.0.1:1"}, Logger: zap.NewNop()})
@@ -312,7 +393,7 @@ func TestDocumentationQuotesTheExample(t *testing.T) {
 		}
 	}
 	if quotes == 0 {
-		t.Error("no code in the package's documentation")
+		t.Error("no code in the package documentation")
 	}
 }
 

@@ -1,8 +1,11 @@
-// Package etcdtest runs real etcd servers for a test, and faults between them and a client.
+// Package etcdtest runs real etcd servers for a test, and injects faults between them and their clients.
 //
-// A server is the one that the test is linked with, and runs inside it, unless ETCDTEST_ETCD names
-// a binary of etcd, of any version from 3.4 on, to run instead. Everything listens on loopback or on
-// a unix socket, writes to temporary folders, logs nothing, and ends with the test.
+// By default a server is the etcd that the test is linked with, and runs inside the test's process. To run another
+// version, 3.4 or later, set ETCDTEST_ETCD to the path of its binary. Everything listens on loopback or on a unix
+// socket, writes to temporary folders, logs nothing but what ends an etcd, and ends with the test.
+//
+// A server needs about 2 MB of disk, not the 128 MB that etcd takes by default: the package sets
+// wal.SegmentSizeBytes for the whole process.
 package etcdtest
 
 import (
@@ -15,6 +18,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -23,7 +27,9 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/pkg/v3/proxy"
 	"go.etcd.io/etcd/server/v3/embed"
+	"go.etcd.io/etcd/server/v3/storage/wal"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 )
 
 // binaryEnv names the binary of etcd to run, if not the one that the test is linked with.
@@ -31,6 +37,20 @@ const binaryEnv = "ETCDTEST_ETCD"
 
 // startTimeout bounds how long a member may take to become ready.
 const startTimeout = time.Minute
+
+// stopTimeout bounds how long it may take to stop an etcd inside this process that has failed. It is a little longer
+// than etcd waits for its handlers.
+const stopTimeout = 8 * time.Second
+
+// errFailed wraps why an etcd inside this process has failed, while it starts or later.
+var errFailed = errors.New("etcd has failed")
+
+// errNotReady is returned when a member is not ready after startTimeout.
+var errNotReady = fmt.Errorf("etcd is not ready after %v", startTimeout)
+
+// etcd allocates two segments of its log in advance, 64 MB each. The size is a variable, not a setting. It is set here
+// because nothing reads it yet: no other goroutine runs while packages are initialized.
+func init() { wal.SegmentSizeBytes = 1 << 20 }
 
 // Settings are what a test wants to be otherwise in the configuration file of etcd. A version that
 // does not know a setting ignores it.
@@ -41,10 +61,11 @@ type Member struct {
 	// Endpoint is where it serves clients. It stays the same across Stop and Start.
 	Endpoint string
 
-	binary string // of etcd; "" for the one that runs inside this process
-	config string // path of the configuration file
-	health string // address that tells whether it is ready
-	server server // nil while stopped
+	binary string      // of etcd; "" for the one that runs inside this process
+	config string      // path of the configuration file
+	health string      // address that tells whether it is ready
+	failed func(error) // called if the etcd inside this process fails after its start
+	server server      // nil while stopped
 }
 
 // A server is a started etcd.
@@ -59,7 +80,8 @@ func Start(tb testing.TB, settings ...Settings) *Member {
 	return StartCluster(tb, 1, settings...)[0]
 }
 
-// StartCluster runs a cluster of n members until the test ends.
+// StartCluster runs a cluster of n members until the test ends. If one of them fails while it runs, because the disk
+// is full for example, the test is marked as failed, and requests to the member fail or get no answer.
 func StartCluster(tb testing.TB, n int, settings ...Settings) []*Member {
 	tb.Helper()
 	return startCluster(tb, os.Getenv(binaryEnv), n, settings...)
@@ -67,7 +89,7 @@ func StartCluster(tb testing.TB, n int, settings ...Settings) []*Member {
 
 func startCluster(tb testing.TB, binary string, n int, settings ...Settings) []*Member {
 	tb.Helper()
-	members, stop, err := run(binary, n, settings...)
+	members, stop, err := run(binary, n, func(err error) { tb.Error(err) }, settings...)
 	if err != nil {
 		tb.Fatalf("start etcd: %v", err)
 	}
@@ -75,12 +97,24 @@ func startCluster(tb testing.TB, binary string, n int, settings ...Settings) []*
 	return members
 }
 
-// Run runs a cluster of n members until stop is called, which also removes their data.
+// Run runs a cluster of n members until stop is called, which also removes their data. If one of them fails while it
+// runs, the process prints why and exits, as an etcd of its own would: nobody else is there to be told.
 func Run(n int, settings ...Settings) (members []*Member, stop func(), err error) {
-	return run(os.Getenv(binaryEnv), n, settings...)
+	return RunWatched(n, exit, settings...)
 }
 
-func run(binary string, n int, settings ...Settings) (members []*Member, stop func(), err error) {
+// RunWatched is Run for a caller that wants to know when a member fails while it runs. failed is called on a goroutine
+// of its own, at most once for each start of a member, and never after stop has returned. It must not call stop.
+func RunWatched(n int, failed func(error), settings ...Settings) (members []*Member, stop func(), err error) {
+	return run(os.Getenv(binaryEnv), n, failed, settings...)
+}
+
+func exit(err error) {
+	fmt.Fprintln(os.Stderr, err)
+	os.Exit(1)
+}
+
+func run(binary string, n int, failed func(error), settings ...Settings) (members []*Member, stop func(), err error) {
 	dir, err := os.MkdirTemp("", "etcdtest-")
 	if err != nil {
 		return nil, nil, err
@@ -91,20 +125,22 @@ func run(binary string, n int, settings ...Settings) (members []*Member, stop fu
 		}
 		os.RemoveAll(dir)
 	}
-	// The ports are free when they are chosen; should somebody take one before etcd does, others
-	// are chosen.
+	// The ports were free when they were chosen. If another process takes one before etcd does, others are chosen.
 	for try := range 5 {
-		members, err = tryRun(filepath.Join(dir, fmt.Sprint(try)), binary, n, settings)
+		members, err = tryRun(filepath.Join(dir, fmt.Sprint(try)), binary, n, failed, settings)
 		if err == nil {
 			return members, stop, nil
+		}
+		if errors.Is(err, errFailed) || errors.Is(err, errNotReady) {
+			break // other ports do not help
 		}
 	}
 	stop()
 	return nil, nil, err
 }
 
-func tryRun(dir, binary string, n int, settings []Settings) ([]*Member, error) {
-	members, err := newMembers(dir, binary, n, settings)
+func tryRun(dir, binary string, n int, failed func(error), settings []Settings) ([]*Member, error) {
+	members, err := newMembers(dir, binary, n, failed, settings)
 	if err != nil {
 		return nil, err
 	}
@@ -124,7 +160,7 @@ func tryRun(dir, binary string, n int, settings []Settings) ([]*Member, error) {
 }
 
 // newMembers chooses free ports for the members of a cluster, and writes their configuration to dir.
-func newMembers(dir, binary string, n int, settings []Settings) ([]*Member, error) {
+func newMembers(dir, binary string, n int, failed func(error), settings []Settings) ([]*Member, error) {
 	addresses, err := FreeAddresses(3 * n)
 	if err != nil {
 		return nil, err
@@ -170,7 +206,13 @@ func newMembers(dir, binary string, n int, settings []Settings) ([]*Member, erro
 		if err != nil {
 			return nil, err
 		}
-		members[i] = &Member{Endpoint: clients[i], binary: binary, config: filepath.Join(dir, name+".json"), health: healths[i]}
+		members[i] = &Member{
+			Endpoint: clients[i],
+			binary:   binary,
+			config:   filepath.Join(dir, name+".json"),
+			health:   healths[i],
+			failed:   failed,
+		}
 		if err := os.WriteFile(members[i].config, text, 0o600); err != nil {
 			return nil, err
 		}
@@ -195,7 +237,7 @@ func FreeAddresses(n int) ([]string, error) {
 // Start runs a stopped member again, on the same ports and data.
 func (m *Member) Start() (err error) {
 	if m.binary == "" {
-		m.server, err = startEmbedded(m.config)
+		m.server, err = startEmbedded(m.config, m.failed)
 	} else {
 		m.server, err = startProcess(m)
 	}
@@ -211,32 +253,127 @@ func (m *Member) Stop() {
 }
 
 // An embedded is a server inside this process.
-type embedded struct{ *embed.Etcd }
+type embedded struct {
+	etcd     *embed.Etcd
+	failure  *failure
+	stopping chan struct{}
+	watch    sync.WaitGroup // of the goroutine that waits for the failure or for stop, and then closes
+}
 
-func startEmbedded(config string) (server, error) {
+// startEmbedded runs an etcd until its stop. If the etcd fails after startEmbedded has returned, failed is called and
+// the etcd closed.
+func startEmbedded(config string, failed func(error)) (server, error) {
 	cfg, err := embed.ConfigFromFile(config)
 	if err != nil {
 		return nil, err
 	}
-	etc, err := embed.StartEtcd(cfg)
-	if err != nil {
+	f := newFailure()
+	logger := cfg.GetLogger().WithOptions(zap.WithPanicHook(f), zap.WithFatalHook(f))
+	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(logger)
+	var etcd *embed.Etcd
+	returned := make(chan struct{})
+	go func() { // a failure ends the goroutine it happens on, and then returned is closed too
+		defer close(returned)
+		etcd, err = embed.StartEtcd(cfg)
+	}()
+	select {
+	case <-returned:
+	case <-f.known:
+		select {
+		case <-returned:
+		case <-time.After(stopTimeout):
+			return nil, f.err
+		}
+	}
+	if etcd == nil {
+		if err == nil {
+			err = f.err // StartEtcd has left its listeners open, and nothing can close them
+		}
 		return nil, err
 	}
-	s := embedded{etc}
+	s := &embedded{etcd: etcd, failure: f, stopping: make(chan struct{})}
 	select {
-	case <-etc.Server.ReadyNotify():
+	case <-etcd.Server.ReadyNotify():
+		s.watch.Go(func() {
+			select {
+			case <-f.known:
+				failed(f.err)
+				s.close()
+			case <-s.stopping:
+				if s.close(); f.happened() {
+					failed(f.err)
+				}
+			}
+		})
 		return s, nil
-	case err = <-etc.Err():
+	case err = <-etcd.Err():
+	case <-f.known:
+		err = f.err
 	case <-time.After(startTimeout):
-		err = fmt.Errorf("not ready after %v", startTimeout)
+		err = errNotReady
 	}
-	s.stop()
+	s.close()
 	return nil, err
 }
 
-func (s embedded) stop() {
-	s.Server.HardStop()
-	s.Close()
+func (s *embedded) stop() {
+	close(s.stopping)
+	s.watch.Wait()
+}
+
+// close returns once etcd has closed. If it has failed, it may never close, since the goroutine that failed may have
+// locks; close returns after a while then, and at least clients are disconnected.
+func (s *embedded) close() {
+	closed := make(chan struct{})
+	go func() {
+		defer close(closed)
+		if !s.failure.happened() {
+			s.etcd.Server.HardStop()
+		}
+		s.etcd.Close()
+	}()
+	select {
+	case <-closed:
+	case <-s.failure.known:
+		select {
+		case <-closed:
+		case <-time.After(stopTimeout):
+		}
+	}
+}
+
+// A failure is the first message that etcd has logged at level panic or fatal, as it does when it cannot write to its
+// disk. By default that ends the process. As a hook of the logger, a failure ends just the goroutine: etcd counts on
+// not going on there.
+type failure struct {
+	once  sync.Once
+	known chan struct{}
+	err   error // once known is closed
+}
+
+func newFailure() *failure { return &failure{known: make(chan struct{})} }
+
+func (f *failure) happened() bool {
+	select {
+	case <-f.known:
+		return true
+	default:
+		return false
+	}
+}
+
+// OnWrite is called by the logger after it has written the message.
+func (f *failure) OnWrite(message *zapcore.CheckedEntry, fields []zapcore.Field) {
+	f.once.Do(func() {
+		f.err = fmt.Errorf("%w: %s", errFailed, message.Message)
+		for _, field := range fields {
+			if err, ok := field.Interface.(error); ok {
+				f.err = fmt.Errorf("%w: %w", f.err, err)
+			}
+		}
+		close(f.known)
+	})
+	runtime.Goexit()
 }
 
 // NewClient returns a client of the endpoints. It is closed with the test.
@@ -278,16 +415,44 @@ func NewLink(tb testing.TB, m *Member) *Link {
 
 // StartLink returns a working link to an address, host:port, until its Close.
 func StartLink(to string) (*Link, error) {
-	dir, err := os.MkdirTemp("", "link") // not tb.TempDir: a unix socket's path must be short
+	dir, err := socketDir()
 	if err != nil {
 		return nil, err
 	}
+	return startLink(to, dir)
+}
+
+// maxSocketPath is the length of the longest path of a unix socket that macOS and the BSDs accept. Linux accepts 107.
+const maxSocketPath = 103
+
+// socketDir makes a folder for a socket that is named by one letter. It is in /tmp if the path would be too long in the
+// folder for temporary files. It cannot be tb.TempDir, which contains the name of the test.
+func socketDir() (string, error) {
+	const pattern, longest = "link", "link4294967295"
+	if len(filepath.Join(os.TempDir(), longest, "s")) <= maxSocketPath {
+		return os.MkdirTemp("", pattern)
+	}
+	dir, err := os.MkdirTemp("/tmp", pattern)
+	if err != nil {
+		return "", fmt.Errorf("%s is too long for the path of a unix socket, and /tmp fails: %w", os.TempDir(), err)
+	}
+	return dir, nil
+}
+
+// startLink is StartLink with a folder for its socket, which it removes in the end.
+func startLink(to, dir string) (*Link, error) {
 	socket := filepath.Join(dir, "s")
 	server := proxy.NewServer(proxy.ServerConfig{
 		Logger: zap.NewNop(),
 		From:   url.URL{Scheme: "unix", Host: socket},
 		To:     url.URL{Scheme: "tcp", Host: to},
 	})
+	select {
+	case <-server.Ready():
+	case <-server.Done(): // it cannot listen
+		os.RemoveAll(dir)
+		return nil, <-server.Error()
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	drained := make(chan struct{})
 	go func() { // the proxy stops when nobody reads its errors
@@ -308,13 +473,7 @@ func StartLink(to string) (*Link, error) {
 		<-drained
 		os.RemoveAll(dir)
 	})
-	select {
-	case <-server.Ready():
-		return l, nil
-	case <-time.After(startTimeout):
-		l.Close()
-		return nil, fmt.Errorf("not ready after %v", startTimeout)
-	}
+	return l, nil
 }
 
 // Close ends the link, also if it has ended before.

@@ -1,10 +1,16 @@
 package etcdtest
 
 import (
+	"context"
+	"errors"
+	"io/fs"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"go.etcd.io/etcd/api/v3/version"
 )
@@ -52,5 +58,100 @@ func TestMemberKeepsItsDataAndEndpoint(t *testing.T) {
 	}
 	if len(get.Kvs) != 1 || get.Kvs[0].ModRevision != put.Header.Revision {
 		t.Errorf("after a restart the key is %v", get.Kvs)
+	}
+}
+
+func TestServerNeedsLittleDisk(t *testing.T) {
+	tmp := t.TempDir()
+	t.Setenv("TMPDIR", tmp)
+	m := startCluster(t, "", 1)[0]
+	if _, err := NewClient(t, m.Endpoint).Put(t.Context(), "key", "value"); err != nil {
+		t.Fatal(err)
+	}
+	var size int64
+	err := filepath.WalkDir(tmp, func(_ string, entry fs.DirEntry, err error) error {
+		if info, e := entry.Info(); err == nil && e == nil { // etcd may have renamed it
+			size += info.Size()
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if size == 0 || size > 4<<20 {
+		t.Errorf("a server needs %d bytes", size)
+	}
+}
+
+// An etcd that cannot write, as on a full disk, panics while it starts.
+func TestServerThatPanicsInStartIsAnError(t *testing.T) {
+	_, _, err := run("", 1, func(err error) { t.Error(err) }, Settings{"wal-dir": "/dev/null/wal"})
+	if !errors.Is(err, errFailed) || !errors.Is(err, syscall.ENOTDIR) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// An etcd that cannot write later ends its process.
+func TestServerThatFailsReportsItAndBreaksItsConnections(t *testing.T) {
+	tmp := t.TempDir()
+	t.Setenv("TMPDIR", tmp)
+	failed := make(chan error, 2)
+	members, stop, err := run("", 1, func(err error) { failed <- err })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop()
+	client := NewClient(t, members[0].Endpoint)
+	wals, err := filepath.Glob(filepath.Join(tmp, "*", "*", "*", "member", "wal"))
+	if err != nil || len(wals) != 1 {
+		t.Fatalf("found %v, %v", wals, err)
+	}
+	if err := os.RemoveAll(wals[0]); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	// The second segment of the log is to be in the folder that is gone.
+	if _, err := client.Put(ctx, "key", strings.Repeat("x", 1<<20)); err == nil || ctx.Err() != nil {
+		t.Errorf("Put returned %v", err)
+	}
+	select {
+	case err := <-failed:
+		if !errors.Is(err, errFailed) || !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("failed with %v", err)
+		}
+	case <-time.After(patience):
+		t.Fatal("waited in vain for the failure")
+	}
+	stop()
+	if left, err := os.ReadDir(tmp); err != nil || len(left) > 0 {
+		t.Errorf("left in the temporary folder: %v, %v", left, err)
+	}
+	if len(failed) > 0 {
+		t.Errorf("failed twice: %v", <-failed)
+	}
+}
+
+func TestLinkThatCannotListenFailsAtOnce(t *testing.T) {
+	began := time.Now()
+	l, err := startLink("127.0.0.1:1", filepath.Join(t.TempDir(), strings.Repeat("x", 100)))
+	if err == nil {
+		l.Close()
+		t.Fatal("listens at a path that is too long")
+	}
+	if took := time.Since(began); took > patience || !strings.Contains(err.Error(), "bind") {
+		t.Errorf("after %v: %v", took, err)
+	}
+}
+
+func TestLinkWorksWithALongTemporaryFolder(t *testing.T) {
+	long := filepath.Join(t.TempDir(), strings.Repeat("x", 100))
+	if err := os.Mkdir(long, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("TMPDIR", long)
+	link := NewLink(t, Start(t))
+	if _, err := NewClient(t, link.Endpoint).Get(t.Context(), "key"); err != nil {
+		t.Error(err)
 	}
 }

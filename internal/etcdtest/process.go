@@ -25,9 +25,8 @@ func Main() {
 	if config == "" {
 		return
 	}
-	if _, err := startEmbedded(config); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
+	if _, err := startEmbedded(config, exit); err != nil {
+		exit(err)
 	}
 	select {} // until it is killed
 }
@@ -88,7 +87,7 @@ func startProcess(m *Member) (server, error) {
 		}
 	}
 	p.stop()
-	return nil, fmt.Errorf("not ready after %v: %s", startTimeout, stderr.String())
+	return nil, fmt.Errorf("%w: %s", errNotReady, stderr.String())
 }
 
 func (p *process) stop() {
