@@ -5,12 +5,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/maphash"
+	"slices"
 	"sync"
 	"time"
 
 	"example.com/leader/internal/lease"
 	"example.com/leader/internal/queue"
 	"example.com/leader/internal/retry"
+	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 )
 
@@ -20,7 +23,7 @@ type claim struct {
 	e         *Elector
 	election  string
 	stop      context.CancelFunc // ends observe
-	observing sync.WaitGroup     // done when observe has returned
+	observing sync.WaitGroup     // until observe has returned
 }
 
 func (e *Elector) claim(election string) (*claim, error) {
@@ -37,16 +40,24 @@ func (e *Elector) claim(election string) (*claim, error) {
 	if e.opts.hooks.LeaderChanged != nil {
 		var ctx context.Context
 		ctx, c.stop = context.WithCancel(e.ctx)
-		c.observing.Go(func() { c.observe(ctx) })
+		c.observing.Add(1)
+		e.watching.Go(func() {
+			defer c.observing.Done()
+			c.observe(ctx)
+		})
 	}
 	return c, nil
 }
 
-// release lets the next campaign in. Whoever calls it waits for observing then.
+// release lets the next campaign in. It may be called again. Whoever calls it waits for observing then.
 func (c *claim) release() {
-	c.e.mu.Lock()
-	delete(c.e.claims, c.election)
-	c.e.mu.Unlock()
+	e := c.e
+	e.mu.Lock()
+	if e.claims[c.election] == c {
+		delete(e.claims, c.election)
+		e.reports.unclaimed(c.election)
+	}
+	e.mu.Unlock()
 	c.stop()
 }
 
@@ -54,22 +65,58 @@ func (c *claim) release() {
 // before it has reported.
 func (c *claim) observe(ctx context.Context) {
 	e := c.e
-	err := queue.New(e.client, c.election).Observe(ctx, e.loop(c.election, "observing is being retried"), e.opts.ttl,
+	err := queue.New(e.client, c.election).Observe(ctx, e.warn(c.election, "observing is being retried"), e.opts.ttl,
 		func(leader queue.Candidate) bool {
 			e.mu.Lock()
-			last, known := e.reported[c.election]
 			current := e.claims[c.election] == c
-			if current {
-				e.reported[c.election] = Candidate(leader)
-			}
+			news := current && e.reports.news(c.election, leader)
 			e.mu.Unlock()
-			if current && (!known || last != Candidate(leader)) {
+			if news {
 				e.opts.hooks.LeaderChanged(c.election, Candidate(leader))
 			}
 			return current
 		})
 	if err != nil && ctx.Err() == nil {
 		e.log(c.election).Warn("changes of the leader are not reported any more", "error", err)
+	}
+}
+
+// maxReports is how many elections without a campaign or term reports remembers.
+const maxReports = 100
+
+// reports is what Hooks.LeaderChanged was last called with, by election.
+type reports struct {
+	seed maphash.Seed
+	last map[string]report
+	idle []string // elections without a claim, the longest without one first
+}
+
+// A report is as much of a candidate as it takes to know it again.
+type report struct {
+	token int64
+	value uint64 // a hash: the value itself may be 1 MiB
+}
+
+// news reports whether the leader is not the one that was reported last, and remembers it.
+func (r *reports) news(election string, leader queue.Candidate) bool {
+	if r.last == nil {
+		r.seed, r.last = maphash.MakeSeed(), make(map[string]report)
+	}
+	r.idle = slices.DeleteFunc(r.idle, func(name string) bool { return name == election })
+	now := report{leader.Token, maphash.String(r.seed, leader.Value)}
+	last, known := r.last[election]
+	r.last[election] = now
+	return !known || last != now
+}
+
+func (r *reports) unclaimed(election string) {
+	if _, known := r.last[election]; !known {
+		return
+	}
+	r.idle = append(r.idle, election)
+	if len(r.idle) > maxReports {
+		delete(r.last, r.idle[0])
+		r.idle = r.idle[1:]
 	}
 }
 
@@ -95,65 +142,140 @@ func (e *Elector) campaign(ctx context.Context, name, value string, how how) (*L
 	if err != nil {
 		return nil, err
 	}
+	// Here is the rule "what the user's code does cannot lose anything": hooks and the logger may panic or
+	// exit the goroutine. That goes on to the caller, but what was begun is ended first: here, in announce, in
+	// stand, in watch and in runTerm.
+	returned := false
+	defer func() {
+		if !returned {
+			c.release()
+		}
+	}()
 	started := time.Now()
 	e.opts.hooks.Campaigning(election)
-	bound, unbind := e.bind(ctx)
-	defer unbind()
-	loop := e.loop(election, "campaign is being retried")
-	again := e.loop(election, "candidacy was lost, joining again")
-	for {
-		stood := time.Now()
-		l, err := e.stand(ctx, bound, loop, c, value, how)
-		if errors.Is(err, errLost) {
-			if time.Since(stood) > e.opts.ttl {
-				again.OK() // what lasted that long is no streak
-			}
-			if err = again.Again(bound, err); err == nil {
-				continue
-			}
+	l, err := e.candidate(ctx, c, value, how)
+	if err != nil {
+		c.release()
+		c.observing.Wait()
+		e.opts.hooks.CampaignFailed(election, err)
+	} else {
+		l.announce(ctx, time.Since(started))
+	}
+	returned = true
+	return l, err
+}
+
+// announce tells that the term has begun. If the logger or the hook panics it is resigned.
+func (l *Leader) announce(ctx context.Context, waited time.Duration) {
+	told := false
+	defer func() {
+		l.beginning.Done()
+		if !told {
+			l.letGo(ctx)
 		}
-		if err != nil {
-			err = campaignError(ctx, bound, election, err, cmp.Or(loop.Last(), again.Last()))
-			c.release()
-			c.observing.Wait()
-			e.opts.hooks.CampaignFailed(election, err)
+	}()
+	l.e.log(l.claim.election).Info("elected", "token", l.token, "key", l.key, "waited", waited)
+	l.e.opts.hooks.Elected(l.claim.election, l, waited)
+	told = true
+}
+
+// A campaigning is a campaign under way: one candidacy after another, until one is elected.
+type campaigning struct {
+	e     *Elector
+	claim *claim
+	value string
+	how   how
+
+	ctx   context.Context // the caller's
+	bound context.Context // ends with ctx and with the Elector or its client
+	loop  *retry.Loop     // of requests
+	again *retry.Loop     // of candidacies
+	stood time.Time       // when the present candidacy began
+	fresh bool            // it takes a new lease
+}
+
+// newCampaigning returns a campaign, and what ends its context.
+func (e *Elector) newCampaigning(ctx context.Context, c *claim, value string, how how) (k *campaigning, unbind func()) {
+	bound, unbind := e.bind(ctx)
+	return &campaigning{
+		e: e, claim: c, value: value, how: how, ctx: ctx, bound: bound,
+		loop:  e.loop(c.election, "campaign is being retried"),
+		again: e.loop(c.election, "candidacy was lost, joining again"),
+	}, unbind
+}
+
+// candidate stands until it is elected, or cannot be.
+func (e *Elector) candidate(ctx context.Context, c *claim, value string, how how) (*Leader, error) {
+	k, unbind := e.newCampaigning(ctx, c, value, how)
+	defer unbind()
+	for {
+		l, err := k.stand()
+		if err == nil {
+			return l, nil
+		}
+		if err := k.retry(err); err != nil {
 			return nil, err
 		}
-		waited := time.Since(started)
-		e.log(election).Info("elected", "token", l.token, "key", l.key, "waited", waited)
-		e.opts.hooks.Elected(election, l, waited)
-		l.beginning.Done()
-		return l, nil
 	}
 }
 
-// campaignError is what Campaign returns for the end of a campaign by err; last is the last failure
-// before it.
-func campaignError(ctx, bound context.Context, election string, err, last error) error {
-	if bound.Err() != nil {
-		err = boundError(ctx)
+func (k *campaigning) stand() (*Leader, error) {
+	k.stood = time.Now()
+	l, err := k.enlist()
+	if err != nil {
+		return nil, err
 	}
-	switch {
+	return l, l.stand(k)
+}
+
+// retry blocks for a pause after the end of a candidacy, and returns nil if another one is worth a try.
+func (k *campaigning) retry(err error) error {
+	again := k.again
+	switch k.fresh = errors.Is(err, errAttached); {
+	case k.fresh:
+		again = k.loop
+	case !errors.Is(err, errLost):
+		return k.failure(err)
+	case time.Since(k.stood) > k.e.opts.ttl:
+		again.OK() // what lasted that long is no streak
+	}
+	if err := again.Again(k.bound, retry.Passing(err)); err != nil {
+		return k.failure(err)
+	}
+	return nil
+}
+
+// failure is what Campaign returns for its end by err.
+func (k *campaigning) failure(err error) error {
+	last := cmp.Or(k.loop.Last(), k.again.Last())
+	if k.bound.Err() != nil {
+		err = boundError(k.ctx)
+	}
+	switch election := k.claim.election; {
 	case errors.Is(err, ErrClosed), errors.Is(err, ErrHeld):
 		return fmt.Errorf("%w: campaign in %q", err, election)
-	case bound.Err() != nil && last != nil:
+	case k.bound.Err() != nil && last != nil:
 		return fmt.Errorf("leader: campaign in %q: %w (last failure: %w)", election, err, last)
+	default:
+		return fmt.Errorf("leader: campaign in %q: %w", election, err)
 	}
-	return fmt.Errorf("leader: campaign in %q: %w", election, err)
 }
 
 // errLost says that a candidate lost its lease or its key before it was elected.
 var errLost = errors.New("candidacy lost")
 
-// stand is one candidacy: from a lease until elected, or until the lease or the key is lost. When
-// it fails it leaves no key behind, and the lease to those who still use it.
-func (e *Elector) stand(ctx, bound context.Context, loop *retry.Loop, c *claim, value string, how how) (*Leader, error) {
-	q := queue.New(e.client, c.election)
-	if how.try { // do not ask for a lease in vain
-		var leader queue.Candidate
-		err := loop.Do(bound, func(ctx context.Context) (err error) {
-			leader, err = q.Leader(ctx)
-			return err
+// errAttached says that a join was denied although the key may be written: any user may attach a key of
+// their own to a lease that has none yet, and then etcd denies the lease to those who may not write
+// that key. It takes another lease.
+var errAttached = errors.New("somebody else has attached a key to the lease")
+
+// enlist returns a candidate with a lease.
+func (k *campaigning) enlist() (*Leader, error) {
+	e, q := k.e, queue.New(k.e.client, k.claim.election)
+	e.removeLeft(k.bound, q)
+	if k.how.try { // do not ask for a lease in vain
+		leader, err := q.Leader(k.bound, func(ctx context.Context, read queue.Read) ([]*mvccpb.KeyValue, error) {
+			return retry.Do(ctx, k.loop, read)
 		})
 		if err != nil {
 			return nil, err
@@ -162,115 +284,160 @@ func (e *Elector) stand(ctx, bound context.Context, loop *retry.Loop, c *claim, 
 			return nil, ErrHeld
 		}
 	}
-	var session *lease.Lent
-	err := loop.Do(bound, func(ctx context.Context) (err error) {
-		session, err = e.pool.Get(ctx)
-		return err
-	})
-	if err != nil {
-		return nil, err
-	}
 
 	l := &Leader{
-		e: e, run: how.run, claim: c, queue: q, session: session, key: q.Key(session.ID()),
+		e: e, run: k.how.run, claim: k.claim, queue: q,
 		done: make(chan struct{}), resigning: make(chan struct{}, 1),
 	}
-	l.ctx, l.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
-	// watched ends when the lease or the key is lost, and with the term.
-	watched, unwatch := context.WithCancel(session.Context())
-	l.unwatch = unwatch
-	var left bool
-	l.tracked, left = session.Track(l.key, l.evict)
+	l.ctx, l.cancel = context.WithCancelCause(context.WithoutCancel(k.ctx))
+	for l.tracked == nil {
+		var err error
+		l.tracked, err = e.pool.Track(k.bound, k.loop, q.Key, l.evict, k.fresh)
+		if errors.Is(err, lease.ErrCrowded) {
+			err = k.loop.Again(k.bound, err)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	l.session, l.key = l.tracked.Session(), l.tracked.Name()
+	return l, nil
+}
 
-	standing, cancel := context.WithCancel(bound)
+// stand is one candidacy: it returns nil when the candidate is elected. Otherwise its lease or its key was
+// lost, or it has to give up: then it has left no key behind, and the lease to those who still use it.
+func (l *Leader) stand(k *campaigning) error {
+	// watched ends when the lease or the key is lost, and with the term.
+	watched, unwatch := context.WithCancel(l.session.Context())
+	l.unwatch = unwatch
+	watching, elected := false, false
+	defer func() { // also when the logger panics
+		if !elected {
+			l.withdraw(k.ctx, watching)
+		}
+	}()
+	standing, cancel := context.WithCancel(k.bound)
 	defer cancel()
 	defer context.AfterFunc(watched, cancel)()
 
-	place, err := l.join(standing, loop, value, left)
-	if err != nil {
-		close(l.done) // nobody watches the key yet
-	} else {
-		l.token = place.Token
-		l.tracked.Joined(l.token)
-		go l.watch(watched) //nolint:contextcheck // so does the watch
-		if how.try && !place.First() {
+	place, err := l.join(standing, k.loop, k.value)
+	if err == nil {
+		watching = true
+		l.e.watching.Go(func() { l.watch(watched) }) //nolint:contextcheck // so does the watch
+		if k.how.try && !place.First() {
 			err = ErrHeld
 		} else {
-			err = q.Wait(standing, loop, place, session.TTL())
+			err = l.queue.Wait(standing, k.loop, place, l.session.TTL())
 		}
 	}
-	l.beginning.Add(1)
-	if err == nil && l.elect() {
-		if !place.First() { // else nobody was there to be behind
-			l.beginning.Go(l.touch)
-		}
-		return l, nil
+	if err == nil {
+		err = l.elect()
 	}
-	lost := err == nil || standing.Err() != nil || errors.Is(err, rpctypes.ErrLeaseNotFound) || errors.Is(err, queue.ErrGone)
+	if err != nil {
+		return l.lost(standing, k.bound, err)
+	}
+	elected = true
+	if !place.First() { // else nobody was there to be behind
+		l.beginning.Go(l.touch)
+	}
+	return nil
+}
+
+// lost returns err, or errLost if the candidate has lost its lease or its key.
+func (l *Leader) lost(standing, bound context.Context, err error) error {
+	lost := standing.Err() != nil || errors.Is(err, errLost) || errors.Is(err, rpctypes.ErrLeaseNotFound) ||
+		errors.Is(err, queue.ErrGone) || errors.Is(err, queue.ErrTaken)
 	if lost && bound.Err() == nil {
-		err = fmt.Errorf("%w: %w", errLost, cmp.Or(context.Cause(l.ctx), session.Cause(), err))
+		return fmt.Errorf("%w: %w", errLost, cmp.Or(context.Cause(l.ctx), l.session.Cause(), err))
 	}
-	l.withdraw(ctx)
-	return nil, err
+	return err
 }
 
-// join puts the key, after deleting what an earlier owner may have left under its name.
-func (l *Leader) join(ctx context.Context, loop *retry.Loop, value string, left bool) (queue.Place, error) {
-	if left {
-		err := loop.Do(ctx, func(ctx context.Context) error { return l.queue.Remove(ctx, l.key, 0) })
-		if err != nil {
-			return queue.Place{}, err
-		}
+// removeLeft deletes keys that former terms or campaigns of this Elector have left in the election, so
+// that it does not wait behind itself. What it cannot delete in the time of a request, renewals delete.
+func (e *Elector) removeLeft(ctx context.Context, q *queue.Queue) {
+	left := e.pool.Abandoned(q.Key)
+	if len(left) == 0 {
+		return
 	}
-	place, err := l.queue.Join(ctx, loop, l.session.ID(), value)
-	if errors.Is(err, rpctypes.ErrLeaseNotFound) {
+	rctx, cancel := retry.Request(ctx)
+	defer cancel()
+	for _, k := range left {
+		_ = k.Remove(rctx)
+	}
+}
+
+// join puts the key and says where in the queue that is.
+func (l *Leader) join(ctx context.Context, loop *retry.Loop, value string) (queue.Place, error) {
+	put := l.queue.Join(l.session.ID(), value)
+	joining, err := retry.Do(ctx, loop, func(ctx context.Context) (queue.Joining, error) {
+		return lease.Attempt(ctx, l.tracked, put)
+	})
+	switch {
+	case errors.Is(err, rpctypes.ErrLeaseNotFound):
 		l.session.Revoked()
+		return queue.Place{}, err
+	case errors.Is(err, rpctypes.ErrPermissionDenied):
+		_, denied := retry.Do(ctx, loop, func(ctx context.Context) (struct{}, error) {
+			return struct{}{}, l.queue.MayJoin(ctx, l.session.ID())
+		})
+		return queue.Place{}, cmp.Or(denied, errAttached)
+	case err != nil:
+		return queue.Place{}, err
 	}
-	return place, err
+	l.token, l.modified = joining.Token, joining.Token
+	l.tracked.Joined(l.token)
+	return l.queue.Place(ctx, loop, joining, l.session.ID(), value)
 }
 
-// elect makes the candidate a leader, unless its lease or key is lost.
-func (l *Leader) elect() bool {
+// elect makes the candidate a leader, unless its lease or key is lost: then it returns why.
+func (l *Leader) elect() error {
 	if !l.session.Valid() {
-		return false
+		return fmt.Errorf("%w: %w", errLost, l.sessionCause())
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.ctx.Err() != nil {
-		return false
+		return fmt.Errorf("%w: %w", errLost, context.Cause(l.ctx))
 	}
 	l.elected = true
+	l.beginning.Add(1) // until Hooks.Elected has returned
 	l.e.mu.Lock()
 	defer l.e.mu.Unlock()
 	l.e.terms[l] = struct{}{}
-	return true
+	return nil
 }
 
-// withdraw tidies up after a candidate that was not elected.
-func (l *Leader) withdraw(ctx context.Context) {
+// withdraw tidies up after a candidate that was not elected. The key comes first, and only then what
+// may wait for the user's code.
+func (l *Leader) withdraw(ctx context.Context, watching bool) {
 	l.end(ErrResigned)
 	l.unwatch()
-	<-l.done
 	cctx, cancel := retry.Cleanup(ctx)
 	defer cancel()
 	var err error
-	if !l.session.Gone() {
+	if l.token != 0 && !l.session.Gone() {
 		err = retry.Persist(cctx, l.e.client, func(ctx context.Context) error {
 			return l.queue.Remove(ctx, l.key, l.token)
 		})
 	}
-	denied := l.token == 0 && err != nil && retry.Permanent(err) // so was the join, and there is no key
-	switch {
-	case denied:
-		err = nil
-		l.tracked.Drop()
-	case err == nil && l.token != 0:
-		l.tracked.Drop()
-	default:
-		l.tracked.Abandon() // a join without an answer may still come, after the deletion
+	if err == nil {
+		l.tracked.Drop() // abandons it if a join has no answer yet
+	} else {
+		l.tracked.Abandon()
 	}
-	l.giveBack()
-	if err := errors.Join(err, l.session.Finish(cctx)); err != nil {
+	l.tracked.Release()
+	err = errors.Join(err, l.session.Finish(cctx))
+	switch {
+	case l.session.Gone():
+		err = nil
+	case err == nil && l.tracked.Abandoned(): // others use the lease
+		err = l.tracked.Remove(cctx)
+	}
+	if watching {
+		<-l.done
+	}
+	if err != nil {
 		l.e.log(l.claim.election).Warn("candidate could not be withdrawn, the lease will expire", "key", l.key, "error", err)
 	}
 }

@@ -170,13 +170,13 @@ func TestEachLogLineIsInTheOperationsGuide(t *testing.T) {
 				return true
 			}
 			method, ok := call.Fun.(*ast.SelectorExpr)
-			// The message is the first argument; loop, which warns with it, has the election before it.
-			levels := map[string]string{"Info": "INFO", "Warn": "WARN", "loop": "WARN", "Debug": "DEBUG", "Error": "ERROR"}
+			// The message is the first argument; loop and warn, which warn with it, have the election before it.
+			levels := map[string]string{"Info": "INFO", "Warn": "WARN", "loop": "WARN", "warn": "WARN", "Debug": "DEBUG", "Error": "ERROR"}
 			if !ok || levels[method.Sel.Name] == "" || len(call.Args) == 0 {
 				return true
 			}
 			message := call.Args[0]
-			if method.Sel.Name == "loop" {
+			if method.Sel.Name == "loop" || method.Sel.Name == "warn" {
 				message = call.Args[1]
 			}
 			if lit, ok := message.(*ast.BasicLit); ok && lit.Kind == token.STRING {

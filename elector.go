@@ -16,7 +16,9 @@ import (
 	"example.com/leader/internal/lease"
 	"example.com/leader/internal/queue"
 	"example.com/leader/internal/retry"
+	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/connectivity"
 )
 
 // An Elector takes part in elections, in any number of them, over one client, one lease and one
@@ -26,8 +28,14 @@ import (
 // leader has resigned. All terms on it end together when it cannot be renewed, which is also so when
 // the right to write the key of one is withdrawn: etcd refuses the renewal of the whole lease then.
 //
-// An Elector is safe for concurrent use. One that is not in use has no goroutines and nothing in
-// etcd, so it need not be closed.
+// There are more leases than one, at most eight, only after a campaign was given up while etcd had not
+// answered its join, and others kept the lease: that join may still arrive, so the next campaign in the
+// same election takes another lease.
+//
+// An Elector is safe for concurrent use. One that is not in use has no goroutines and nothing in etcd,
+// so it need not be closed. Two things may outlast the use: a grant that was cut short is waited for,
+// for 5 s at most, and revoked; and the lease of a term that has expired is revoked as soon as etcd can
+// be reached, which is tried for an hour.
 type Elector struct {
 	client   *clientv3.Client
 	opts     options
@@ -35,14 +43,14 @@ type Elector struct {
 	identity string
 	ctx      context.Context // ends when Close is called
 	cancel   context.CancelFunc
-	failing  atomic.Int64 // the lease whose last renewal failed
+	watching retry.Group // watches of own keys, and what they do at a term's end
 
-	mu       sync.Mutex
-	calls    int                  // campaigns and Runs under way
-	idle     chan struct{}        // made by Close, closed when there are no more calls
-	claims   map[string]*claim    // who campaigns or leads, by election
-	terms    map[*Leader]struct{} // elected, and not yet finished with
-	reported map[string]Candidate // to Hooks.LeaderChanged, by election
+	mu      sync.Mutex
+	calls   int                  // campaigns and Runs under way
+	idle    chan struct{}        // made by Close, closed when there are no more calls
+	claims  map[string]*claim    // who campaigns or leads, by election
+	terms   map[*Leader]struct{} // elected, and not ended
+	reports reports
 }
 
 // New returns an Elector, or an error for a nil client or a bad option. It sends no request. The
@@ -62,7 +70,6 @@ func New(client *clientv3.Client, opts ...Option) (*Elector, error) {
 		identity: newIdentity(),
 		claims:   make(map[string]*claim),
 		terms:    make(map[*Leader]struct{}),
-		reported: make(map[string]Candidate),
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.pool = lease.NewPool(client, lease.Config{TTL: o.ttl, Margin: o.margin, Renewal: e.renewal})
@@ -86,8 +93,9 @@ func New(client *clientv3.Client, opts ...Option) (*Elector, error) {
 //   - for what cannot heal: [ErrInvalidName], [ErrCampaigning], a value of more than 1 MiB,
 //     permission denied, failed authentication, a request that etcd rejects as invalid.
 //
-// However it fails, it leaves no candidate behind; where etcd cannot be reached it tries for 2 s
-// and leaves the rest to the lease.
+// However it fails, it leaves no candidate behind; where etcd cannot be reached it tries for 2 s and
+// leaves the rest to the lease. A request that is not answered is sent again after 0.25 s, to the next
+// endpoint, while the first one waits.
 func (e *Elector) Campaign(ctx context.Context, name, value string) (*Leader, error) {
 	return e.campaign(ctx, name, value, how{})
 }
@@ -155,12 +163,7 @@ func (e *Elector) runTerm(ctx, bound context.Context, l *Leader, lead func(conte
 	defer func() { // also when lead panics
 		stop()
 		cancel(nil)
-		rctx, rcancel := retry.Cleanup(ctx)
-		defer rcancel()
-		if err := l.Resign(rctx); err != nil {
-			e.log(l.claim.election).Warn("resignation failed, the lease will expire", "token", l.token, "error", err)
-			l.finish() // nobody will try again
-		}
+		l.letGo(ctx)
 	}()
 	err = lead(lctx, l)
 	switch {
@@ -177,13 +180,16 @@ func (e *Elector) runTerm(ctx, bound context.Context, l *Leader, lead func(conte
 }
 
 // Current returns the candidate that leads, or [ErrNoLeader]. It sends one request, or two if other
-// data lies under the election's prefix, and blocks for at most 5 s each.
+// data lies under the election's prefix, and blocks for at most 5 s each. A request that has no answer
+// is sent again, to the next endpoint, while the first one waits.
 func (e *Elector) Current(ctx context.Context, name string) (Candidate, error) {
 	q, err := e.queue(name)
 	if err != nil {
 		return Candidate{}, err
 	}
-	c, err := q.Leader(ctx)
+	c, err := q.Leader(ctx, func(ctx context.Context, read queue.Read) ([]*mvccpb.KeyValue, error) {
+		return retry.First(ctx, e.client, read)
+	})
 	if err != nil {
 		return Candidate{}, fmt.Errorf("leader: read who leads %q: %w", name, err)
 	}
@@ -194,13 +200,13 @@ func (e *Elector) Current(ctx context.Context, name string) (Candidate, error) {
 }
 
 // Candidates returns all candidates in the order of the queue, the leader first; none is not an
-// error. It sends one request and blocks for at most 5 s.
+// error. It sends one request, as [Elector.Current] does, and blocks for at most 5 s.
 func (e *Elector) Candidates(ctx context.Context, name string) ([]Candidate, error) {
 	q, err := e.queue(name)
 	if err != nil {
 		return nil, err
 	}
-	list, err := q.List(ctx)
+	list, err := retry.First(ctx, e.client, q.List)
 	if err != nil {
 		return nil, fmt.Errorf("leader: read the candidates of %q: %w", name, err)
 	}
@@ -214,10 +220,11 @@ func (e *Elector) Candidates(ctx context.Context, name string) ([]Candidate, err
 // Observe yields who leads the election: the present state at once, then every change of the
 // leader or its value, in order and never going back. The zero Candidate means that nobody leads.
 //
-// It goes on through disconnects, compactions and changes of etcd's leader; states that came and
-// went meanwhile may be left out, the latest never is. It ends with a last pair that carries an
-// error, when ctx ends (ctx's), on what cannot heal, such as permission denied, or when the Elector
-// or its client is closed ([ErrClosed]). Breaking out of the loop ends it without one.
+// It goes on through disconnects, compactions and changes of etcd's leader; states that came and went
+// meanwhile may be left out, the latest never is. So it is with states that the loop's body is too slow
+// for: up to 64 of them, or 1 MiB of values, wait for it. It ends with a last pair that carries an
+// error, when ctx ends (ctx's), on what cannot heal, such as permission denied, or when the Elector or
+// its client is closed ([ErrClosed]). Breaking out of the loop ends it without one.
 //
 // It needs no lease and is no candidate. Each loop over what it returns observes anew, and keeps
 // the list of all candidates in memory. What it says may be outdated when it arrives: it must not
@@ -228,7 +235,7 @@ func (e *Elector) Observe(ctx context.Context, name string) iter.Seq2[Candidate,
 		if err == nil {
 			bound, unbind := e.bind(ctx)
 			defer unbind()
-			err = q.Observe(bound, e.loop(q.Name(), "observing is being retried"), e.opts.ttl, func(c queue.Candidate) bool {
+			err = q.Observe(bound, e.warn(q.Name(), "observing is being retried"), e.opts.ttl, func(c queue.Candidate) bool {
 				return yield(Candidate(c), nil)
 			})
 			if bound.Err() != nil && err != nil {
@@ -257,7 +264,9 @@ func (e *Elector) Evict(ctx context.Context, name string) error {
 	}
 	q, err := e.queue(name)
 	if err == nil {
-		err = q.Remove(ctx, c.Key, c.Token)
+		_, err = retry.First(ctx, e.client, func(ctx context.Context) (struct{}, error) {
+			return struct{}{}, q.Remove(ctx, c.Key, c.Token)
+		})
 	}
 	if err != nil {
 		return fmt.Errorf("leader: evict %q from %q: %w", c.Key, name, err)
@@ -269,10 +278,9 @@ func (e *Elector) Evict(ctx context.Context, name string) error {
 // return [ErrClosed]; Close waits for them, and so for the functions that Runs have called, before
 // it lets go of their elections. Terms of Campaign end here at once, with [ErrResigned].
 //
-// It blocks until etcd has confirmed or ctx ends, and may then be called again to retry. What it
-// could not revoke expires, as does a lease without keys whose grant a campaign's end has cut
-// short. The function that Run has called must not call it without a bound: each would wait for the
-// other.
+// It blocks until etcd has confirmed and all goroutines of the Elector have ended, or until ctx ends,
+// and may then be called again to retry. What it could not revoke expires. The function that Run has
+// called must not call it without a bound: each would wait for the other.
 func (e *Elector) Close(ctx context.Context) error {
 	e.mu.Lock()
 	if e.idle == nil {
@@ -283,37 +291,27 @@ func (e *Elector) Close(ctx context.Context) error {
 	}
 	e.mu.Unlock()
 	e.cancel()
-	for _, l := range e.unfinished() {
+	for _, l := range e.leading() {
 		if !l.run {
 			l.abandon()
 		}
 	}
-	select {
-	case <-e.idle:
-	case <-ctx.Done():
-		for _, l := range e.unfinished() {
-			_ = l.session.Finish(ctx) // fails, and stops the renewals if nobody is left
-		}
-		return fmt.Errorf("leader: close: a campaign or Run has not returned: %w", ctx.Err())
+	if err := retry.Wait(ctx, e.idle); err != nil {
+		_ = e.pool.Close(ctx) // fails, but ends the renewals of what nobody uses
+		return fmt.Errorf("leader: close: a campaign or Run has not returned: %w", err)
 	}
-	terms := e.unfinished()
-	for _, l := range terms {
+	for _, l := range e.leading() {
 		l.abandon()
 	}
-	for _, l := range terms {
-		// Nobody uses the lease any more: one revocation deletes the keys of all.
-		if err := l.session.Finish(ctx); err != nil {
-			return fmt.Errorf("leader: close: %w", err)
-		}
-		if err := l.Resign(ctx); err != nil {
-			return err
-		}
+	// Nobody uses a lease any more: one revocation deletes the keys of all.
+	if err := errors.Join(e.pool.Close(ctx), e.watching.Wait(ctx)); err != nil {
+		return fmt.Errorf("leader: close: %w", err)
 	}
 	return nil
 }
 
-// unfinished returns the terms that have begun and that somebody has still to tidy up after.
-func (e *Elector) unfinished() []*Leader {
+// leading returns the terms that have not ended.
+func (e *Elector) leading() []*Leader {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return slices.Collect(maps.Keys(e.terms))
@@ -380,18 +378,29 @@ func (e *Elector) queue(name string) (*queue.Queue, error) {
 func (e *Elector) log(election string) *slog.Logger { return e.opts.log.With("election", election) }
 
 func (e *Elector) loop(election, warning string) *retry.Loop {
-	return &retry.Loop{Client: e.client, Warn: func(err error) { e.log(election).Warn(warning, "error", err) }}
+	return &retry.Loop{Client: e.client, Warn: e.warn(election, warning)}
 }
 
-// renewal is told of every renewal of the lease.
+func (e *Elector) warn(election, warning string) func(error) {
+	return func(err error) { e.log(election).Warn(warning, "error", err) }
+}
+
+// maxSilent is how many renewals in a row go without an answer on an open connection before that is
+// worth a warning.
+const maxSilent = 2
+
+// renewal is told of every renewal of a lease.
 func (e *Elector) renewal(r lease.Renewal) {
 	if r.Err == nil {
-		e.failing.Store(0)
 		e.opts.hooks.Renewed(r.Lease, r.Took, r.Deadline)
 		return
 	}
-	if e.failing.Swap(int64(r.Lease)) != int64(r.Lease) {
-		e.opts.log.Warn("renewal of the lease is being retried", "lease", fmt.Sprintf("%x", r.Lease), "deadline", r.Deadline, "error", r.Err)
+	log := e.opts.log.With("lease", fmt.Sprintf("%x", r.Lease))
+	if r.Failures == 1 {
+		log.Warn("renewal of the lease is being retried", "deadline", r.Deadline, "error", r.Err)
+	}
+	if state, ok := retry.Connection(e.client); r.Silent == maxSilent && ok && state == connectivity.Ready {
+		log.Warn("etcd does not answer on an open connection", "cure", retry.Cure)
 	}
 	e.opts.hooks.RenewFailed(r.Lease, r.Took, r.Err)
 }

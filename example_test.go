@@ -166,6 +166,22 @@ func ExampleElector_Observe() {
 	// nobody leads any more
 }
 
+// A client that notices when a connection has died without a sign, as a NAT or a load balancer has forgotten it.
+func Example_keepalive() {
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints:            []string{"etcd-1:2379", "etcd-2:2379", "etcd-3:2379"},
+		DialKeepAliveTime:    10 * time.Second,
+		DialKeepAliveTimeout: 2 * time.Second,
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+	if _, err := leader.New(client); err != nil {
+		log.Fatal(err)
+	}
+}
+
 // A client that shows a certificate to an etcd that runs with --client-cert-auth.
 func Example_clientCertificate() {
 	certificate, err := tls.LoadX509KeyPair("client.crt", "client.key")
@@ -179,8 +195,10 @@ func Example_clientCertificate() {
 	ca := x509.NewCertPool()
 	ca.AppendCertsFromPEM(pem)
 	client, err := clientv3.New(clientv3.Config{
-		Endpoints: []string{"https://etcd-1:2379", "https://etcd-2:2379", "https://etcd-3:2379"},
-		TLS:       &tls.Config{Certificates: []tls.Certificate{certificate}, RootCAs: ca},
+		Endpoints:            []string{"https://etcd-1:2379", "https://etcd-2:2379", "https://etcd-3:2379"},
+		TLS:                  &tls.Config{Certificates: []tls.Certificate{certificate}, RootCAs: ca},
+		DialKeepAliveTime:    10 * time.Second,
+		DialKeepAliveTimeout: 2 * time.Second,
 	})
 	if err != nil {
 		log.Fatal(err)

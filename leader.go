@@ -22,6 +22,13 @@
 // candidates of this package, of [concurrency.Election] and of etcdctl elect can compete in one
 // election. A candidate of the election "name" is whatever key is called name/<lease in hex>, so other
 // data must not be; anything else under name/ is left alone.
+//
+// Set DialKeepAliveTime and DialKeepAliveTimeout in the client's configuration, to 10 s and 2 s for
+// example. Without them a connection that dies without a sign, because a NAT or a load balancer has
+// forgotten it, is noticed only when TCP gives up: nobody leads for up to 15 minutes.
+//
+// The values of a context that is given to a call reach [Leader.Context] and the call's own requests.
+// They, and outgoing gRPC metadata among them, do not reach watches and renewals, which are shared.
 package leader
 
 import (
@@ -123,7 +130,7 @@ type Leader struct {
 	run     bool // Run looks after the term
 	claim   *claim
 	queue   *queue.Queue
-	session *lease.Lent
+	session *lease.Session
 	tracked *lease.Key
 	key     string
 	token   int64
@@ -135,11 +142,15 @@ type Leader struct {
 	done      chan struct{}      // closed when watch has returned
 	resigning chan struct{}      // holds a token while Resign talks to etcd
 
-	returned sync.Once // the session, see giveBack
+	left bool // the key is known to be gone; guarded by resigning
 
-	mu      sync.Mutex
-	elected bool      // set only while ctx has not ended
-	ended   time.Time // set before ctx ends
+	tidying   sync.WaitGroup // tidy
+	unrevoked error          // what it has failed with
+
+	mu       sync.Mutex
+	elected  bool      // set only while ctx has not ended
+	ended    time.Time // set before ctx ends
+	modified int64     // revision of the key's last change, as far as is known
 }
 
 // Context returns a context that is cancelled when the term ends, with a [context.Cause] that is
@@ -176,10 +187,12 @@ func (l *Leader) Deadline() time.Time {
 	return deadline
 }
 
-// Token is the term's fencing token, the create revision of its key. It is positive and larger
-// than that of every earlier term of the election. A resource that remembers the largest token it
-// has seen and refuses smaller ones is safe, from the new term's first write on, from a leader that
-// does not know yet that its own term is over.
+// Token is the term's fencing token, the create revision of its key. It is positive and larger than
+// that of every earlier term of the election. (One exception: if somebody deletes the keys of a leader
+// and of the candidate behind it together, that candidate may lead for milliseconds without a key, with
+// a token below that of the next term, which may have begun already.) A resource that remembers the
+// largest token it has seen and refuses smaller ones is safe, from the new term's first write on, from
+// a leader that does not know yet that its own term is over.
 func (l *Leader) Token() int64 { return l.token }
 
 // Key is the term's key in etcd, <name>/<lease in hex>, the name with the prefix of [WithPrefix].
@@ -198,7 +211,10 @@ func (l *Leader) Guard() clientv3.Cmp {
 // the cause, once the term has ended, and ends the term if it finds the key gone. Any other error
 // leaves the term as it is, and open whether the value was changed.
 //
-// It sends one request and blocks until that is answered, ctx or the term ends, or 5 s have passed.
+// A call that was not answered may still change the value later, but not once a later call has succeeded.
+//
+// It sends one request, or a few if an earlier call was not answered, and blocks until they are
+// answered, ctx or the term ends, or 5 s have passed.
 func (l *Leader) Proclaim(ctx context.Context, value string) error {
 	value, err := l.e.value(value)
 	if err != nil {
@@ -208,8 +224,8 @@ func (l *Leader) Proclaim(ctx context.Context, value string) error {
 		rctx, cancel := retry.Request(ctx)
 		defer cancel()
 		defer context.AfterFunc(l.ctx, cancel)()
-		err = l.session.Election(l.queue.Prefix(), l.key, l.token).Proclaim(rctx, value)
-		if errors.Is(err, concurrency.ErrElectionNotLeader) {
+		err = l.proclaim(rctx, value)
+		if errors.Is(err, queue.ErrGone) {
 			l.evict()
 		}
 	}
@@ -222,13 +238,49 @@ func (l *Leader) Proclaim(ctx context.Context, value string) error {
 	return nil
 }
 
+// proclaim changes the value if nobody has changed the key since this term did so last. Else a request
+// of an earlier call, which was not answered and arrives late, would replace the value of a later one.
+func (l *Leader) proclaim(ctx context.Context, value string) error {
+	for {
+		l.mu.Lock()
+		modified := l.modified
+		l.mu.Unlock()
+		election := l.session.Election(l.queue.Prefix(), l.key, l.token)
+		guarded := lease.WithGuard(ctx, clientv3.Compare(clientv3.ModRevision(l.key), "=", modified))
+		err := election.Proclaim(guarded, value)
+		if err == nil {
+			l.changed(election.Header().Revision)
+			return nil
+		}
+		if !errors.Is(err, concurrency.ErrElectionNotLeader) {
+			return err
+		}
+		// The key is gone, or was changed by an earlier call or by a touch.
+		modified, err = retry.First(ctx, l.e.client, func(ctx context.Context) (int64, error) {
+			return l.queue.Revision(ctx, l.key, l.token)
+		})
+		if err != nil {
+			return err
+		}
+		l.changed(modified)
+	}
+}
+
+// changed notes the revision of a change of the key.
+func (l *Leader) changed(rev int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.modified = max(l.modified, rev)
+}
+
 // Resign ends the term. Its context is cancelled, with [ErrResigned], and IsLeader is false before
 // etcd is asked to delete the key and then, if nothing else uses it, to revoke the lease. Another
 // candidate may lead before Resign returns, so work must have stopped before it is called.
 //
-// It blocks until etcd has confirmed, ctx ends, or 5 s have passed. If it fails it may be called
-// again to retry; the term is over all the same, and a key that is left goes with its lease, which
-// is not renewed on its behalf. It returns nil for a term that was lost or resigned before.
+// It blocks until etcd has confirmed, ctx ends, or 5 s have passed. If it fails it may be called again
+// to retry; the term is over all the same. A key that is left goes with its lease, which is not renewed
+// on its behalf; where other terms of the Elector share the lease, their renewals delete the key. It
+// returns nil for a term that was lost or resigned before.
 func (l *Leader) Resign(ctx context.Context) error {
 	l.end(ErrResigned)
 	select {
@@ -262,16 +314,20 @@ func (l *Leader) end(cause error) {
 	}
 	if l.elected {
 		l.ended = time.Now()
+		l.e.mu.Lock()
+		delete(l.e.terms, l)
+		l.e.mu.Unlock()
 		l.claim.release() // first: who waits for the term's end may campaign at once
+		if !errors.Is(cause, ErrResigned) {
+			l.tidying.Add(1)
+			l.e.watching.Go(l.tidy)
+		}
 	}
 	l.cancel(cause)
 	if !errors.Is(cause, ErrResigned) {
 		l.unwatch() // else whoever resigns does, once the key has been seen to: nothing is to come in between
 	}
 }
-
-// giveBack returns the session to the pool, once.
-func (l *Leader) giveBack() { l.returned.Do(l.session.Return) }
 
 // evict ends the term because its key is gone: deleted by somebody else, unless by etcd since the
 // lease had expired.
@@ -294,63 +350,95 @@ func (l *Leader) sessionCause() error {
 	return ErrExpired
 }
 
-// watch ends the term when its key or its session is gone, and sees a lost term off. ctx ends with
-// the session and with the term.
+// watch ends the term when its key or its session is gone, and tells of the end. ctx ends with the
+// session and with the term.
 func (l *Leader) watch(ctx context.Context) {
 	defer close(l.done)
 	// The context must not end later than it says because a request does.
 	defer context.AfterFunc(l.session.Context(), func() { l.end(l.sessionCause()) })()
+	defer func() {
+		if r := recover(); r != nil { // the logger panics, which ends the program: nobody is to wait for the lease then
+			l.letGo(ctx)
+			panic(r)
+		}
+		// It may also have ended this goroutine.
+		<-ctx.Done()
+		l.end(l.sessionCause()) // unless the term has ended for another reason
+		l.mu.Lock()
+		elected := l.elected
+		l.mu.Unlock()
+		if elected {
+			l.tell()
+		}
+	}()
+	l.watchKey(ctx)
+}
+
+// watchKey ends the term when its key is gone.
+func (l *Leader) watchKey(ctx context.Context) {
 	loop := l.e.loop(l.claim.election, "watch of the own key is being retried")
 	if err := l.queue.WaitDeleted(ctx, loop, l.key, l.token); err == nil {
 		l.evict()
 	} else if ctx.Err() == nil { // not allowed to watch: the renewals still read the key
 		l.e.log(l.claim.election).Warn("own key cannot be watched", "key", l.key, "error", err)
 	}
-	<-ctx.Done()
-	l.end(l.sessionCause()) // unless the term has ended for another reason
+}
 
-	l.mu.Lock()
-	elected := l.elected
-	l.mu.Unlock()
-	if !elected {
-		return
-	}
+// tidy gives the lease of a lost term back. No code of the user's can hold it up.
+func (l *Leader) tidy() {
+	defer l.tidying.Done()
+	l.tracked.Drop() // deleted, or about to be with its lease, which nobody renews any more
+	l.tracked.Release()
+	cctx, cancel := retry.Cleanup(l.e.client.Ctx())
+	defer cancel()
+	l.unrevoked = l.session.Finish(cctx)
+}
+
+// tell tells of the end of a term.
+func (l *Leader) tell() {
 	l.beginning.Wait()
 	l.claim.observing.Wait()
 	cause := context.Cause(l.ctx)
 	log := l.e.log(l.claim.election).With("token", l.token)
-	lost := !errors.Is(cause, ErrResigned)
-	if lost {
-		log.Info("lost", "cause", cause)
-	} else {
+	if errors.Is(cause, ErrResigned) {
 		log.Info("resigned")
+		l.e.opts.hooks.Ended(l.claim.election, l, cause)
+		return
 	}
+	defer l.tidying.Wait() // also when the logger or the hook panics
+	log.Info("lost", "cause", cause)
 	l.e.opts.hooks.Ended(l.claim.election, l, cause)
-	if lost {
-		l.tracked.Drop() // deleted, or about to be with its lease, which nobody renews any more
-		l.giveBack()
-		cctx, cancel := retry.Cleanup(ctx)
-		defer cancel()
-		if err := l.session.Finish(cctx); err != nil {
-			log.Warn("lease could not be revoked, it will expire", "error", err)
-		}
-		l.finish()
+	l.tidying.Wait()
+	if l.unrevoked != nil {
+		log.Warn("lease could not be revoked, it will expire", "error", l.unrevoked)
 	}
 }
 
 // touch tells the next candidate that this one leads. Where that fails, or comes too late, a request
-// more elects the next one.
-func (l *Leader) touch() { _ = l.queue.Touch(l.ctx, l.key, l.token) }
+// more elects the next one. It also tells whether the key is still there: if it was taken together with
+// that of the candidate before, either event may have come first.
+func (l *Leader) touch() {
+	rctx, cancel := retry.Request(l.ctx)
+	defer cancel()
+	rev, err := retry.Ask(rctx, l.e.client, nil, func(ctx context.Context) (int64, error) {
+		rev, err := l.queue.Touch(ctx, l.key, l.token)
+		if errors.Is(err, queue.ErrGone) {
+			l.evict()
+			return 0, nil
+		}
+		return rev, err
+	})
+	if err == nil {
+		l.changed(rev)
+	}
+}
 
-// leave deletes the key of a term that was resigned.
+// leave deletes the key of a term that was resigned. l.resigning is held.
 func (l *Leader) leave(ctx context.Context) error {
-	l.e.mu.Lock()
-	_, unfinished := l.e.terms[l]
-	l.e.mu.Unlock()
-	if !unfinished {
+	if l.left {
 		return nil
 	}
-	l.giveBack()
+	l.tracked.Release()
 	rctx, cancel := retry.Request(ctx)
 	defer cancel()
 	// The deletion comes first and alone: on a cluster a revocation hands over more slowly.
@@ -361,13 +449,16 @@ func (l *Leader) leave(ctx context.Context) error {
 		})
 	}
 	l.unwatch()
+	if err == nil {
+		l.tracked.Drop()
+	} else {
+		l.tracked.Abandon()
+	}
 	err = errors.Join(err, l.session.Finish(rctx))
 	if err != nil && !l.session.Gone() {
-		l.tracked.Abandon()
 		return err
 	}
-	l.tracked.Drop()
-	l.finish()
+	l.left = true
 	return nil
 }
 
@@ -375,13 +466,15 @@ func (l *Leader) leave(ctx context.Context) error {
 func (l *Leader) abandon() {
 	l.end(ErrResigned)
 	l.unwatch()
-	l.giveBack()
 	l.tracked.Abandon()
+	l.tracked.Release()
 }
 
-// finish forgets the term.
-func (l *Leader) finish() {
-	l.e.mu.Lock()
-	defer l.e.mu.Unlock()
-	delete(l.e.terms, l)
+// letGo resigns for a caller who cannot: what is left then, the lease takes care of.
+func (l *Leader) letGo(ctx context.Context) {
+	rctx, cancel := retry.Cleanup(ctx)
+	defer cancel()
+	if err := l.Resign(rctx); err != nil {
+		l.e.log(l.claim.election).Warn("resignation failed, the lease will expire", "token", l.token, "error", err)
+	}
 }

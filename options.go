@@ -117,8 +117,15 @@ func WithHooks(hooks Hooks) Option {
 // Hooks are functions to call when something happens; any of them may be nil. They are meant for
 // metrics and notices, not for the work that a leader does.
 //
-// They are called in the middle of things: a hook must return quickly, and must not call Resign,
-// Close or another method that waits for the term to end. Hooks of different elections, and of the
+// They are called in the middle of things: a hook must return quickly, and must not call Resign, Close
+// or another method that waits for the term to end. A hook that does not return holds up what it
+// belongs to: Campaign, the other hooks of its election, Close. It does not hold up renewals, nor the
+// deletion of a key. A panic in Campaigning, Elected or CampaignFailed goes on to the caller of
+// Campaign or Run, after the key was deleted and the election let go; so does one in a log handler
+// there. The other hooks are called in goroutines of the package, where a panic ends the program, as it
+// does in any goroutine.
+//
+// Hooks of different elections, and of the
 // lease, may be called at the same time, and so may LeaderChanged beside Campaigning and Elected.
 // One campaign's order is Campaigning, then either CampaignFailed or Elected and Ended; the next
 // campaign's Campaigning may come before Ended if it begins as soon as the term's context is done.
@@ -142,15 +149,18 @@ type Hooks struct {
 	// wrapped.
 	Ended func(election string, l *Leader, cause error)
 
-	// LeaderChanged is called, while this Elector campaigns or leads in the election, with
-	// whoever leads, this Elector itself included, and on every change of the leader or its value;
-	// the zero Candidate means nobody. It does not repeat what it was last called with for the
-	// election, and says nothing between the end of a term and the next campaign. It costs a watch
-	// of the election.
+	// LeaderChanged is called, while this Elector campaigns or leads in the election, with whoever
+	// leads, this Elector itself included, and on every change of the leader or its value; the zero
+	// Candidate means nobody. While it has not returned, changes may be left out, but not the last one.
+	// A campaign does not repeat what the one before it in the election was told last, unless more than
+	// 100 other elections have ended in between. It says nothing between the end of a term and the next
+	// campaign. It costs a watch of the election.
 	LeaderChanged func(election string, leader Candidate)
 
 	// Renewed is called when a renewal of the lease has counted: took is how long that took and
-	// deadline until when all terms on this lease hold now.
+	// deadline until when all terms on this lease hold then. No renewal waits for Renewed and
+	// RenewFailed: while one of them has not returned only the newest 100 are kept for them, and they
+	// may be told after the term has ended.
 	Renewed func(id clientv3.LeaseID, took time.Duration, deadline time.Time)
 
 	// RenewFailed is called when an attempt to renew the lease has failed; err is [ErrRefused] if

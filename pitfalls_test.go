@@ -878,7 +878,7 @@ func TestElectionsWhoseNamesNestAreIndependent(t *testing.T) {
 	if _, err := client.Put(t.Context(), "a/", "data of somebody else"); err != nil {
 		t.Fatal(err)
 	}
-	for _, key := range []string{"a/config", "a/00", "a/-1", "a/BEEF", "a/0", "a/ffffffffffffffff"} {
+	for _, key := range []string{"a/config", "a/00", "a/-0", "a/BEEF", "a/0", "a/ffffffffffffffff"} {
 		if _, err := client.Put(t.Context(), key, "data of somebody else"); err != nil {
 			t.Fatal(err)
 		}

@@ -49,10 +49,6 @@ var (
 // that followed was answered in another.
 var ErrRefused = errors.New("renewal acknowledged by an etcd leader that may have been deposed")
 
-// maxReads is how many keys one renewal reads, below etcd's default limit of 128 operations in
-// a transaction. A lease with more keys has a random sample of them read.
-const maxReads = 100
-
 // maxAttempt is the longest that one attempt to renew waits for an answer.
 const maxAttempt = 3 * time.Second
 
@@ -66,10 +62,14 @@ type Config struct {
 	// Margin is how long before etcd's earliest expiry the session ends; 0 means a fifth of
 	// the granted TTL.
 	Margin time.Duration
-	// Renewal, if not nil, is told of every renewal, one at a time.
+	// Renewal, if not nil, is told of every renewal, one at a time and in their order, in a goroutine that no
+	// renewal waits for. While it does not return only the newest are kept for it.
 	Renewal func(Renewal)
 	// Wall replaces the wall clock in tests.
 	Wall func() time.Time
+
+	// started owns the goroutines that a session starts; nil means a group of its own.
+	started *retry.Group
 }
 
 // A Renewal is one attempt to renew a lease.
@@ -78,6 +78,8 @@ type Renewal struct {
 	Took     time.Duration // from just before it was sent until it counted or failed
 	Deadline time.Time     // of the session, after it
 	Err      error         // nil if it counted
+	Failures int           // how many in a row have failed
+	Silent   int           // how many in a row had no answer
 }
 
 // A Session is a lease that is being kept alive. It is safe for concurrent use.
@@ -90,16 +92,29 @@ type Session struct {
 	done   chan struct{} // closed when the last renewal has returned
 	unhook func() bool   // forgets the client's context
 
-	mu     sync.Mutex
-	sent   stamp // S
-	ttl    time.Duration
-	margin time.Duration
-	timer  *time.Timer // asks the clocks
-	due    *time.Timer // begins the next renewal; not set while one is under way
-	cause  error       // why the session is over; nil while it is not
-	gone   bool        // etcd has confirmed that there is no such lease
-	keys   map[string]*Key
-	stock  *concurrency.Session // nil until Election needs it
+	pool     *Pool
+	users    int          // guarded by pool.mu
+	revoking bool         // revokeLate was started; guarded by pool.mu
+	started  *retry.Group // attempts to join, and Config.Renewal
+
+	mu       sync.Mutex
+	sent     stamp // S
+	ttl      time.Duration
+	margin   time.Duration
+	timer    *time.Timer // asks the clocks
+	due      *time.Timer // begins the next renewal; not set while one is under way
+	cause    error       // why the session is over; nil while it is not
+	gone     bool        // etcd has confirmed that there is no such lease
+	keys     map[string]*Key
+	past     []string        // names of keys that were dropped, the last ones
+	reads    int64           // of keys, so far
+	maxReads int             // how many keys a request may read
+	keeper   *keeper         // nil until a renewal needs it
+	streams  <-chan struct{} // closed when the keeper has ended; nil if others use it
+	last     Renewal
+	untold   []Renewal
+	telling  bool                 // a goroutine tells them
+	stock    *concurrency.Session // nil until Election needs it
 }
 
 // stamp is one moment on both clocks.
@@ -111,11 +126,16 @@ func Grant(ctx context.Context, client *clientv3.Client, cfg Config) (*Session, 
 	if cfg.Wall == nil {
 		cfg.Wall = time.Now
 	}
+	if cfg.started == nil {
+		cfg.started = new(retry.Group)
+	}
 	s := &Session{
-		client: client,
-		cfg:    cfg,
-		done:   make(chan struct{}),
-		keys:   make(map[string]*Key),
+		client:   client,
+		cfg:      cfg,
+		started:  cfg.started,
+		done:     make(chan struct{}),
+		keys:     make(map[string]*Key),
+		maxReads: maxReads,
 	}
 	s.sent = s.now()
 	rctx, cancel := retry.Request(ctx)
@@ -130,6 +150,12 @@ func Grant(ctx context.Context, client *clientv3.Client, cfg Config) (*Session, 
 	}
 	s.id = granted.ID
 	s.setTTL(granted.TTL)
+
+	if client.Username != "" { // an authentication takes etcd long enough for many of them to be late
+		if s.keeper = keeperOf(client); s.keeper != nil {
+			s.keeper.warm()
+		}
+	}
 
 	// The session outlives ctx, and ends in endLocked alone.
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(client.Ctx())) //nolint:contextcheck
@@ -163,16 +189,43 @@ func (s *Session) Election(prefix, key string, rev int64) *concurrency.Election 
 func (s *Session) newStock() *concurrency.Session {
 	// The derived client must not be closed: that would close the user's Watcher and Lease.
 	derived := clientv3.NewCtxClient(s.ctx, clientv3.WithZapLogger(s.client.GetLogger()))
-	derived.KV, derived.Watcher, derived.Lease = s.client.KV, s.client.Watcher, keeper{s.client.Lease}
+	derived.KV, derived.Watcher, derived.Lease = guardedKV{s.client.KV}, s.client.Watcher, silentLease{s.client.Lease}
 	stock, _ := concurrency.NewSession(derived, concurrency.WithLease(s.id), concurrency.WithContext(s.ctx))
 	return stock
 }
 
-// keeper is the Lease of the derived client: what [concurrency.NewSession] takes for keepalive
-// responses is a channel that ends when the session does.
-type keeper struct{ clientv3.Lease }
+// WithGuard returns a context in which transactions of an [Session.Election] have one more comparison.
+// With it a Proclaim that arrives late does not replace the value of a later one.
+func WithGuard(ctx context.Context, guard clientv3.Cmp) context.Context {
+	return context.WithValue(ctx, guardKey{}, guard)
+}
 
-func (keeper) KeepAlive(ctx context.Context, _ clientv3.LeaseID) (<-chan *clientv3.LeaseKeepAliveResponse, error) {
+type guardKey struct{}
+
+type guardedKV struct{ clientv3.KV }
+
+func (kv guardedKV) Txn(ctx context.Context) clientv3.Txn {
+	txn := kv.KV.Txn(ctx)
+	if guard, ok := ctx.Value(guardKey{}).(clientv3.Cmp); ok {
+		return guardedTxn{txn, guard}
+	}
+	return txn
+}
+
+type guardedTxn struct {
+	clientv3.Txn
+	guard clientv3.Cmp
+}
+
+func (t guardedTxn) If(cs ...clientv3.Cmp) clientv3.Txn {
+	return t.Txn.If(append(cs[:len(cs):len(cs)], t.guard)...)
+}
+
+// silentLease is the Lease of the derived client: what [concurrency.NewSession] takes for keepalive
+// responses is a channel that ends when the session does.
+type silentLease struct{ clientv3.Lease }
+
+func (silentLease) KeepAlive(ctx context.Context, _ clientv3.LeaseID) (<-chan *clientv3.LeaseKeepAliveResponse, error) {
 	alive := make(chan *clientv3.LeaseKeepAliveResponse)
 	context.AfterFunc(ctx, func() { close(alive) })
 	return alive, nil
@@ -226,24 +279,29 @@ func (s *Session) Gone() bool {
 }
 
 // Close ends the session and revokes the lease, unless that is known to be gone. A session that
-// has expired here keeps its lease until it expires in etcd: the margin in between is promised to
-// work that has to stop. Close returns when etcd has confirmed and the renewals have stopped, or
+// has expired here keeps its lease for the margin, which is promised to work that has to stop: see
+// [Session.Finish]. Close returns when etcd has confirmed and the renewals have stopped, or
 // when ctx ends. It may be called again after an error.
 func (s *Session) Close(ctx context.Context) error {
 	s.end(ErrClosed)
 	if err := s.revoke(ctx); err != nil {
 		return err
 	}
-	select {
-	case <-s.done:
-		return nil
-	case <-ctx.Done(): // a Lease that ignores its context must not hold up Close
-		return ctx.Err()
+	// A Lease that ignores its context must not hold up Close.
+	if err := retry.Wait(ctx, s.done); err != nil {
+		return err
 	}
+	s.mu.Lock()
+	streams := s.streams
+	s.mu.Unlock()
+	if streams == nil {
+		return nil
+	}
+	return retry.Wait(ctx, streams)
 }
 
 func (s *Session) revoke(ctx context.Context) error {
-	if s.Gone() || errors.Is(s.Cause(), ErrExpired) {
+	if s.Gone() || errors.Is(s.Cause(), ErrExpired) && s.untilExpiry() > 0 {
 		return nil
 	}
 	rctx, cancel := retry.Request(ctx)
@@ -252,6 +310,9 @@ func (s *Session) revoke(ctx context.Context) error {
 		_, err := s.client.Revoke(ctx, s.id)
 		return err
 	})
+	if errors.Is(err, rpctypes.ErrPermissionDenied) {
+		return nil // somebody else has attached a key to the lease when it had none any more; it expires
+	}
 	if err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
 		return fmt.Errorf("revoke lease %x: %w", s.id, err)
 	}
@@ -273,11 +334,18 @@ func (s *Session) end(cause error) {
 func (s *Session) endLocked(cause error) {
 	s.cause = cause
 	s.timer.Stop()
-	if s.due.Stop() { // else a renewal is under way, and closes it
-		close(s.done)
+	if s.due.Stop() { // else a renewal is under way, and ends them
+		s.endRenewalsLocked()
 	}
 	s.unhook()
 	s.cancel()
+}
+
+func (s *Session) endRenewalsLocked() {
+	if s.keeper != nil {
+		s.streams = s.keeper.release()
+	}
+	close(s.done)
 }
 
 func (s *Session) now() stamp { return stamp{time.Now(), s.cfg.Wall().Round(0)} }

@@ -2,87 +2,251 @@ package lease
 
 import (
 	"context"
+	"errors"
+	"slices"
 	"sync"
+	"sync/atomic"
+	"time"
 
+	"example.com/leader/internal/retry"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// A Pool shares one session among its users: granted for the first, replaced when it is over,
-// closed after the last.
+const (
+	// maxSessions is how many sessions a pool lends. There is more than one only where a name cannot be used
+	// again on the first, see [Key].
+	maxSessions = 8
+
+	// maxLate is how long a pool tries to revoke the lease of a session that has expired.
+	maxLate = time.Hour
+)
+
+// ErrCrowded says that each lease of a pool is in use by others and cannot have the key that was asked
+// for. It heals when one of them ends.
+var ErrCrowded = errors.New("joins that were not answered keep every lease from being used again")
+
+// A Pool shares sessions among their users: granted for the first, replaced when it is over,
+// closed after the last. As a rule it has one.
 type Pool struct {
 	client   *clientv3.Client
 	cfg      Config
-	granting chan struct{} // holds a token while a session is being granted
+	granting chan struct{}   // holds a token while a session is being granted
+	ctx      context.Context // ends with Close
+	cancel   context.CancelFunc
+	late     retry.Group // what sessions have started, requests whose answers nobody waits for any more, revocations after an expiry
 
-	mu      sync.Mutex
-	current *Lent
-}
-
-// Lent is a session that the pool has lent. Each user gives it back once, with [Lent.Return].
-type Lent struct {
-	*Session
-	pool *Pool
-	refs int // guarded by pool.mu
+	mu       sync.Mutex
+	sessions []*Session // that may be lent
+	closing  []*Session // unused, and perhaps not yet revoked: at most maxSessions
 }
 
 // NewPool returns a pool without a session.
 func NewPool(client *clientv3.Client, cfg Config) *Pool {
-	return &Pool{client: client, cfg: cfg, granting: make(chan struct{}, 1)}
+	p := &Pool{client: client, cfg: cfg, granting: make(chan struct{}, 1)}
+	p.cfg.started = &p.late
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	return p
 }
 
-// Get lends the present session, or a new one if there is none or it is over. It blocks for the
-// grant, one at a time, which is bounded by ctx.
-func (p *Pool) Get(ctx context.Context) (*Lent, error) {
+// Track returns a key of a session that can have it: of one that the pool has, unless fresh is set, or
+// else of a new one. name is the name of the key under a lease. It blocks for the grant, one at a time,
+// which is asked for in loop and bounded by ctx.
+//
+// gone is called, at most a few times and without locks held, when a renewal finds that the key with
+// the revision given to [Key.Joined] does not exist.
+func (p *Pool) Track(ctx context.Context, loop *retry.Loop, name func(clientv3.LeaseID) string, gone func(), fresh bool) (*Key, error) {
 	select {
 	case p.granting <- struct{}{}:
 		defer func() { <-p.granting }()
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	if l := p.lend(); l != nil {
-		return l, nil
+	k, room := p.lend(name, gone, fresh)
+	if k != nil {
+		return k, nil
 	}
-	s, err := Grant(ctx, p.client, p.cfg)
+	if !room {
+		return nil, ErrCrowded
+	}
+	s, err := p.grant(ctx, loop)
 	if err != nil {
 		return nil, err
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.current = &Lent{Session: s, pool: p, refs: 1}
-	return p.current, nil
+	s.users = 1
+	p.sessions = append(p.sessions, s)
+	return s.track(name(s.id), gone), nil
 }
 
-func (p *Pool) lend() *Lent {
+// lend returns nil if no session can have the key. room says whether there may be another session.
+func (p *Pool) lend(name func(clientv3.LeaseID) string, gone func(), fresh bool) (k *Key, room bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.current == nil || !p.current.Valid() {
-		return nil
+	p.sessions = slices.DeleteFunc(p.sessions, func(s *Session) bool { return !s.Valid() })
+	if fresh {
+		return nil, len(p.sessions) < maxSessions
 	}
-	p.current.refs++
-	return p.current
+	for _, s := range p.sessions {
+		if k := s.track(name(s.id), gone); k != nil {
+			s.users++
+			return k, true
+		}
+	}
+	return nil, len(p.sessions) < maxSessions
 }
 
-// Return gives the session back. The last one to do so must call [Lent.Finish] then.
-func (l *Lent) Return() {
-	l.pool.mu.Lock()
-	defer l.pool.mu.Unlock()
-	l.refs--
-	if l.refs == 0 && l.pool.current == l {
-		l.pool.current = nil
+// grant asks for a lease, and again while the first request has no answer. A lease that is granted when
+// it is not wanted any more, as ctx has ended or another one came first, is revoked.
+func (p *Pool) grant(ctx context.Context, loop *retry.Loop) (*Session, error) {
+	var taken atomic.Bool
+	revoke := func(s *Session, err error) {
+		if err == nil {
+			cctx, cancel := retry.Cleanup(context.Background())
+			defer cancel()
+			_ = s.Close(cctx) // it has no keys, and expires
+		}
 	}
+	return retry.Do(ctx, loop, func(ctx context.Context) (*Session, error) {
+		s, err := retry.Outlive(ctx, &p.late, func(ctx context.Context) (*Session, error) {
+			return Grant(ctx, p.client, p.cfg)
+		}, revoke)
+		if err != nil {
+			return nil, err
+		}
+		if !taken.CompareAndSwap(false, true) {
+			p.late.Go(func() { revoke(s, nil) })
+			return nil, errors.New("another grant was answered first")
+		}
+		s.pool = p
+		return s, nil
+	})
 }
 
-// Unused reports whether all users have given the session back.
-func (l *Lent) Unused() bool {
-	l.pool.mu.Lock()
-	defer l.pool.mu.Unlock()
-	return l.refs == 0
+// Abandoned returns the keys with this name that were abandoned, one for each session at most.
+func (p *Pool) Abandoned(name func(clientv3.LeaseID) string) []*Key {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var keys []*Key
+	for _, s := range p.sessions {
+		s.mu.Lock()
+		if k := s.keys[name(s.id)]; k != nil && k.abandoned {
+			keys = append(keys, k)
+		}
+		s.mu.Unlock()
+	}
+	return keys
+}
+
+// Remove looks for an abandoned key in etcd and deletes it, with requests that are sent until they are answered
+// or ctx ends.
+func (k *Key) Remove(ctx context.Context) error {
+	seen, err := k.s.readSome(ctx, retry.RequestTimeout, nil, func(int) []reading {
+		k.s.mu.Lock()
+		defer k.s.mu.Unlock()
+		return []reading{{Key: k, name: k.name, abandoned: true, certain: k.unanswered == 0}}
+	})
+	if err != nil {
+		return err
+	}
+	for _, o := range k.s.found(seen) {
+		if err := k.s.delete(ctx, o); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Release gives the use of the session back, once. Whoever does so calls [Session.Finish] when the key
+// has been seen to.
+func (k *Key) Release() {
+	s, p := k.s, k.s.pool
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if k.released {
+		return
+	}
+	k.released = true
+	if s.users--; s.users > 0 {
+		return
+	}
+	p.sessions = slices.DeleteFunc(p.sessions, func(other *Session) bool { return other == s })
+	p.closing = slices.DeleteFunc(p.closing, (*Session).Gone)
+	if len(p.closing) == maxSessions {
+		p.closing = slices.Delete(p.closing, 0, 1) // it expires
+	}
+	p.closing = append(p.closing, s)
 }
 
 // Finish closes the session if it is unused. It may be called again after an error.
-func (l *Lent) Finish(ctx context.Context) error {
-	if !l.Unused() {
+//
+// A session that has expired keeps its lease for the margin, which is promised to work that has to stop. After
+// that the lease is revoked, if it is still there: an etcd that has a new leader gives it the whole TTL anew,
+// in which nobody could lead.
+func (s *Session) Finish(ctx context.Context) error {
+	s.pool.mu.Lock()
+	unused := s.users == 0
+	s.pool.mu.Unlock()
+	if !unused {
 		return nil
 	}
-	return l.Close(ctx)
+	if err := s.Close(ctx); err != nil {
+		return err
+	}
+	s.pool.mu.Lock()
+	defer s.pool.mu.Unlock()
+	if !s.Gone() && errors.Is(s.Cause(), ErrExpired) && s.pool.ctx.Err() == nil && !s.revoking {
+		s.revoking = true
+		s.pool.late.Go(s.revokeLate)
+	}
+	return nil
+}
+
+// revokeLate revokes the lease of an expired session when the margin has passed by both clocks. It
+// tries until etcd has answered, the pool or the client is closed, or maxLate has passed.
+func (s *Session) revokeLate() {
+	ctx, cancel := context.WithTimeout(s.pool.ctx, maxLate)
+	defer cancel()
+	defer context.AfterFunc(s.client.Ctx(), cancel)()
+	for wait := s.untilExpiry(); wait > 0; wait = s.untilExpiry() {
+		if retry.Sleep(ctx, min(wait, clockCheck)) != nil {
+			return
+		}
+	}
+	_, err := retry.Ask(ctx, s.client, nil, func(ctx context.Context) (struct{}, error) {
+		_, err := s.client.Revoke(ctx, s.id)
+		return struct{}{}, err
+	})
+	if err == nil || errors.Is(err, rpctypes.ErrLeaseNotFound) {
+		s.mu.Lock()
+		s.gone = true
+		s.mu.Unlock()
+	}
+}
+
+// untilExpiry is how long it takes until etcd may have let the lease expire, by the clock that says more.
+func (s *Session) untilExpiry() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := s.now()
+	return s.ttl - min(now.mono.Sub(s.sent.mono), now.wall.Sub(s.sent.wall))
+}
+
+// Close revokes the leases of sessions that nobody uses, and waits until all that the pool has
+// started has ended, or until ctx ends. It may be called again after an error.
+func (p *Pool) Close(ctx context.Context) error {
+	p.mu.Lock()
+	p.cancel()
+	closing := slices.Clone(p.closing)
+	p.mu.Unlock()
+	var errs []error
+	for _, s := range closing {
+		errs = append(errs, s.Close(ctx))
+	}
+	p.mu.Lock()
+	p.closing = slices.DeleteFunc(p.closing, func(s *Session) bool { return s.Gone() || errors.Is(s.Cause(), ErrExpired) })
+	p.mu.Unlock()
+	errs = append(errs, p.late.Wait(ctx))
+	return errors.Join(errs...)
 }

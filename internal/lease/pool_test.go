@@ -3,12 +3,15 @@ package lease
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
+	"strconv"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"example.com/leader/internal/retry"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
@@ -16,41 +19,41 @@ import (
 func TestPoolGrantsOneLeaseForAll(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
-		e.onGrant = answersAt[granted](e, time.Second)
+		e.onGrant = answersAt[granted](e, soon)
 		p := newPool(e)
 		var wg sync.WaitGroup
-		lent := make([]*Lent, 10)
-		for i := range lent {
-			wg.Go(func() { lent[i] = get(t, p) })
+		keys := make([]*Key, 10)
+		for i := range keys {
+			wg.Go(func() { keys[i] = lend(t, p, strconv.Itoa(i)) })
 		}
 		wg.Wait()
-		for _, l := range lent {
-			if l != lent[0] {
+		s := keys[0].Session()
+		for i, k := range keys {
+			if k.Session() != s {
 				t.Fatal("lent different sessions")
+			}
+			if want := fmt.Sprintf("%d/%x", i, s.ID()); k.Name() != want {
+				t.Errorf("the key is %q, want %q", k.Name(), want)
 			}
 		}
 		if got := e.log().asked; len(got) != 1 {
 			t.Errorf("%d leases granted, want 1", len(got))
 		}
 
-		for i, l := range lent {
-			if l.Unused() {
-				t.Errorf("unused while %d have not given it back", len(lent)-i)
+		for i, k := range keys {
+			if err := s.Finish(t.Context()); err != nil || !s.Valid() {
+				t.Errorf("Finish() = %v, Valid() = %v while %d keys use the session", err, s.Valid(), len(keys)-i)
 			}
-			if err := l.Finish(t.Context()); err != nil || !l.Valid() {
-				t.Errorf("Finish() = %v, Valid() = %v of a session that is in use", err, l.Valid())
+			for range 2 { // the second is ignored
+				k.Release()
 			}
-			l.Return()
-		}
-		if !lent[0].Unused() {
-			t.Error("in use after all have given it back")
 		}
 		for range 2 {
-			if err := lent[0].Finish(t.Context()); err != nil {
+			if err := s.Finish(t.Context()); err != nil {
 				t.Errorf("Finish() = %v", err)
 			}
 		}
-		if got := e.log().revoked; !slices.Equal(got, []clientv3.LeaseID{lent[0].ID()}) || lent[0].Valid() {
+		if got := e.log().revoked; !slices.Equal(got, []clientv3.LeaseID{s.ID()}) || s.Valid() {
 			t.Errorf("revoked %v, want the lease once", got)
 		}
 	})
@@ -61,17 +64,18 @@ func TestFinishMayBeRetriedAfterAnError(t *testing.T) {
 		e := newEtcd(t)
 		e.onRevoke = func(_ context.Context, n int) error {
 			if n == 1 {
-				return rpctypes.ErrPermissionDenied
+				return rpctypes.ErrAuthFailed
 			}
 			return nil
 		}
-		l := get(t, newPool(e))
-		l.Return()
-		if err := l.Finish(t.Context()); !errors.Is(err, rpctypes.ErrPermissionDenied) {
-			t.Errorf("Finish() = %v, want %v", err, rpctypes.ErrPermissionDenied)
+		k := lend(t, newPool(e), "k")
+		s := k.Session()
+		k.Release()
+		if err := s.Finish(t.Context()); !errors.Is(err, rpctypes.ErrAuthFailed) {
+			t.Errorf("Finish() = %v, want %v", err, rpctypes.ErrAuthFailed)
 		}
-		if err := l.Finish(t.Context()); err != nil || !l.Gone() {
-			t.Errorf("Finish() = %v, Gone() = %v, want nil and true", err, l.Gone())
+		if err := s.Finish(t.Context()); err != nil || !s.Gone() {
+			t.Errorf("Finish() = %v, Gone() = %v, want nil and true", err, s.Gone())
 		}
 	})
 }
@@ -80,16 +84,17 @@ func TestFinishMayBeRetriedAfterAnError(t *testing.T) {
 func TestPoolDoesNotLendASessionThatAllHaveReturned(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPool(newEtcd(t))
-		first := get(t, p)
-		first.Return()
-		second := get(t, p)
-		if first == second {
+		first := lend(t, p, "k")
+		first.Drop()
+		first.Release()
+		second := lend(t, p, "k")
+		if first.Session() == second.Session() {
 			t.Error("lent again after the last one had given it back")
 		}
-		second.Return()
-		for _, l := range []*Lent{first, second} {
-			if err := l.Finish(t.Context()); err != nil {
-				t.Errorf("Finish() = %v", err)
+		second.Release()
+		for _, k := range []*Key{first, second} {
+			if err := k.Session().Finish(t.Context()); err != nil || !k.Session().Gone() {
+				t.Errorf("Finish() = %v, Gone() = %v", err, k.Session().Gone())
 			}
 		}
 	})
@@ -98,41 +103,56 @@ func TestPoolDoesNotLendASessionThatAllHaveReturned(t *testing.T) {
 func TestPoolReplacesASessionThatIsOver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
+		e.onRenew = hangs
 		p := newPool(e)
-		old := get(t, p)
-		e.waitUntil(deadline) // no renewal counts without a key
-		renewed := get(t, p)
-		if old == renewed || !renewed.Valid() || !errors.Is(old.Cause(), ErrExpired) {
-			t.Errorf("lent a session that is over: %v", renewed.Cause())
+		old := lend(t, p, "a")
+		e.waitUntil(deadline)
+		renewed := lend(t, p, "a")
+		if old.Session() == renewed.Session() || !renewed.Session().Valid() || !errors.Is(old.Session().Cause(), ErrExpired) {
+			t.Errorf("lent a session that is over: %v", renewed.Session().Cause())
 		}
-		old.Return() // does not take the new one away
-		if third := get(t, p); third != renewed {
+		old.Release() // does not take the new one away
+		if third := lend(t, p, "b"); third.Session() != renewed.Session() {
 			t.Error("a session that is in use was replaced when an older one was given back")
 		}
-		if renewed.Unused() || !old.Unused() {
-			t.Errorf("Unused() = %v of the new session and %v of the old one", renewed.Unused(), old.Unused())
+		if err := renewed.Session().Finish(t.Context()); err != nil || !renewed.Session().Valid() {
+			t.Errorf("Finish() = %v, Valid() = %v of a session that is in use", err, renewed.Session().Valid())
 		}
 	})
 }
 
-func TestGetReturnsWhenItsContextEndsWhileAnotherIsGranting(t *testing.T) {
+// A timer may be late to end it.
+func TestPoolDoesNotLendASessionWhoseDeadlineHasPassed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		var wall wall
+		p := NewPool(e.client, Config{TTL: ttl, Wall: wall.now})
+		old := lend(t, p, "a")
+		wall.jump(deadline)
+		if k := lend(t, p, "b"); k.Session() == old.Session() {
+			t.Errorf("lent a session whose deadline was %v ago", time.Since(old.Session().Deadline()))
+		}
+	})
+}
+
+func TestTrackReturnsWhenItsContextEndsWhileAnotherIsGranting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
 		e.onGrant = stuck[granted](e)
 		p := newPool(e)
-		granting := make(chan *Lent, 1)
-		go func() { granting <- get(t, p) }()
+		granting := make(chan *Key, 1)
+		go func() { granting <- lend(t, p, "a") }()
 		synctest.Wait()
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		if l, err := p.Get(ctx); l != nil || !errors.Is(err, context.DeadlineExceeded) || e.at() != time.Second {
-			t.Errorf("Get() = %v, %v after %v, want %v after 1s", l, err, e.at(), context.DeadlineExceeded)
+		if k, err := track(ctx, p, "b", false); k != nil || !errors.Is(err, context.DeadlineExceeded) || e.at() != time.Second {
+			t.Errorf("Track() = %v, %v after %v, want %v after 1s", k, err, e.at(), context.DeadlineExceeded)
 		}
 		e.release()
-		l := <-granting
-		l.Return()
-		if !l.Unused() {
-			t.Error("the Get that failed counts as a user")
+		k := <-granting
+		k.Release()
+		if err := k.Session().Finish(t.Context()); err != nil || k.Session().Valid() {
+			t.Errorf("Finish() = %v, Valid() = %v, want nil and false: the Track that failed is no user", err, k.Session().Valid())
 		}
 	})
 }
@@ -141,22 +161,22 @@ func TestFailedGrantIsForTheOneWhoAskedAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
 		e.onGrant = func(_ context.Context, n int, l *granted) (*granted, error) {
-			time.Sleep(time.Second)
+			time.Sleep(soon)
 			if n == 1 {
-				return nil, rpctypes.ErrNoLeader
+				return nil, rpctypes.ErrPermissionDenied
 			}
 			return l, nil
 		}
 		p := newPool(e)
 		failed := make(chan error, 1)
 		go func() {
-			_, err := p.Get(t.Context())
+			_, err := track(t.Context(), p, "a", false)
 			failed <- err
 		}()
 		synctest.Wait()
-		get(t, p)
-		if err := <-failed; !errors.Is(err, rpctypes.ErrNoLeader) {
-			t.Errorf("first Get() = %v, want %v", err, rpctypes.ErrNoLeader)
+		lend(t, p, "b")
+		if err := <-failed; !errors.Is(err, rpctypes.ErrPermissionDenied) {
+			t.Errorf("first Track() = %v, want %v", err, rpctypes.ErrPermissionDenied)
 		}
 		if got := e.log().asked; len(got) != 2 {
 			t.Errorf("%d leases asked for, want 2", len(got))
@@ -164,17 +184,340 @@ func TestFailedGrantIsForTheOneWhoAskedAlone(t *testing.T) {
 	})
 }
 
+func TestFreshTakesANewLease(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		p := newPool(e)
+		first, other := lend(t, p, "a"), lend(t, p, "b")
+		fresh, err := track(t.Context(), p, "c", true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cleanUp(t, fresh)
+		if first.Session() != other.Session() || fresh.Session() == first.Session() {
+			t.Errorf("leases %x, %x and, fresh, %x", first.Session().ID(), other.Session().ID(), fresh.Session().ID())
+		}
+		if k := lend(t, p, "d"); k.Session() != first.Session() { // the new one is for who needs it
+			t.Errorf("lent lease %x, want the first, %x", k.Session().ID(), first.Session().ID())
+		}
+		// Both are lent from then on, and closed when they are not used.
+		first.Release()
+		other.Release()
+		fresh.Release()
+		if err := fresh.Session().Finish(t.Context()); err != nil || !fresh.Session().Gone() || first.Session().Gone() {
+			t.Errorf("Finish() = %v, Gone() = %v of the fresh lease and %v of the first, want true and false",
+				err, fresh.Session().Gone(), first.Session().Gone())
+		}
+	})
+}
+
+func TestPoolLendsAtMostEightSessions(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		p := newPool(e)
+		var keys []*Key
+		for range maxSessions { // the name is in use on each session there is
+			keys = append(keys, lend(t, p, "k"))
+		}
+		for _, fresh := range []bool{false, true} {
+			if k, err := track(t.Context(), p, "k", fresh); k != nil || !errors.Is(err, ErrCrowded) {
+				t.Errorf("Track(fresh = %v) = %v, %v, want %v", fresh, k, err, ErrCrowded)
+			}
+		}
+		if got := len(e.log().asked); got != maxSessions || maxSessions != 8 {
+			t.Errorf("%d leases granted, want 8", got)
+		}
+		lend(t, p, "other") // has room on each
+
+		keys[3].Session().Revoked() // one of them ends
+		k := lend(t, p, "k")
+		if slices.ContainsFunc(keys, func(old *Key) bool { return old.Session() == k.Session() }) {
+			t.Error("lent a session on which the name is in use")
+		}
+	})
+}
+
+func TestSessionWithTooManyAbandonedKeysTakesNoMoreNames(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		p := newPool(e)
+		var keys []*Key
+		for i := range maxAbandoned {
+			keys = append(keys, lend(t, p, strconv.Itoa(i)))
+			attemptUnanswered(t, keys[i])
+		}
+		s := keys[0].Session()
+		for i, k := range keys {
+			if other := lend(t, p, fmt.Sprint("before ", i)); other.Session() != s {
+				t.Fatalf("the session takes no more names after %d were abandoned, want %d", i, maxAbandoned)
+			}
+			k.Abandon()
+		}
+		if other := lend(t, p, "after"); other.Session() == s {
+			t.Errorf("the session takes a name although %d were abandoned", maxAbandoned)
+		}
+	})
+}
+
+// Nobody would use it, and the user's etcd would keep it for a TTL.
+func TestGrantThatItsContextCutsShortIsRevokedWhenItsAnswerComes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		e.onGrant = answersAt[granted](e, 3*time.Second)
+		p := newPool(e)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if k, err := track(ctx, p, "k", false); k != nil || !errors.Is(err, context.DeadlineExceeded) || e.at() != time.Second {
+			t.Errorf("Track() = %v, %v after %v, want %v after 1s", k, err, e.at(), context.DeadlineExceeded)
+		}
+		if err := p.Close(t.Context()); err != nil || e.at() < 3*time.Second {
+			t.Errorf("Close() = %v after %v, want it to wait for the answers after 3s", err, e.at())
+		}
+		e.wantRevokedBut(nil)
+	})
+}
+
+func TestOfTwoGrantsThatAreAnsweredOneIsUsedAndTheOtherRevoked(t *testing.T) {
+	for name, at := range map[string][]time.Duration{ // when each is answered
+		"the second first":      {2 * time.Second, time.Second},
+		"the first first":       {time.Second, 2 * time.Second},
+		"both at the same time": {time.Second, time.Second},
+	} {
+		bubble(t, name, func(t *testing.T) {
+			for range 20 { // which of two that are answered together is used is left to chance
+				e := newEtcd(t)
+				e.onGrant = func(ctx context.Context, n int, l *granted) (*granted, error) {
+					if n > len(at) {
+						return hangs(ctx, n, l)
+					}
+					return answersAt[granted](e, at[n-1])(ctx, n, l)
+				}
+				p := newPool(e)
+				k := lend(t, p, "k")
+				if e.at() != time.Second || !k.Session().Valid() {
+					t.Errorf("Track returned after %v, want 1s", e.at())
+				}
+				if err := p.Close(t.Context()); err != nil || e.at() < slices.Max(at) {
+					t.Errorf("Close() = %v after %v, want it to wait for the other answer after %v", err, e.at(), slices.Max(at))
+				}
+				e.wantRevokedBut(k.Session())
+			}
+		})
+	}
+}
+
+// wantRevokedBut wants each lease that was granted to be revoked, but for that of the session.
+func (e *etcd) wantRevokedBut(used *Session) {
+	e.t.Helper()
+	log := e.log()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if len(e.granted) == 0 {
+		e.t.Error("no lease was granted")
+	}
+	for _, id := range e.granted {
+		want := used == nil || used.ID() != id
+		if got := slices.Contains(log.revoked, id); got != want {
+			e.t.Errorf("lease %x was revoked: %v, want %v", id, got, want)
+		}
+	}
+	if used != nil && !slices.Contains(e.granted, used.ID()) {
+		e.t.Errorf("lease %x is used and was not granted", used.ID())
+	}
+}
+
+// An etcd that has a new leader gives the lease the whole TTL anew. Nobody could lead until it expires.
+func TestLeaseOfAnExpiredSessionIsRevokedOnceItMayHaveExpired(t *testing.T) {
+	for name, test := range map[string]struct {
+		jumpAt, jump time.Duration // of the wall clock
+		want         time.Duration
+	}{
+		"S + TTL":                           {0, 0, ttl},
+		"wall clock set back delays it":     {13 * time.Second, -10 * time.Second, ttl + 10*time.Second},
+		"wall clock set forward does not":   {13 * time.Second, time.Hour, ttl},
+		"nor if that has ended the session": {time.Second, time.Hour, ttl},
+	} {
+		bubble(t, name, func(t *testing.T) {
+			e := newEtcd(t)
+			e.onRenew = hangs
+			var revoked []time.Duration
+			e.onRevoke = func(context.Context, int) error {
+				revoked = append(revoked, e.at())
+				return nil
+			}
+			var wall wall
+			time.AfterFunc(test.jumpAt, func() { wall.jump(test.jump) })
+			p := NewPool(e.client, Config{TTL: ttl, Wall: wall.now})
+			s := e.expire(t, p)
+			for range 3 {
+				if err := s.Finish(t.Context()); err != nil {
+					t.Errorf("Finish() = %v", err)
+				}
+			}
+			e.waitUntil(test.want - 1)
+			if len(revoked) != 0 || s.Gone() {
+				t.Errorf("revoked after %v, Gone() = %v", revoked, s.Gone())
+			}
+			e.waitUntil(test.want + clockCheck)
+			if !slices.Equal(revoked, []time.Duration{test.want}) || !s.Gone() {
+				t.Errorf("revoked after %v, Gone() = %v, want once after %v", revoked, s.Gone(), test.want)
+			}
+		})
+	}
+}
+
+// expire lends a session, and gives it back when it has expired.
+func (e *etcd) expire(t *testing.T, p *Pool) *Session {
+	k := lend(t, p, "k")
+	<-k.Session().Context().Done()
+	if cause := k.Session().Cause(); !errors.Is(cause, ErrExpired) {
+		t.Errorf("Cause() = %v, want %v", cause, ErrExpired)
+	}
+	k.Drop()
+	k.Release()
+	if err := k.Session().Finish(t.Context()); err != nil {
+		t.Errorf("Finish() = %v", err)
+	}
+	return k.Session()
+}
+
+func TestRevocationOfAnExpiredLeaseIsRetriedThroughAnOutage(t *testing.T) {
+	for name, fault := range map[string]func(context.Context) error{
+		"etcd refuses": func(context.Context) error { return rpctypes.ErrNoLeader },
+		"etcd hangs":   func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() },
+	} {
+		bubble(t, name, func(t *testing.T) {
+			e := newEtcd(t)
+			e.onRenew = hangs
+			const over = 10 * time.Minute
+			e.onRevoke = func(ctx context.Context, _ int) error {
+				if e.at() < over {
+					return fault(ctx)
+				}
+				return rpctypes.ErrLeaseNotFound // it has expired meanwhile
+			}
+			s := e.expire(t, newPool(e))
+			e.waitUntil(over - 1)
+			if s.Gone() {
+				t.Error("Gone() = true before etcd has answered")
+			}
+			e.waitUntil(over + 10*time.Second)
+			if !s.Gone() {
+				t.Errorf("the lease was not revoked in 10s after the outage, by %d requests", len(e.log().revoked))
+			}
+		})
+	}
+}
+
+func TestRevocationOfAnExpiredLeaseEnds(t *testing.T) {
+	for name, test := range map[string]struct {
+		end   func(t *testing.T, e *etcd, p *Pool)
+		after time.Duration
+	}{
+		"an hour after": {func(*testing.T, *etcd, *Pool) {}, deadline + maxLate},
+		"with the pool": {func(t *testing.T, _ *etcd, p *Pool) {
+			over, cancel := context.WithCancel(t.Context())
+			cancel()
+			if err := p.Close(over); !errors.Is(err, context.Canceled) { // else it would try once more
+				t.Errorf("Close() = %v", err)
+			}
+		}, time.Minute},
+		"with the client":                      {func(_ *testing.T, e *etcd, _ *Pool) { e.cancel() }, time.Minute},
+		"with the client, before it has begun": {func(_ *testing.T, e *etcd, _ *Pool) { e.cancel() }, 13*time.Second + time.Second/2},
+		"with the pool, before it has begun": {func(t *testing.T, _ *etcd, p *Pool) {
+			if err := p.Close(t.Context()); err != nil {
+				t.Errorf("Close() = %v", err)
+			}
+		}, 13*time.Second + time.Second/2},
+	} {
+		bubble(t, name, func(t *testing.T) {
+			e := newEtcd(t)
+			e.onRenew = hangs
+			e.onRevoke = func(context.Context, int) error { return rpctypes.ErrNoLeader }
+			p := newPool(e)
+			e.expire(t, p)
+			e.waitUntil(min(test.after, time.Minute))
+			before := len(e.log().revoked)
+			test.end(t, e, p)
+			e.waitUntil(test.after)
+			if err := p.late.Wait(t.Context()); err != nil || e.at() != test.after {
+				t.Errorf("ended after %v, want %v", e.at(), test.after)
+			}
+			ended := len(e.log().revoked)
+			e.waitUntil(3 * maxLate)
+			if got := len(e.log().revoked); got != ended || (before == 0) != (test.after < ttl) {
+				t.Errorf("%d requests to revoke before the end and %d after it", before, got-ended)
+			}
+		})
+	}
+}
+
+// A session that has been given back when the pool is closed already leaves its lease to expire.
+func TestNoRevocationBeginsOnceThePoolIsClosed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		e.onRenew = hangs
+		p := newPool(e)
+		if err := p.Close(t.Context()); err != nil {
+			t.Errorf("Close() = %v", err)
+		}
+		e.expire(t, p)
+		e.waitUntil(time.Minute)
+		if got := len(e.log().revoked); got != 0 {
+			t.Errorf("%d requests to revoke", got)
+		}
+	})
+}
+
+func TestCloseOfAPoolRevokesWhatNobodyUses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		e.onRevoke = func(_ context.Context, n int) error {
+			if n == 1 {
+				return rpctypes.ErrAuthFailed
+			}
+			return nil
+		}
+		p := newPool(e)
+		unused := lend(t, p, "a")
+		unused.Release()
+		used := lend(t, p, "a")
+		if err := p.Close(t.Context()); !errors.Is(err, rpctypes.ErrAuthFailed) {
+			t.Errorf("Close() = %v, want %v", err, rpctypes.ErrAuthFailed)
+		}
+		if err := p.Close(t.Context()); err != nil {
+			t.Errorf("Close() = %v", err)
+		}
+		if !unused.Session().Gone() || used.Session().Gone() || !used.Session().Valid() {
+			t.Errorf("Gone() = %v of the unused session and %v of the other, want true and false", unused.Session().Gone(), used.Session().Gone())
+		}
+	})
+}
+
+// soon is before a request is sent again.
+const soon = 100 * time.Millisecond
+
 func newPool(e *etcd) *Pool { return NewPool(e.client, Config{TTL: ttl}) }
 
-func get(t *testing.T, p *Pool) *Lent {
-	l, err := p.Get(t.Context())
+// track is Track of a key <name>/<lease>.
+func track(ctx context.Context, p *Pool, name string, fresh bool) (*Key, error) {
+	return p.Track(ctx, &retry.Loop{Client: p.client}, func(id clientv3.LeaseID) string { return fmt.Sprintf("%s/%x", name, id) }, func() {}, fresh)
+}
+
+func lend(t *testing.T, p *Pool, name string) *Key {
+	k, err := track(t.Context(), p, name, false)
 	if err != nil {
-		t.Errorf("Get() = %v", err)
+		t.Errorf("Track() = %v", err)
 		return nil
 	}
+	cleanUp(t, k)
+	return k
+}
+
+// cleanUp ends the key's session with the test.
+func cleanUp(t *testing.T, k *Key) {
 	t.Cleanup(func() {
-		l.end(ErrClosed)
-		<-l.done
+		k.s.end(ErrClosed)
+		<-k.s.done
 	})
-	return l
 }

@@ -3,6 +3,7 @@ package lease
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"example.com/leader/internal/retry"
@@ -32,6 +33,9 @@ func (s *Session) renewal() {
 	for s.ctx.Err() == nil {
 		sent := s.now()
 		orphans, err := s.renew(sent, attempt)
+		if errors.Is(err, context.Canceled) && s.ctx.Err() != nil {
+			err = s.Cause() // that is why
+		}
 		s.report(sent, err)
 		if err == nil {
 			s.sweep(orphans, attempt)
@@ -43,23 +47,67 @@ func (s *Session) renewal() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.cause != nil {
-		close(s.done)
+		s.endRenewalsLocked()
 		return
 	}
 	s.due.Reset(s.untilDue())
 }
 
-// report tells how an attempt went, unless it was cut short by the session's close.
+// maxUntold is how many renewals are kept for [Config].Renewal while it does not return.
+const maxUntold = 100
+
+// report tells how an attempt went, unless it was cut short by the session's close. It does not wait: what
+// is told is the user's code, which may block, panic or exit its goroutine.
 func (s *Session) report(sent stamp, err error) {
 	if s.cfg.Renewal == nil || err != nil && errors.Is(s.Cause(), ErrClosed) {
 		return
 	}
-	s.cfg.Renewal(Renewal{Lease: s.id, Took: time.Since(sent.mono), Deadline: s.Deadline(), Err: err})
+	r := Renewal{Lease: s.id, Took: time.Since(sent.mono), Deadline: s.Deadline(), Err: err}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil {
+		r.Failures = s.last.Failures + 1
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		r.Silent = s.last.Silent + 1
+	}
+	s.last = r
+	if len(s.untold) == maxUntold {
+		s.untold = slices.Delete(s.untold, 0, 1)
+	}
+	s.untold = append(s.untold, r)
+	s.tellLocked()
+}
+
+func (s *Session) tellLocked() {
+	if s.telling || len(s.untold) == 0 {
+		return
+	}
+	s.telling = true
+	s.started.Go(func() {
+		defer func() { // the user's code may have ended this goroutine
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.telling = false
+			s.tellLocked()
+		}()
+		for {
+			s.mu.Lock()
+			if len(s.untold) == 0 {
+				s.mu.Unlock()
+				return
+			}
+			r := s.untold[0]
+			s.untold = s.untold[1:]
+			s.mu.Unlock()
+			s.cfg.Renewal(r)
+		}
+	})
 }
 
 // renew makes one attempt: the renewal, then the read that makes it count. It returns the
 // abandoned keys that the read has found.
-func (s *Session) renew(sent stamp, attempt time.Duration) ([]orphan, error) {
+func (s *Session) renew(sent stamp, attempt time.Duration) ([]reading, error) {
 	ack, err := s.keepAlive(attempt)
 	if errors.Is(err, rpctypes.ErrLeaseNotFound) {
 		s.Revoked() // the deadline has not come: somebody revoked it
@@ -73,35 +121,49 @@ func (s *Session) renew(sent stamp, attempt time.Duration) ([]orphan, error) {
 	}
 	// The acknowledgement stays good for as long as the raft term does, so a read that fails
 	// is repeated alone.
-	backoff := retry.Backoff{Min: attempt / 16, Max: attempt / 2}
-	most := maxReads
-	for {
-		term, orphans, err := s.readKeys(most, attempt)
-		switch {
-		case err == nil && term != ack.RaftTerm:
-			return nil, ErrRefused
-		case err == nil:
-			return orphans, s.extend(sent, ack.TTL)
-		case retry.Permanent(err) && most > 1:
-			// One key that may not be read must not cost all the others their lease. (One that may
-			// not be written does: etcd itself refuses the renewal then.)
-			most = 1
-			continue
-		case retry.Permanent(err):
-			return nil, err
+	var silent time.Time
+	failed := func(err error) {
+		if errors.Is(err, context.DeadlineExceeded) {
+			if time.Since(silent) < attempt {
+				return // it was sent beside the one that was reported
+			}
+			silent = time.Now()
 		}
 		s.report(sent, err)
-		retry.Reconnect(s.client)
-		if backoff.Wait(s.ctx) != nil {
-			return nil, s.Cause()
-		}
 	}
+	seen, err := s.readSome(s.ctx, attempt, failed, s.sample)
+	switch {
+	case s.ctx.Err() != nil && err != nil:
+		return nil, s.Cause()
+	case err != nil:
+		return nil, err
+	case seen.term != ack.RaftTerm:
+		return nil, ErrRefused
+	}
+	return s.found(seen), s.extend(sent, ack.TTL)
 }
 
+// keepAlive sends the renewal and waits for its answer.
 func (s *Session) keepAlive(attempt time.Duration) (*clientv3.LeaseKeepAliveResponse, error) {
 	ctx, cancel := context.WithTimeout(retry.RequireLeader(s.ctx), attempt)
 	defer cancel()
-	return s.client.KeepAliveOnce(paced{ctx, attempt / 8}, s.id)
+	if s.keeper == nil { // only renewals use it, and there is one at a time
+		k := keeperOf(s.client)
+		s.mu.Lock()
+		s.keeper = k
+		s.mu.Unlock()
+	}
+	var ack *clientv3.LeaseKeepAliveResponse
+	var err error
+	if s.keeper != nil {
+		ack, err = s.keeper.renew(ctx, s.id)
+	} else {
+		ack, err = s.client.KeepAliveOnce(paced{ctx, attempt / 8}, s.id)
+	}
+	if err != nil && ctx.Err() != nil && s.ctx.Err() == nil {
+		err = retry.Silence(s.client, attempt)
+	}
+	return ack, err
 }
 
 // paced is a context for clientv3's KeepAliveOnce, which repeats a request that fails at once

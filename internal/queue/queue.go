@@ -7,13 +7,10 @@
 package queue
 
 import (
-	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"example.com/leader/internal/retry"
@@ -61,7 +58,7 @@ func (q *Queue) ParseKey(key string) (clientv3.LeaseID, bool) {
 		return 0, false
 	}
 	id, err := strconv.ParseInt(hex, 16, 64)
-	if err != nil || id <= 0 || strconv.FormatInt(id, 16) != hex {
+	if err != nil || id == 0 || strconv.FormatInt(id, 16) != hex { // etcd grants negative ids on request
 		return 0, false
 	}
 	return clientv3.LeaseID(id), true
@@ -96,57 +93,100 @@ type Place struct {
 // First reports whether the place is the first of the queue, as far as it was last read.
 func (p Place) First() bool { return p.before == "" }
 
-// Join puts the candidate's key, unless it is there already: then a former try whose reply was
-// lost has put it. The key must not have been left behind by somebody else, see [Queue.Remove].
-func (q *Queue) Join(ctx context.Context, loop *retry.Loop, id clientv3.LeaseID, value string) (Place, error) {
+// ErrTaken is returned by Join if the key is there and not as it was to be put: somebody else has put it.
+var ErrTaken = errors.New("somebody else has put the candidate's key")
+
+// A Joining is the answer to a join.
+type Joining struct {
+	Token  int64              // of the key that is there now
+	found  bool               // the key was there already
+	before []*mvccpb.KeyValue // the two newest keys before it, unless it was found
+	kv     *mvccpb.KeyValue   // if it was found
+}
+
+// Join returns the request that puts the candidate's key, unless it is there already. It may be sent
+// more than once; [Queue.Place] says what its answer means.
+func (q *Queue) Join(id clientv3.LeaseID, value string) func(context.Context) (Joining, error) {
 	key := q.Key(id)
-	var place Place
-	err := loop.Do(ctx, func(ctx context.Context) error {
+	return func(ctx context.Context) (Joining, error) {
 		resp, err := q.client.Txn(ctx).
 			If(clientv3.Compare(clientv3.CreateRevision(key), "=", 0)).
 			Then(
 				clientv3.OpPut(key, value, clientv3.WithLease(id)),
 				q.newest(3), // the candidate itself and two before it
 			).
-			Else(clientv3.OpGet(key, clientv3.WithKeysOnly())).
+			Else(clientv3.OpGet(key)).
 			Commit()
 		if err != nil {
-			return err
+			return Joining{}, err
 		}
 		if resp.Succeeded {
 			newest := resp.Responses[1].GetResponseRange().Kvs
-			place, err = q.place(ctx, resp.Header.Revision, newest[1:])
-			return err
+			return Joining{Token: resp.Header.Revision, before: newest[1:]}, nil
 		}
-		place, err = q.behind(ctx, resp.Responses[0].GetResponseRange().Kvs[0].CreateRevision)
-		return err
-	})
-	return place, err
+		kv := resp.Responses[0].GetResponseRange().Kvs[0]
+		return Joining{Token: kv.CreateRevision, found: true, kv: kv}, nil
+	}
 }
 
-// Remove deletes the candidate's key if its create revision is token, or in any case if token
-// is 0. It sends one request, bounded by ctx.
-func (q *Queue) Remove(ctx context.Context, key string, token int64) error {
-	var cmps []clientv3.Cmp
-	if token != 0 {
-		cmps = append(cmps, clientv3.Compare(clientv3.CreateRevision(key), "=", token))
+// MayJoin returns nil if the client has the right to put the candidate's key. Its request changes nothing: etcd
+// asks for the right before it looks at the comparison, which never holds.
+func (q *Queue) MayJoin(ctx context.Context, id clientv3.LeaseID) error {
+	key := q.Key(id)
+	_, err := q.client.Txn(ctx).If(clientv3.Compare(clientv3.CreateRevision(key), "=", -1)).Then(clientv3.OpPut(key, "")).Commit()
+	return err
+}
+
+// Place returns the place of a candidate that has joined. A key that was found is its own if it has the
+// value and the lease that it was to be put with: then an earlier attempt has put it.
+func (q *Queue) Place(ctx context.Context, loop *retry.Loop, j Joining, id clientv3.LeaseID, value string) (Place, error) {
+	if !j.found {
+		return q.place(ctx, loop, j.Token, j.before)
 	}
-	rctx, cancel := retry.Request(ctx)
-	defer cancel()
-	_, err := q.client.Txn(rctx).If(cmps...).Then(clientv3.OpDelete(key)).Commit()
+	if string(j.kv.Value) != value || j.kv.Lease != int64(id) {
+		return Place{}, ErrTaken
+	}
+	return q.behind(ctx, loop, j.Token)
+}
+
+// Remove deletes the candidate's key if its create revision is token. It sends one request, bounded by ctx.
+//
+// Here is the rule that no deletion is without a guard: it may arrive when the key is that of a later term.
+func (q *Queue) Remove(ctx context.Context, key string, token int64) error {
+	_, err := q.client.Txn(ctx).
+		If(clientv3.Compare(clientv3.CreateRevision(key), "=", token)).
+		Then(clientv3.OpDelete(key)).
+		Commit()
 	return err
 }
 
 // Touch tells the candidate behind this one, which has become the first, to look who is first: see
-// [Queue.Wait]. It changes the key's revision and nothing else. It sends one request, bounded by ctx.
-func (q *Queue) Touch(ctx context.Context, key string, token int64) error {
-	rctx, cancel := retry.Request(ctx)
-	defer cancel()
-	_, err := q.client.Txn(rctx).
+// [Queue.Wait]. It changes the key's revision and nothing else, and returns it, or [ErrGone] if the key
+// is gone. It sends one request, bounded by ctx.
+func (q *Queue) Touch(ctx context.Context, key string, token int64) (rev int64, err error) {
+	resp, err := q.client.Txn(ctx).
 		If(clientv3.Compare(clientv3.CreateRevision(key), "=", token)).
 		Then(clientv3.OpPut(key, "", clientv3.WithIgnoreValue(), clientv3.WithIgnoreLease())).
 		Commit()
-	return err
+	if err != nil {
+		return 0, err
+	}
+	if !resp.Succeeded {
+		return 0, ErrGone
+	}
+	return resp.Header.Revision, nil
+}
+
+// Revision returns the revision in which the key with this create revision was changed last, or [ErrGone].
+func (q *Queue) Revision(ctx context.Context, key string, token int64) (int64, error) {
+	resp, err := q.client.Get(ctx, key, clientv3.WithKeysOnly())
+	if err != nil {
+		return 0, err
+	}
+	if len(resp.Kvs) == 0 || resp.Kvs[0].CreateRevision != token {
+		return 0, ErrGone
+	}
+	return resp.Kvs[0].ModRevision, nil
 }
 
 func (q *Queue) newest(n int64, opts ...clientv3.OpOption) clientv3.Op {
@@ -159,30 +199,37 @@ func (q *Queue) newest(n int64, opts ...clientv3.OpOption) clientv3.Op {
 var ErrGone = errors.New("the candidate's key is gone")
 
 // behind reads the place of the candidate with this token.
-func (q *Queue) behind(ctx context.Context, token int64) (Place, error) {
-	resp, err := q.client.Do(ctx, q.newest(3, clientv3.WithMaxCreateRev(token)))
+func (q *Queue) behind(ctx context.Context, loop *retry.Loop, token int64) (Place, error) {
+	newest, err := retry.Do(ctx, loop, func(ctx context.Context) ([]*mvccpb.KeyValue, error) {
+		resp, err := q.client.Do(ctx, q.newest(3, clientv3.WithMaxCreateRev(token)))
+		if err != nil {
+			return nil, err
+		}
+		return resp.Get().Kvs, nil
+	})
 	if err != nil {
 		return Place{}, err
 	}
-	newest := resp.Get().Kvs
 	if len(newest) == 0 || newest[0].CreateRevision != token {
 		return Place{}, ErrGone
 	}
-	return q.place(ctx, token, newest[1:])
+	return q.place(ctx, loop, token, newest[1:])
 }
 
 // place works out the place of the candidate with this token from the two newest keys before it.
 // Where the newest is no candidate it reads all keys; that is the price of an election whose name is
 // the beginning of another's.
-func (q *Queue) place(ctx context.Context, token int64, before []*mvccpb.KeyValue) (Place, error) {
+func (q *Queue) place(ctx context.Context, loop *retry.Loop, token int64, before []*mvccpb.KeyValue) (Place, error) {
 	if len(before) == 0 {
 		return Place{Token: token}, nil
 	}
 	if c, ok := q.candidate(before[0]); ok {
 		return Place{Token: token, before: c.Key, rev: c.Token, oldest: len(before) == 1}, nil
 	}
-	resp, err := q.client.Get(ctx, q.prefix, clientv3.WithPrefix(), clientv3.WithKeysOnly(),
-		clientv3.WithMaxCreateRev(token-1), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
+	resp, err := retry.Do(ctx, loop, func(ctx context.Context) (*clientv3.GetResponse, error) {
+		return q.client.Get(ctx, q.prefix, clientv3.WithPrefix(), clientv3.WithKeysOnly(),
+			clientv3.WithMaxCreateRev(token-1), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
+	})
 	if err != nil {
 		return Place{}, err
 	}
@@ -204,215 +251,40 @@ func (q *Queue) place(ctx context.Context, token int64, before []*mvccpb.KeyValu
 // [Queue.Touch], when it is elected itself: then its place is read ahead. Where it does not, as stock's
 // candidates do not, the queue is read when it has gone, which takes etcd the longer the longer the
 // queue is.
+//
+// A watch that dies silently would hide the end of the one before, so its key is read again at the
+// interval reread.
 func (q *Queue) Wait(ctx context.Context, loop *retry.Loop, p Place, reread time.Duration) error {
 	for !p.First() {
-		before := target{key: p.before, rev: p.rev, reread: reread}
-		if !p.oldest {
-			var looking sync.Mutex // guards p.oldest
-			before.touched = func(ctx context.Context) {
-				if !looking.TryLock() {
-					return // one look at a time is enough
-				}
-				defer looking.Unlock()
-				if p.oldest {
-					return
-				}
-				rctx, cancel := retry.Request(ctx)
-				defer cancel()
-				ahead, err := q.behind(rctx, p.rev)
-				p.oldest = err == nil && ahead.First()
-			}
-		}
-		if err := q.waitDeleted(ctx, loop, before); err != nil {
+		w := wait{q: q, loop: loop, key: p.before, rev: p.rev, reread: reread, ahead: !p.oldest}
+		if err := w.wait(ctx); err != nil {
 			return err
 		}
-		if p.oldest {
+		if p.oldest || w.oldest {
 			return nil
 		}
-		token, gone := p.Token, false
-		err := loop.Do(ctx, func(ctx context.Context) (err error) {
-			p, err = q.behind(ctx, token)
-			if gone = errors.Is(err, ErrGone); gone {
-				return nil // asking again would not bring it back
-			}
-			return err
-		})
-		if gone {
-			return ErrGone
-		}
-		if err != nil {
+		var err error
+		if p, err = q.behind(ctx, loop, p.Token); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// errWatch is a watch that ended without saying why.
-var errWatch = errors.New("watch ended")
-
-// A target is a key that is waited for until it is gone.
-type target struct {
-	key string
-	rev int64 // create revision
-
-	// A watch that has died silently would hide the end of the key, so it is read again at this
-	// interval, if that is not 0.
-	reread time.Duration
-
-	// touched, if not nil, is called in a goroutine of its own whenever the key is put, and when a read
-	// finds that it has been since it was created. Its ctx ends, and it is awaited, before the wait does.
-	touched func(ctx context.Context)
-}
-
 // WaitDeleted blocks until the key with this create revision is gone, and returns nil then, or
 // until ctx ends or a request fails for good.
 func (q *Queue) WaitDeleted(ctx context.Context, loop *retry.Loop, key string, rev int64) error {
-	return q.waitDeleted(ctx, loop, target{key: key, rev: rev})
+	return (&wait{q: q, loop: loop, key: key, rev: rev}).wait(ctx)
 }
 
-func (q *Queue) waitDeleted(ctx context.Context, loop *retry.Loop, t target) error {
-	for {
-		lived, err := q.watchDeleted(ctx, loop, t)
-		if err == nil {
-			return nil
-		}
-		if lived > retry.RequestTimeout {
-			loop.OK() // that was no part of a streak
-		}
-		// A watch gives its reasons as text. A read that is refused for the same reason says so in
-		// a way that a program can tell.
-		if ctx.Err() == nil {
-			now := q.look(ctx, t)
-			if now.gone {
-				return nil
-			}
-			err = cmp.Or(now.err, err)
-		}
-		if err := loop.Again(ctx, fmt.Errorf("watch %q: %w", t.key, err)); err != nil {
-			return err
-		}
-	}
-}
-
-// watchDeleted is waitDeleted as long as one watch lives. It returns how long that was.
-//
-// The watch has no start revision, and the key is read once the watch exists: a watch that
-// starts in the past, by a single revision even, is served by etcd's loop for slow watchers,
-// up to 100 ms late. Neither that read nor a later one keeps an event waiting.
-func (q *Queue) watchDeleted(ctx context.Context, loop *retry.Loop, t target) (lived time.Duration, err error) {
-	var reads sync.WaitGroup
-	defer reads.Wait()
-	ctx, cancel := context.WithCancel(retry.RequireLeader(ctx))
-	defer cancel()
-	var opts []clientv3.OpOption
-	if t.touched == nil {
-		opts = append(opts, clientv3.WithFilterPut())
-	}
-	events := q.watch(ctx, cancel, t.key, opts...)
-	began := time.Now()
-	defer func() { lived = time.Since(began) }()
-	var again <-chan time.Time
-	if t.reread > 0 {
-		ticker := time.NewTicker(t.reread)
-		defer ticker.Stop()
-		again = ticker.C
-	}
-	var looked chan sight // nil while the key is not being read
-	for {
-		var look, touched bool
-		select {
-		case resp, ok := <-events:
-			if !ok {
-				return 0, errWatch
-			}
-			if err := resp.Err(); err != nil {
-				return 0, err
-			}
-			for _, ev := range resp.Events {
-				if ev.Type == clientv3.EventTypeDelete {
-					return 0, nil
-				}
-				touched = true
-			}
-			look = resp.Created
-		case <-again:
-			look = true
-		case now := <-looked:
-			if now.gone || now.err != nil {
-				return 0, now.err
-			}
-			looked, touched = nil, now.touched
-		}
-		if look && looked == nil {
-			found := make(chan sight, 1)
-			reads.Go(func() { found <- q.lookAgain(ctx, loop, t) })
-			looked = found
-		}
-		if touched && t.touched != nil {
-			reads.Go(func() { t.touched(ctx) })
-		}
-	}
-}
-
-// watch opens a watch that says when it has been created. If that takes too long, it calls cancel,
-// which has to end ctx.
-func (q *Queue) watch(ctx context.Context, cancel func(), key string, opts ...clientv3.OpOption) clientv3.WatchChan {
-	late := time.AfterFunc(retry.RequestTimeout, cancel)
-	defer late.Stop()
-	var events clientv3.WatchChan
-	retry.Aside(func() { // blocks until created
-		events = q.client.Watch(ctx, key, append(opts, clientv3.WithCreatedNotify())...)
-	})
-	return events
-}
-
-// A sight is what a read of a key has found.
-type sight struct {
-	gone    bool
-	touched bool // put again since it was created
-	err     error
-}
-
-func (q *Queue) look(ctx context.Context, t target) sight {
-	rctx, cancel := retry.Request(ctx)
-	defer cancel()
-	resp, err := q.client.Get(rctx, t.key, clientv3.WithKeysOnly())
-	if err != nil {
-		return sight{err: err}
-	}
-	if len(resp.Kvs) == 0 || resp.Kvs[0].CreateRevision != t.rev {
-		return sight{gone: true}
-	}
-	return sight{touched: resp.Kvs[0].Version > 1}
-}
-
-// lookAgain looks until that succeeds or is not worth another try: a read that one endpoint does not
-// answer says nothing about the watch, which may have another.
-func (q *Queue) lookAgain(ctx context.Context, loop *retry.Loop, t target) sight {
-	for failed := false; ; failed = true {
-		now := q.look(ctx, t)
-		if now.err == nil {
-			if failed {
-				loop.OK()
-			}
-			return now
-		}
-		if err := loop.Again(ctx, fmt.Errorf("read %q: %w", t.key, now.err)); err != nil {
-			return sight{err: err}
-		}
-	}
-}
-
-// List returns the candidates in the order of the queue. It sends one request.
+// List returns the candidates in the order of the queue. It sends one request, bounded by ctx.
 func (q *Queue) List(ctx context.Context) ([]Candidate, error) {
 	cs, _, err := q.read(ctx)
 	return cs, err
 }
 
 func (q *Queue) read(ctx context.Context) ([]Candidate, int64, error) {
-	rctx, cancel := retry.Request(ctx)
-	defer cancel()
-	resp, err := q.client.Get(rctx, q.prefix, clientv3.WithPrefix(),
+	resp, err := q.client.Get(ctx, q.prefix, clientv3.WithPrefix(),
 		clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
 	if err != nil {
 		return nil, 0, err
@@ -420,20 +292,36 @@ func (q *Queue) read(ctx context.Context) ([]Candidate, int64, error) {
 	return q.list(resp.Kvs), resp.Header.Revision, nil
 }
 
-// Leader returns the first candidate, the zero value if there is none.
-func (q *Queue) Leader(ctx context.Context) (Candidate, error) {
-	rctx, cancel := retry.Request(ctx)
-	defer cancel()
-	resp, err := q.client.Get(rctx, q.prefix, clientv3.WithFirstCreate()...)
-	if err != nil || len(resp.Kvs) == 0 {
+// Leader returns the first candidate, the zero value if there is none. Its requests, of which ask sends
+// each, are one or, where a stranger's key is the oldest under the prefix, two.
+func (q *Queue) Leader(ctx context.Context, ask func(context.Context, Read) ([]*mvccpb.KeyValue, error)) (Candidate, error) {
+	kvs, err := ask(ctx, func(ctx context.Context) ([]*mvccpb.KeyValue, error) {
+		resp, err := q.client.Get(ctx, q.prefix, clientv3.WithFirstCreate()...)
+		if err != nil {
+			return nil, err
+		}
+		return resp.Kvs, nil
+	})
+	if err != nil || len(kvs) == 0 {
 		return Candidate{}, err
 	}
-	if c, ok := q.candidate(resp.Kvs[0]); ok {
+	if c, ok := q.candidate(kvs[0]); ok {
 		return c, nil
 	}
-	cs, err := q.List(ctx) // a stranger's key is the oldest under the prefix
+	kvs, err = ask(ctx, func(ctx context.Context) ([]*mvccpb.KeyValue, error) {
+		resp, err := q.client.Get(ctx, q.prefix, clientv3.WithPrefix(),
+			clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
+		if err != nil {
+			return nil, err
+		}
+		return resp.Kvs, nil
+	})
+	cs := q.list(kvs)
 	if err != nil || len(cs) == 0 {
 		return Candidate{}, err
 	}
 	return cs[0], nil
 }
+
+// A Read is one request for keys.
+type Read = func(context.Context) ([]*mvccpb.KeyValue, error)

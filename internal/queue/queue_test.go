@@ -3,47 +3,67 @@ package queue
 import (
 	"context"
 	"errors"
-	"slices"
+	"math"
 	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"example.com/leader/internal/retry"
-	"go.etcd.io/etcd/api/v3/etcdserverpb"
-	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
 // An outage is one streak of failures, though a watch takes long to fail.
 func TestOutageIsOneStreak(t *testing.T) {
-	for name, wait := range map[string]func(context.Context, *Queue, *retry.Loop) error{
-		"waiting": func(ctx context.Context, q *Queue, loop *retry.Loop) error {
-			return q.waitDeleted(ctx, loop, target{key: "jobs/1", rev: 1, reread: time.Second})
-		},
-		"observing": func(ctx context.Context, q *Queue, loop *retry.Loop) error {
-			return q.Observe(ctx, loop, time.Second, func(Candidate) bool { return true })
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				client := clientv3.NewCtxClient(t.Context())
-				client.KV, client.Watcher = absent{}, absent{}
-				warnings := 0
-				loop := &retry.Loop{Client: client, Warn: func(error) { warnings++ }}
-				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
-				defer cancel()
-				if err := wait(ctx, New(client, "jobs"), loop); !errors.Is(err, context.DeadlineExceeded) {
-					t.Errorf("returned %v", err)
-				}
-				if warnings != 1 || !errors.Is(loop.Last(), rpctypes.ErrNoLeader) {
-					t.Errorf("%d warnings, the last failure %v", warnings, loop.Last())
-				}
-			})
-		})
+	outage := func(t *testing.T) (*clientv3.Client, context.Context) {
+		client := clientv3.NewCtxClient(t.Context())
+		client.KV, client.Watcher = absent{}, absent{}
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+		t.Cleanup(cancel)
+		return client, ctx
 	}
+	bubble(t, "waiting", func(t *testing.T) {
+		client, ctx := outage(t)
+		warnings := 0
+		loop := &retry.Loop{Client: client, Warn: func(error) { warnings++ }}
+		err := New(client, "jobs").Wait(ctx, loop, Place{Token: 2, before: "jobs/1", rev: 1}, time.Second)
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("returned %v", err)
+		}
+		if warnings != 1 || !errors.Is(loop.Last(), rpctypes.ErrNoLeader) {
+			t.Errorf("%d warnings, the last failure %v", warnings, loop.Last())
+		}
+	})
+	bubble(t, "observing", func(t *testing.T) {
+		client, ctx := outage(t)
+		var warnings []error
+		warn := func(err error) { warnings = append(warnings, err) }
+		err := New(client, "jobs").Observe(ctx, warn, time.Second, func(Candidate) bool { return true })
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("returned %v", err)
+		}
+		if len(warnings) != 1 || !errors.Is(warnings[0], rpctypes.ErrNoLeader) {
+			t.Errorf("warned of %v, want one of %v", warnings, rpctypes.ErrNoLeader)
+		}
+	})
+}
+
+// absent is an etcd that cannot be reached.
+type absent struct {
+	clientv3.KV
+	clientv3.Watcher
+}
+
+func (absent) Get(context.Context, string, ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+	return nil, rpctypes.ErrNoLeader
+}
+
+func (absent) Watch(ctx context.Context, _ string, _ ...clientv3.OpOption) clientv3.WatchChan {
+	<-ctx.Done() // as clientv3's does
+	closed := make(chan clientv3.WatchResponse)
+	close(closed)
+	return closed
 }
 
 // A watch says only in words why it is refused; the read that follows says it in a way to act on.
@@ -51,13 +71,15 @@ func TestWatchThatIsRefusedIsNotRepeated(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client := clientv3.NewCtxClient(t.Context())
 		client.KV, client.Watcher = denied{}, denied{}
+		began := time.Now()
 		err := New(client, "jobs").WaitDeleted(t.Context(), &retry.Loop{Client: client}, "jobs/1", 1)
-		if !errors.Is(err, rpctypes.ErrPermissionDenied) {
-			t.Errorf("WaitDeleted returned %v", err)
+		if !errors.Is(err, rpctypes.ErrPermissionDenied) || time.Since(began) > 0 {
+			t.Errorf("WaitDeleted returned %v after %v", err, time.Since(began))
 		}
-		err = New(client, "jobs").Observe(t.Context(), &retry.Loop{Client: client}, time.Second, func(Candidate) bool { return true })
-		if !errors.Is(err, rpctypes.ErrPermissionDenied) {
-			t.Errorf("Observe returned %v", err)
+		warn := func(err error) { t.Errorf("warned of %v", err) }
+		err = New(client, "jobs").Observe(t.Context(), warn, time.Second, func(Candidate) bool { return true })
+		if !errors.Is(err, rpctypes.ErrPermissionDenied) || time.Since(began) > 0 {
+			t.Errorf("Observe returned %v after %v", err, time.Since(began))
 		}
 	})
 }
@@ -79,185 +101,90 @@ func (denied) Watch(context.Context, string, ...clientv3.OpOption) clientv3.Watc
 	return c
 }
 
-// The queue is read once the watch exists, so that events may tell again what the read has told;
-// and what happens in one revision happens at once.
-func TestObserveTellsNothingTwiceAndNothingThatNeverWas(t *testing.T) {
+// The reply to a join may be lost; the next one finds the key.
+func TestJoinThatFindsItsKeyAdoptsIt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		put := func(key string, created, modified int64) *clientv3.Event {
-			return &clientv3.Event{Type: clientv3.EventTypePut, Kv: &mvccpb.KeyValue{Key: []byte(key), CreateRevision: created, ModRevision: modified, Value: []byte(key)}}
+		e := newEtcd(t)
+		loop := &retry.Loop{Client: e.client}
+		join := e.queue().Join(3, "three")
+		var places []Place
+		for range 2 {
+			joining, err := join(t.Context())
+			if err != nil || joining.Token != 7 {
+				t.Fatalf("joined: %+v, %v, want the token 7", joining, err)
+			}
+			place, err := e.queue().Place(t.Context(), loop, joining, 3, "three")
+			if err != nil {
+				t.Fatalf("Place() = %v", err)
+			}
+			places = append(places, place)
 		}
-		del := func(key string, modified int64) *clientv3.Event {
-			return &clientv3.Event{Type: clientv3.EventTypeDelete, Kv: &mvccpb.KeyValue{Key: []byte(key), ModRevision: modified}}
+		if want := (Place{Token: 7, before: "jobs/2", rev: 6}); places[0] != want || places[1] != want {
+			t.Errorf("its places are %+v, want both %+v", places, want)
 		}
-		events := make(chan clientv3.WatchResponse, 10)
-		events <- clientv3.WatchResponse{Created: true}
-		events <- clientv3.WatchResponse{Events: []*clientv3.Event{
-			put("jobs/1", 5, 5),                      // known already
-			del("jobs/1", 11), put("jobs/2", 11, 11), // one hands over to two, in one transaction
-			del("jobs/2", 12),
-			put("jobs/3", 13, 13),
-			put("jobs/4", 14, 14), // is no change
-			put("jobs/3", 13, 15),
-		}}
-		client := clientv3.NewCtxClient(t.Context())
-		client.KV, client.Watcher = present{rev: 10, kv: put("jobs/1", 5, 5).Kv}, present{events: events}
-		var tokens []int64
-		_ = New(client, "jobs").Observe(t.Context(), &retry.Loop{Client: client}, time.Hour, func(c Candidate) bool {
-			tokens = append(tokens, c.Token)
-			return c.Token != 13
+	})
+}
+
+func TestJoinThatFindsTheKeyOfAnotherIsRefused(t *testing.T) {
+	for name, found := range map[string]struct {
+		value string
+		lease int64
+	}{
+		"another value": {"3", 3},
+		"another lease": {"three", 4},
+		"no lease":      {"three", 0},
+	} {
+		bubble(t, name, func(t *testing.T) {
+			e := newEtcd(t)
+			e.putWithLease("jobs/3", found.value, found.lease)
+			joining, err := e.queue().Join(3, "three")(t.Context())
+			if err != nil || joining.Token != 7 {
+				t.Fatalf("joined: %+v, %v, want the token 7", joining, err)
+			}
+			place, err := e.queue().Place(t.Context(), &retry.Loop{Client: e.client}, joining, 3, "three")
+			if !errors.Is(err, ErrTaken) {
+				t.Errorf("Place() = %+v, %v, want %v", place, err, ErrTaken)
+			}
 		})
-		if want := []int64{5, 11, 0, 13}; !slices.Equal(tokens, want) {
-			t.Errorf("observed tokens %v, want %v", tokens, want)
-		}
-	})
-}
-
-// present is an etcd with one key, and with the events that it is given.
-type present struct {
-	clientv3.KV
-	clientv3.Watcher
-	rev    int64
-	kv     *mvccpb.KeyValue
-	events chan clientv3.WatchResponse
-}
-
-func (p present) Get(context.Context, string, ...clientv3.OpOption) (*clientv3.GetResponse, error) {
-	return &clientv3.GetResponse{Header: &etcdserverpb.ResponseHeader{Revision: p.rev}, Kvs: []*mvccpb.KeyValue{p.kv}}, nil
-}
-
-func (p present) Watch(context.Context, string, ...clientv3.OpOption) clientv3.WatchChan {
-	return p.events
-}
-
-// The touch may come before the watch that would tell of it.
-func TestTouchBeforeTheWatchIsSeen(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		kv := &line{touched: true}
-		elected, events := wait(t, kv)
-		events <- clientv3.WatchResponse{Created: true}
-		synctest.Wait() // it has looked
-		events <- happened(clientv3.EventTypeDelete)
-		if err := <-elected; err != nil || kv.reads != 1 {
-			t.Errorf("Wait returned %v after %d reads of the queue, want the look ahead alone", err, kv.reads)
-		}
-	})
-}
-
-// A leader may proclaim as often as it likes, and what was seen once needs no other look.
-func TestLookAheadIsMadeOnce(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		kv := &line{touched: true}
-		elected, events := wait(t, kv)
-		events <- clientv3.WatchResponse{Created: true}
-		for range 10 {
-			events <- happened(clientv3.EventTypePut)
-			synctest.Wait()
-		}
-		time.Sleep(10 * reread)
-		synctest.Wait()
-		events <- happened(clientv3.EventTypeDelete)
-		if err := <-elected; err != nil || kv.reads != 1 {
-			t.Errorf("Wait returned %v after %d reads of the queue, want 1", err, kv.reads)
-		}
-	})
-}
-
-// Neither a read of the key nor one ahead keeps the event waiting that elects.
-func TestElectionWaitsForNoRead(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		kv := &line{silent: true}
-		elected, events := wait(t, kv)
-		events <- clientv3.WatchResponse{Created: true}
-		events <- happened(clientv3.EventTypePut)
-		time.Sleep(3*reread + time.Second) // a read that takes that long is not joined by another
-		synctest.Wait()
-		began := time.Now()
-		events <- happened(clientv3.EventTypeDelete)
-		if err := <-elected; err != nil || time.Since(began) > 0 {
-			t.Errorf("Wait returned %v after %v", err, time.Since(began))
-		}
-		if kv.most != 1 {
-			t.Errorf("%d reads of the key at a time", kv.most)
-		}
-	})
-}
-
-const reread = time.Minute
-
-// wait waits behind the candidate 5 of a line.
-func wait(t *testing.T, kv *line) (elected <-chan error, events chan<- clientv3.WatchResponse) {
-	client := clientv3.NewCtxClient(t.Context())
-	watched := make(chan clientv3.WatchResponse)
-	client.KV, client.Watcher = kv, present{events: watched}
-	result := make(chan error)
-	go func() {
-		place := Place{Token: 6, before: "jobs/1", rev: 5}
-		result <- New(client, "jobs").Wait(t.Context(), &retry.Loop{Client: client}, place, reread)
-	}()
-	return result, watched
-}
-
-// happened is what a watch of the candidate 5 tells.
-func happened(kind mvccpb.Event_EventType) clientv3.WatchResponse {
-	return clientv3.WatchResponse{Events: []*clientv3.Event{{Type: kind, Kv: &mvccpb.KeyValue{Key: []byte("jobs/1"), CreateRevision: 5}}}}
-}
-
-// A line is an etcd with the candidate 5, and behind it 6.
-type line struct {
-	clientv3.KV
-	touched bool // 5 has been
-	silent  bool // answers nothing but what is asked when 5 has gone
-	reads   int  // of the queue
-
-	mu        sync.Mutex
-	now, most int // reads of the key at a time
-}
-
-func (l *line) Get(ctx context.Context, _ string, _ ...clientv3.OpOption) (*clientv3.GetResponse, error) {
-	l.mu.Lock()
-	l.now++
-	l.most = max(l.most, l.now)
-	l.mu.Unlock()
-	defer func() {
-		l.mu.Lock()
-		l.now--
-		l.mu.Unlock()
-	}()
-	if l.silent {
-		<-ctx.Done()
-		return nil, ctx.Err()
 	}
-	version := int64(1)
-	if l.touched {
-		version++
+}
+
+// An adopted key may be deleted before its place is known.
+func TestPlaceOfAKeyThatIsGoneIsAnError(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		join := e.queue().Join(3, "three")
+		_, _ = join(t.Context())
+		joining, _ := join(t.Context())
+		e.del("jobs/3")
+		if _, err := e.queue().Place(t.Context(), &retry.Loop{Client: e.client}, joining, 3, "three"); !errors.Is(err, ErrGone) {
+			t.Errorf("Place() = %v, want %v", err, ErrGone)
+		}
+	})
+}
+
+func TestKeyIsACandidatesIfItIsAsALeaseWouldGiveIt(t *testing.T) {
+	q := New(nil, "jobs")
+	for key, want := range map[string]clientv3.LeaseID{
+		"jobs/1":                 1,
+		"jobs/beef":              0xbeef,
+		"jobs/7fffffffffffffff":  math.MaxInt64,
+		"jobs/-1":                -1, // etcd grants any id that it is asked for
+		"jobs/-beef":             -0xbeef,
+		"jobs/-8000000000000000": math.MinInt64,
+	} {
+		if id, ok := q.ParseKey(key); !ok || id != want || q.Key(want) != key {
+			t.Errorf("%q is of lease %d, %v, want %d, whose key is %q", key, id, ok, want, q.Key(want))
+		}
 	}
-	return &clientv3.GetResponse{Kvs: []*mvccpb.KeyValue{{Key: []byte("jobs/1"), CreateRevision: 5, Version: version}}}, nil
-}
-
-func (l *line) Do(ctx context.Context, op clientv3.Op) (clientv3.OpResponse, error) {
-	l.reads++
-	if l.silent && op.MaxCreateRev() == 5 {
-		<-ctx.Done()
-		return clientv3.OpResponse{}, ctx.Err()
+	for _, key := range []string{
+		"jobs/0", "jobs/-0", "jobs/00", "jobs/01", "jobs/-01", "jobs/+1", "jobs/--1", "jobs/-", "jobs/BEEF", "jobs/-BEEF",
+		"jobs/8000000000000000", "jobs/-8000000000000001", "jobs/0x1", "jobs/1_0", "jobs/", "jobs/1/2", "jobs2/1", "jobs", "",
+	} {
+		if id, ok := q.ParseKey(key); ok {
+			t.Errorf("%q is taken for the key of lease %d", key, id)
+		}
 	}
-	return (&clientv3.GetResponse{Kvs: []*mvccpb.KeyValue{{CreateRevision: op.MaxCreateRev()}}}).OpResponse(), nil
-}
-
-// absent is an etcd that cannot be reached.
-type absent struct {
-	clientv3.KV
-	clientv3.Watcher
-}
-
-func (absent) Get(context.Context, string, ...clientv3.OpOption) (*clientv3.GetResponse, error) {
-	return nil, rpctypes.ErrNoLeader
-}
-
-func (absent) Watch(ctx context.Context, _ string, _ ...clientv3.OpOption) clientv3.WatchChan {
-	<-ctx.Done() // as clientv3's does
-	closed := make(chan clientv3.WatchResponse)
-	close(closed)
-	return closed
 }
 
 // A key is a candidate's if and only if it is the one that a lease would give it.
@@ -267,9 +194,15 @@ func FuzzParseKey(f *testing.F) {
 		{"jobs", "jobs/1"},
 		{"jobs", "jobs/7fffffffffffffff"},
 		{"jobs", "jobs/8000000000000000"},
+		{"jobs", "jobs/-8000000000000000"},
+		{"jobs", "jobs/-8000000000000001"},
 		{"jobs", "jobs/0"},
+		{"jobs", "jobs/-0"},
 		{"jobs", "jobs/01"},
+		{"jobs", "jobs/-01"},
 		{"jobs", "jobs/-1"},
+		{"jobs", "jobs/-beef"},
+		{"jobs", "jobs/--1"},
 		{"jobs", "jobs/+1"},
 		{"jobs", "jobs/0x1"},
 		{"jobs", "jobs/1_0"},
@@ -289,11 +222,11 @@ func FuzzParseKey(f *testing.F) {
 	f.Fuzz(func(t *testing.T, name, key string) {
 		q := New(nil, name)
 		id, ok := q.ParseKey(key)
-		if ok && (id <= 0 || q.Key(id) != key) {
+		if ok && (id == 0 || q.Key(id) != key) {
 			t.Errorf("in election %q the key %q is of lease %d, whose key is %q", name, key, id, q.Key(id))
 		}
 		if !ok && strings.HasPrefix(key, q.Prefix()) {
-			for _, id := range []clientv3.LeaseID{1, 0xbeef, 1<<63 - 1} {
+			for _, id := range []clientv3.LeaseID{1, 0xbeef, math.MaxInt64, -1, -0xbeef, math.MinInt64} {
 				if q.Key(id) == key {
 					t.Errorf("in election %q the key %q of lease %d is not recognised", name, key, id)
 				}
@@ -303,13 +236,13 @@ func FuzzParseKey(f *testing.F) {
 }
 
 func FuzzKeysOfLeasesAreCandidates(f *testing.F) {
-	for _, id := range []int64{1, 9, 10, 15, 16, 0xdeadbeef, 1<<63 - 1} {
+	for _, id := range []int64{1, 9, 10, 15, 16, 0xdeadbeef, math.MaxInt64, -1, -16, -0xdeadbeef, math.MinInt64} {
 		f.Add("jobs", id)
 		f.Add("a/b", id)
 	}
 	f.Fuzz(func(t *testing.T, name string, id int64) {
-		if id <= 0 {
-			t.Skip("etcd grants positive leases")
+		if id == 0 {
+			t.Skip("is no lease")
 		}
 		q := New(nil, name)
 		if got, ok := q.ParseKey(q.Key(clientv3.LeaseID(id))); !ok || int64(got) != id {

@@ -30,9 +30,26 @@ const (
 	CleanupTimeout = 2 * time.Second
 )
 
+const (
+	// minPause is the first pause after a failure.
+	minPause = 50 * time.Millisecond
+
+	// silence is how long [Ask] waits for an answer before it sends the request again beside the first,
+	// and maxSilence how long before each further time. Round robin is shared with all other requests
+	// of the client, so of two endpoints, one of them dark, every other attempt meets that one: it
+	// takes some to be sure.
+	silence    = 250 * time.Millisecond
+	maxSilence = 500 * time.Millisecond
+
+	// maxPause bounds the pauses of [Ask] and of a [Loop] after a failure.
+	maxPause = 2 * time.Second
+
+	// maxBeside is how many requests of one [Ask] wait for an answer at a time.
+	maxBeside = 8
+)
+
 // RequireLeader returns a context for requests that a member refuses at once while it knows of no
-// raft leader. It is [clientv3.WithRequireLeader] at a third of the memory, which a watch holds for
-// as long as it lives.
+// raft leader. It is [clientv3.WithRequireLeader] at a third of the memory.
 func RequireLeader(ctx context.Context) context.Context {
 	if md, _ := metadata.FromOutgoingContext(ctx); len(md.Get(rpctypes.MetadataRequireLeaderKey)) > 0 {
 		return ctx
@@ -40,19 +57,34 @@ func RequireLeader(ctx context.Context) context.Context {
 	return metadata.AppendToOutgoingContext(ctx, rpctypes.MetadataRequireLeaderKey, rpctypes.MetadataHasLeader)
 }
 
+// watchStreams is how many streams [Watching] spreads over.
+const watchStreams = 4
+
+// Watching returns a context for a watch, which ends with ctx and when cancel is called, and which a member
+// ends that knows of no raft leader. The values and the outgoing metadata of ctx do not reach the watch:
+// clientv3 opens a stream for each metadata, and shares it among the watches.
+//
+// A stream stays at one endpoint, which may have stopped to answer. So each retry of a watch that was not
+// answered takes another number for try, and with it another stream.
+func Watching(ctx context.Context, client *clientv3.Client, try int) (watching context.Context, cancel func()) {
+	t := trafficOf(client)
+	defer t.leave()
+	ctx, cancel = context.WithCancel(ctx)
+	return valuesOf{ctx, t.streamContext(try % watchStreams)}, cancel
+}
+
+// valuesOf is a context with the values of another one.
+type valuesOf struct {
+	context.Context
+	values context.Context
+}
+
+func (c valuesOf) Value(key any) any { return c.values.Value(key) }
+
 // Request returns a context for one request: it has a deadline of its own, and a member that
 // knows of no raft leader refuses the request at once instead of keeping it for 7 s.
 func Request(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(RequireLeader(ctx), RequestTimeout)
-}
-
-// Aside calls f in a goroutine of its own and waits for it. A request takes a deep stack, and a
-// stack shrinks no further than to four times of what is in use, so what goes on to wait for hours
-// makes its requests aside.
-func Aside(f func()) {
-	var done sync.WaitGroup
-	done.Go(f)
-	done.Wait()
 }
 
 // Cleanup returns a context for tidying up, by [Persist]. It outlives ctx, whose end is often the reason
@@ -61,74 +93,280 @@ func Cleanup(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(RequireLeader(context.WithoutCancel(ctx)), CleanupTimeout)
 }
 
-// Persist repeats a request that tidies up until etcd has answered it, it cannot heal, the client is
-// closed, or ctx ends, which must have a deadline. A request that has no answer yet goes on while
-// the next is sent: an endpoint that does not answer must not take the time in which another would,
-// and one that is slow must be given the time. So the request must do no harm if it is done twice,
+// Ask sends a request until etcd has answered it, and returns the answer. It gives up when the request
+// is refused for good, see [Permanent], when the client is closed or when ctx ends: then it returns ctx's
+// error. An answer that has come by then wins over the end.
+//
+// Here is the rule "one request, one attempt, and what another waits for is sent again elsewhere". A
+// request that has no answer yet goes on while the next is sent: an endpoint that does not answer must
+// not take the time in which another would, and one that is slow must be given the time. gRPC sends
+// each request to the next endpoint in turn, so an attempt must be a single request: of two, the second
+// would meet the same dark endpoint of two each time. So a request must do no harm if it is done twice,
 // and must end with its context.
-func Persist(ctx context.Context, client *clientv3.Client, request func(context.Context) error) error {
-	var attempts sync.WaitGroup
-	defer attempts.Wait()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(client.Ctx(), cancel)()
+//
+// failed, if not nil, is told of every failure that is not returned, in the caller's goroutine. Each attempt
+// has a deadline of its own, [RequestTimeout] after it was sent.
+func Ask[T any](ctx context.Context, client *clientv3.Client, failed func(error), request func(context.Context) (T, error)) (T, error) {
+	first, attempt := silence, RequestTimeout
+	if deadline, ok := ctx.Deadline(); ok { // there must be time for another endpoint
+		first = min(first, max(time.Until(deadline)/8, time.Millisecond))
+	}
+	return ask(ctx, client, first, attempt, failed, request)
+}
 
-	deadline, _ := ctx.Deadline()
-	budget := max(time.Until(deadline), 16*time.Millisecond) // it may have passed
-	backoff := Backoff{Min: budget / 16, Max: budget / 4}
-	answers := make(chan error)
-	var last error
-	for {
-		attempts.Go(func() {
-			err := request(ctx)
+// AskWithin is [Ask] with another deadline for each attempt. It sends the request again beside one that
+// has had no answer for a quarter of it.
+func AskWithin[T any](ctx context.Context, client *clientv3.Client, attempt time.Duration, failed func(error), request func(context.Context) (T, error)) (T, error) {
+	return ask(ctx, client, min(silence, attempt/4), attempt, failed, request)
+}
+
+func ask[T any](ctx context.Context, client *clientv3.Client, first, attempt time.Duration, failed func(error), request func(context.Context) (T, error)) (T, error) {
+	type answer struct {
+		value T
+		err   error
+	}
+	asking, cancel := context.WithCancel(ctx)
+	defer context.AfterFunc(client.Ctx(), cancel)()
+	traffic := trafficOf(client)
+	defer traffic.leave()
+	var attempts sync.WaitGroup
+	answers := make(chan answer, maxBeside)
+	var none T
+	// end waits for the attempts. One of them may have succeeded in the meantime.
+	end := func(err error) (T, error) {
+		cancel()
+		attempts.Wait()
+		for {
 			select {
-			case answers <- err:
-			case <-ctx.Done():
-			}
-		})
-		pause := time.NewTimer(backoff.next())
-		for waiting := true; waiting; {
-			select {
-			case err := <-answers:
-				if err == nil || Permanent(err) {
-					return err
+			case a := <-answers:
+				if a.err == nil {
+					return a.value, nil
 				}
-				last = err
-			case <-pause.C:
-				waiting = false
-			case <-ctx.Done():
-				if last == nil || errors.Is(last, ctx.Err()) {
-					return ctx.Err()
-				}
-				return fmt.Errorf("%w (last failure: %w)", ctx.Err(), last)
+			default:
+				return none, err
 			}
 		}
+	}
+	defer func() { // also if failed panics
+		cancel()
+		attempts.Wait()
+	}()
+
+	beside := Backoff{Min: first, Max: max(first, maxSilence)}
+	failing := Backoff{Min: min(minPause, first), Max: maxPause}
+	waiting := 0 // attempts without an answer
+	next := time.NewTimer(0)
+	defer next.Stop()
+	for {
+		var a answer
+		select {
+		case a = <-answers: // an answer is looked at before anything else
+		default:
+			select {
+			case a = <-answers:
+			case <-next.C:
+				another := waiting > 0
+				if asking.Err() != nil || waiting == maxBeside || !traffic.send(another) {
+					next.Reset(first)
+					continue
+				}
+				waiting++
+				attempts.Go(func() {
+					rctx, cancel := context.WithTimeout(RequireLeader(asking), attempt)
+					defer cancel()
+					sent := time.Now()
+					value, err := request(rctx)
+					if err != nil && asking.Err() == nil && (rctx.Err() != nil || errors.Is(err, context.DeadlineExceeded)) {
+						err = Silence(client, time.Since(sent)) // its own error says no more than that
+					}
+					traffic.ended(err == nil)
+					answers <- answer{value, err}
+				})
+				next.Reset(beside.next())
+				continue
+			case <-asking.Done():
+				return end(asking.Err())
+			}
+		}
+		waiting--
+		switch {
+		case a.err == nil:
+			return a.value, nil
+		case asking.Err() != nil: // a.err is only what that looks like from inside a request
+			return end(asking.Err())
+		case Permanent(a.err):
+			return end(a.err)
+		case failed != nil:
+			failed(a.err)
+		}
 		Reconnect(client)
+		next.Reset(failing.next())
+	}
+}
+
+// First sends a request, and again beside the first while that has no answer, and returns the first answer, be
+// it a failure. It blocks for at most [RequestTimeout].
+func First[T any](ctx context.Context, client *clientv3.Client, request func(context.Context) (T, error)) (T, error) {
+	type answer struct {
+		value T
+		err   error
+	}
+	ctx, cancel := context.WithTimeout(ctx, RequestTimeout)
+	defer cancel()
+	a, err := Ask(ctx, client, nil, func(ctx context.Context) (answer, error) {
+		value, err := request(ctx)
+		if err != nil && ctx.Err() != nil {
+			return answer{}, ctx.Err() // err is only what that looks like from inside a request
+		}
+		return answer{value, err}, nil
+	})
+	if err != nil {
+		return a.value, err
+	}
+	return a.value, a.err
+}
+
+// Persist is [Ask] for what tidies up: ctx must have a deadline, and the error tells the last failure.
+func Persist(ctx context.Context, client *clientv3.Client, request func(context.Context) error) error {
+	var last error
+	_, err := Ask(ctx, client, func(err error) { last = err }, func(ctx context.Context) (struct{}, error) {
+		return struct{}{}, request(ctx)
+	})
+	if err != nil && last != nil && !Permanent(err) {
+		return fmt.Errorf("%w (last failure: %w)", err, last)
+	}
+	return err
+}
+
+// A Group owns goroutines. The zero value has none.
+type Group struct {
+	mu      sync.Mutex
+	running int
+	idle    chan struct{} // closed when none is running any more; nil while nobody waits
+}
+
+// Go runs f in a goroutine of the group.
+func (g *Group) Go(f func()) {
+	g.mu.Lock()
+	g.running++
+	g.mu.Unlock()
+	go func() {
+		defer func() {
+			g.mu.Lock()
+			defer g.mu.Unlock()
+			if g.running--; g.running == 0 && g.idle != nil {
+				close(g.idle)
+				g.idle = nil
+			}
+		}()
+		f()
+	}()
+}
+
+// Wait blocks until no goroutine of the group is running, which wins, or ctx ends.
+func (g *Group) Wait(ctx context.Context) error {
+	g.mu.Lock()
+	if g.running == 0 {
+		g.mu.Unlock()
+		return nil
+	}
+	if g.idle == nil {
+		g.idle = make(chan struct{})
+	}
+	idle := g.idle
+	g.mu.Unlock()
+	return Wait(ctx, idle)
+}
+
+// Wait blocks until c is closed, which wins, or ctx ends.
+func Wait(ctx context.Context, c <-chan struct{}) error {
+	select {
+	case <-c:
+		return nil
+	default:
+	}
+	select {
+	case <-c:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Outlive makes a request in a goroutine of owner's and returns its answer, or ctx's error if ctx ends
+// before. The request itself goes on then, for at most [RequestTimeout], and late is called with its
+// answer: etcd may carry it out although nobody waits for it any more.
+func Outlive[T any](ctx context.Context, owner *Group, request func(context.Context) (T, error), late func(T, error)) (T, error) {
+	type answer struct {
+		value T
+		err   error
+	}
+	answers := make(chan answer)
+	owner.Go(func() {
+		rctx, cancel := Request(context.WithoutCancel(ctx))
+		defer cancel()
+		value, err := request(rctx)
+		select {
+		case answers <- answer{value, err}:
+		case <-ctx.Done():
+			late(value, err)
+		}
+	})
+	select {
+	case a := <-answers:
+		return a.value, a.err
+	case <-ctx.Done():
+		var none T
+		return none, ctx.Err()
 	}
 }
 
 // Permanent reports whether err cannot heal by sending the same request again: permission
 // denied, failed authentication, a lease that is gone, a request that etcd rejects as invalid.
 // Everything else may: no connection, no quorum, no space, a compacted revision,
-// an expired auth token.
+// an expired auth token, a limit on the rate of requests.
+//
+// It is for the error of a request of one's own. That of a watch is about something else: what others
+// have written, or the stream that it shares, see [Passing].
 func Permanent(err error) bool {
-	var raw interface{ GRPCStatus() *status.Status }
-	if errors.As(err, &raw) {
-		err = rpctypes.Error(raw.GRPCStatus().Err()) // a status of etcd's becomes an EtcdError
-	}
+	err = etcds(err)
 	switch {
 	case errors.Is(err, rpctypes.ErrAuthOldRevision):
 		return false // InvalidArgument by code, but the next request has the new revision
 	case errors.Is(err, rpctypes.ErrLeaseNotFound):
 		return true // the campaign goes on, with another lease
-	case errors.Is(err, rpctypes.ErrNoSpace), errors.Is(err, rpctypes.ErrTooManyRequests):
-		return false // ResourceExhausted, as is a message over gRPC's limit: that stays too large
 	}
 	switch code(err) {
-	case codes.PermissionDenied, codes.InvalidArgument, codes.ResourceExhausted:
+	case codes.PermissionDenied, codes.InvalidArgument:
 		return true
 	}
 	return false
+}
+
+// Refused reports whether err says that etcd will not carry out the request, now or later. After any other
+// error it may still do so.
+func Refused(err error) bool {
+	err = etcds(err)
+	for _, refusal := range []error{
+		rpctypes.ErrNoSpace, rpctypes.ErrTooManyRequests, rpctypes.ErrAuthOldRevision, rpctypes.ErrInvalidAuthToken,
+	} {
+		if errors.Is(err, refusal) {
+			return true
+		}
+	}
+	return Permanent(err)
+}
+
+// Passing returns err without what [Permanent] looks at.
+func Passing(err error) error { return errors.New(err.Error()) }
+
+// etcds makes a status of etcd's an EtcdError.
+func etcds(err error) error {
+	var raw interface{ GRPCStatus() *status.Status }
+	if errors.As(err, &raw) {
+		return rpctypes.Error(raw.GRPCStatus().Err())
+	}
+	return err
 }
 
 func code(err error) codes.Code {
@@ -193,7 +431,8 @@ type Loop struct {
 	Warn func(error)
 
 	backoff Backoff
-	last    error
+	streak  int   // of failures
+	last    error // of the streak
 }
 
 // Again blocks for a pause after the failure err and returns nil if it is worth another try.
@@ -202,58 +441,76 @@ func (l *Loop) Again(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return ctx.Err() // err is only what that looks like from inside a request
 	}
-	l.last = err
 	if Permanent(err) {
+		l.last = err
 		return err
 	}
-	if l.backoff.Streak() == 0 && l.Warn != nil {
+	l.Failed(err)
+	Reconnect(l.Client)
+	l.backoff.Min, l.backoff.Max = minPause, maxPause
+	return l.backoff.Wait(ctx)
+}
+
+// Failed notes a failure after which the caller goes on by itself.
+func (l *Loop) Failed(err error) {
+	l.last = err
+	if l.streak++; l.streak == 1 && l.Warn != nil {
 		l.Warn(err)
 	}
-	Reconnect(l.Client)
-	l.backoff.Min, l.backoff.Max = 50*time.Millisecond, 2*time.Second
-	return l.backoff.Wait(ctx)
 }
 
 // OK ends a streak of failures.
 func (l *Loop) OK() {
 	l.backoff.Reset()
-	l.last = nil
+	l.streak, l.last = 0, nil
 }
 
 // Last is the last failure of the present streak.
 func (l *Loop) Last() error { return l.last }
 
-// Do calls request, each time with a context of its own, until it succeeds or is not worth
-// another try.
-func (l *Loop) Do(ctx context.Context, request func(context.Context) error) error {
-	for {
-		sent := time.Now()
-		var err error
-		Aside(func() {
-			rctx, cancel := Request(ctx)
-			defer cancel()
-			err = request(rctx)
-		})
-		if err == nil {
-			l.OK()
-			return nil
-		}
-		if ctx.Err() != nil && l.last == nil {
-			l.last = unanswered(l.Client, time.Since(sent))
-		}
-		if err := l.Again(ctx, err); err != nil {
-			return err
-		}
+// Do is [Ask] with the failures noted in the loop.
+func Do[T any](ctx context.Context, l *Loop, request func(context.Context) (T, error)) (T, error) {
+	sent := time.Now()
+	value, err := Ask(ctx, l.Client, l.Failed, request)
+	switch {
+	case err == nil:
+		l.OK()
+	case ctx.Err() == nil:
+		l.last = err
+	case l.last == nil:
+		l.last = Silence(l.Client, time.Since(sent))
 	}
+	return value, err
 }
 
-// unanswered tells of a request that ctx ended, whose own error says no more than that: clientv3
-// retries what it can by itself and keeps the reasons.
-func unanswered(client *clientv3.Client, waited time.Duration) error {
-	if conn := client.ActiveConnection(); conn != nil {
-		if state := conn.GetState(); state != connectivity.Ready {
-			return fmt.Errorf("no connection to etcd: %v", state)
-		}
+// Silence is the error of a request that has ended without an answer, whose own error says no more than that:
+// clientv3 retries what it can by itself and keeps the reasons. It matches [context.DeadlineExceeded].
+func Silence(client *clientv3.Client, waited time.Duration) error {
+	waited = waited.Round(time.Millisecond)
+	switch state, ok := Connection(client); {
+	case ok && state != connectivity.Ready:
+		return silent(fmt.Sprintf("no connection to etcd: %v", state))
+	case ok && waited >= time.Second:
+		return silent(fmt.Sprintf("no answer from etcd for %v on an open connection, %s", waited, Cure))
 	}
-	return fmt.Errorf("no answer from etcd for %v", waited.Round(time.Millisecond))
+	return silent(fmt.Sprintf("no answer from etcd for %v", waited))
+}
+
+type silent string
+
+func (s silent) Error() string        { return string(s) }
+func (s silent) Is(target error) bool { return target == context.DeadlineExceeded }
+
+// Cure is what ends the silence of a connection that has died without a sign. A borrowed client cannot be
+// made to dial anew: Reconnect leaves connections alone that seem to work, and to set the endpoints would
+// race with the user's own SetEndpoints.
+const Cure = "which may have died without a sign: set DialKeepAliveTime and DialKeepAliveTimeout in the client's clientv3.Config"
+
+// Connection is the state of the client's connection. ok is false if it has none of its own.
+func Connection(client *clientv3.Client) (state connectivity.State, ok bool) {
+	conn := client.ActiveConnection()
+	if conn == nil {
+		return 0, false
+	}
+	return conn.GetState(), true
 }

@@ -5,71 +5,83 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"reflect"
-	"sync/atomic"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 )
 
-// etcdErrors are what etcd answers, as the gRPC status that is sent.
+// etcdErrors are what etcd answers, as the gRPC status that is sent. refused is set where etcd has certainly not carried
+// out the request and never will.
 var etcdErrors = []struct {
-	err       error
-	permanent bool
-	why       string
+	err                error
+	permanent, refused bool
+	why                string
 }{
-	{rpctypes.ErrGRPCPermissionDenied, true, "only an operator can change that"},
-	{rpctypes.ErrGRPCAuthFailed, true, "wrong user or password"},
-	{rpctypes.ErrGRPCUserEmpty, true, "etcd wants a user, the client has none"},
-	{rpctypes.ErrGRPCEmptyKey, true, "invalid request"},
-	{rpctypes.ErrGRPCTooManyOps, true, "invalid request"},
-	{rpctypes.ErrGRPCDuplicateKey, true, "invalid request"},
-	{rpctypes.ErrGRPCRequestTooLarge, true, "the value stays too large"},
-	{rpctypes.ErrGRPCAuthOldRevision, false, "the next request has the new revision"},
-	{rpctypes.ErrGRPCInvalidAuthToken, false, "the client gets a new token"},
-	{rpctypes.ErrGRPCNoSpace, false, "until somebody compacts and disarms the alarm"},
-	{rpctypes.ErrGRPCRequestTooManyRequests, false, "etcd is busy"},
-	{rpctypes.ErrGRPCLeaseNotFound, true, "the same request has the same lease"},
-	{rpctypes.ErrGRPCCompacted, false, "the next watch begins later"},
-	{rpctypes.ErrGRPCFutureRev, false, "the member lags behind"},
-	{rpctypes.ErrGRPCNoLeader, false, "until there is a quorum"},
-	{rpctypes.ErrGRPCLeaderChanged, false, "ask again"},
-	{rpctypes.ErrGRPCNotLeader, false, "ask again"},
-	{rpctypes.ErrGRPCStopped, false, "another member answers"},
-	{rpctypes.ErrGRPCTimeout, false, "ask again"},
-	{rpctypes.ErrGRPCTimeoutDueToLeaderFail, false, "ask again"},
-	{rpctypes.ErrGRPCTimeoutDueToConnectionLost, false, "ask again"},
-	{rpctypes.ErrGRPCUnhealthy, false, "until there is a quorum"},
-	{rpctypes.ErrGRPCNotSupportedForLearner, false, "another member answers"},
-	{rpctypes.ErrGRPCCanceled, false, "somebody's context ended"},
-	{rpctypes.ErrGRPCDeadlineExceeded, false, "ask again"},
+	{rpctypes.ErrGRPCPermissionDenied, true, true, "only an operator can change that"},
+	{rpctypes.ErrGRPCAuthFailed, true, true, "wrong user or password"},
+	{rpctypes.ErrGRPCUserEmpty, true, true, "etcd wants a user, the client has none"},
+	{rpctypes.ErrGRPCEmptyKey, true, true, "invalid request"},
+	{rpctypes.ErrGRPCTooManyOps, true, true, "invalid request"},
+	{rpctypes.ErrGRPCDuplicateKey, true, true, "invalid request"},
+	{rpctypes.ErrGRPCRequestTooLarge, true, true, "the value stays too large"},
+	{rpctypes.ErrGRPCLeaseNotFound, true, true, "the same request has the same lease"},
+	{rpctypes.ErrGRPCAuthOldRevision, false, true, "the next request has the new revision"},
+	{rpctypes.ErrGRPCInvalidAuthToken, false, true, "the client gets a new token"},
+	{rpctypes.ErrGRPCNoSpace, false, true, "until somebody compacts and disarms the alarm"},
+	{rpctypes.ErrGRPCRequestTooManyRequests, false, true, "etcd is busy, and refuses before it proposes"},
+	{rpctypes.ErrGRPCCompacted, false, false, "the next watch begins later"},
+	{rpctypes.ErrGRPCFutureRev, false, false, "the member lags behind"},
+	{rpctypes.ErrGRPCNoLeader, false, false, "until there is a quorum"},
+	{rpctypes.ErrGRPCLeaderChanged, false, false, "what was proposed may still be committed"},
+	{rpctypes.ErrGRPCNotLeader, false, false, "ask again"},
+	{rpctypes.ErrGRPCStopped, false, false, "another member answers"},
+	{rpctypes.ErrGRPCTimeout, false, false, "what was proposed may still be committed"},
+	{rpctypes.ErrGRPCTimeoutDueToLeaderFail, false, false, "what was proposed may still be committed"},
+	{rpctypes.ErrGRPCTimeoutDueToConnectionLost, false, false, "what was proposed may still be committed"},
+	{rpctypes.ErrGRPCUnhealthy, false, false, "until there is a quorum"},
+	{rpctypes.ErrGRPCNotSupportedForLearner, false, false, "another member answers"},
+	{rpctypes.ErrGRPCCanceled, false, false, "somebody's context ended"},
+	{rpctypes.ErrGRPCDeadlineExceeded, false, false, "ask again"},
 }
 
 func TestPermanentIsWhatCannotHeal(t *testing.T) {
+	testVerdict(t, "Permanent", Permanent, func(i int) bool { return etcdErrors[i].permanent })
+}
+
+// Whoever counts the requests that may still be carried out must count each one that is not certainly refused.
+func TestRefusedIsWhatEtcdWillNotCarryOut(t *testing.T) {
+	testVerdict(t, "Refused", Refused, func(i int) bool { return etcdErrors[i].refused })
+}
+
+// testVerdict checks what is said of etcd's errors and, as they are the same for all verdicts, of others.
+func testVerdict(t *testing.T, name string, verdict func(error) bool, wanted func(i int) bool) {
 	check := func(err error, want bool, why string) {
 		t.Helper()
 		for _, err := range []error{err, fmt.Errorf("wrapped: %w", err), errors.Join(io.EOF, err)} {
-			if got := Permanent(err); got != want {
-				t.Errorf("Permanent(%T %v) = %v, want %v: %s", err, err, got, want, why)
+			if got := verdict(err); got != want {
+				t.Errorf("%s(%T %v) = %v, want %v: %s", name, err, err, got, want, why)
 			}
 		}
 	}
-	for _, test := range etcdErrors {
-		if got := Permanent(test.err); got != test.permanent {
-			t.Errorf("Permanent(%v) = %v, want %v: %s", test.err, got, test.permanent, test.why)
-		}
-		check(rpctypes.Error(test.err), test.permanent, test.why) // as clientv3 returns it
+	for i, test := range etcdErrors {
+		// clientv3 returns no status of etcd's, but a KV that somebody has wrapped around its own may.
+		check(test.err, wanted(i), test.why)
+		check(rpctypes.Error(test.err), wanted(i), test.why) // as clientv3 returns it
 	}
 	for c, why := range map[codes.Code]string{
-		codes.PermissionDenied:  "a proxy in between may say so, too",
-		codes.InvalidArgument:   "the request stays the same",
-		codes.ResourceExhausted: "the message is larger than gRPC's limit",
+		codes.PermissionDenied: "a proxy in between may say so, too",
+		codes.InvalidArgument:  "the request stays the same",
 	} {
 		check(status.Error(c, "a text unknown to etcd"), true, why)
 	}
@@ -80,6 +92,7 @@ func TestPermanentIsWhatCannotHeal(t *testing.T) {
 		codes.NotFound:           "it may be there later",
 		codes.AlreadyExists:      "it may be gone later",
 		codes.FailedPrecondition: "it may be met later",
+		codes.ResourceExhausted:  "a limit on the rate of requests, of a proxy for example",
 		codes.Aborted:            "ask again",
 		codes.OutOfRange:         "a revision",
 		codes.Internal:           "ask again",
@@ -92,16 +105,17 @@ func TestPermanentIsWhatCannotHeal(t *testing.T) {
 	check(context.Canceled, false, "not etcd's")
 	check(context.DeadlineExceeded, false, "not etcd's")
 	check(errors.New("permission denied"), false, "never by text")
-	if Permanent(nil) {
-		t.Error("Permanent(nil) = true")
+	if verdict(nil) {
+		t.Errorf("%s(nil) = true", name)
 	}
 }
 
-// clientv3 returns no such error, but a KV that somebody has wrapped around its own may.
-func TestPermanentSeesThroughAWrappedStatusOfEtcd(t *testing.T) {
-	for _, test := range etcdErrors {
-		if got := Permanent(fmt.Errorf("wrapped: %w", test.err)); got != test.permanent {
-			t.Errorf("Permanent(%v), wrapped, = %v, want %v: %s", test.err, got, test.permanent, test.why)
+// The error of a watch may be about others, so it must not end a wait.
+func TestPassingHidesPermanence(t *testing.T) {
+	for _, err := range []error{rpctypes.ErrPermissionDenied, rpctypes.ErrGRPCPermissionDenied, rpctypes.ErrLeaseNotFound} {
+		passing := Passing(fmt.Errorf("watch: %w", err))
+		if Permanent(passing) || Refused(passing) || errors.Is(passing, err) || passing.Error() != "watch: "+err.Error() {
+			t.Errorf("Passing makes %v of %v, which is permanent: %v", passing, err, Permanent(passing))
 		}
 	}
 }
@@ -188,17 +202,29 @@ func TestLoopPausesLongerAndLonger(t *testing.T) {
 	})
 }
 
-func TestLoopGivesUpOnWhatCannotHeal(t *testing.T) {
+func TestDoGivesUpOnWhatCannotHeal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := Loop{Client: client(t), Warn: func(err error) { t.Errorf("warned of %v, which is returned", err) }}
 		denied := fmt.Errorf("read: %w", rpctypes.ErrPermissionDenied)
 		began, tries := time.Now(), 0
-		err := l.Do(t.Context(), func(context.Context) error {
+		_, err := Do(t.Context(), &l, func(context.Context) (int, error) {
 			tries++
-			return denied
+			return 0, denied
 		})
 		if !errors.Is(err, denied) || !errors.Is(l.Last(), denied) || tries != 1 || time.Since(began) != 0 {
-			t.Errorf("Do() = %v after %d tries and %v, Last() = %v, want %v at once", err, tries, time.Since(began), l.Last(), denied)
+			t.Errorf("Do() = %v after %d tries and %v, Last() = %v, want %v at once",
+				err, tries, time.Since(began), l.Last(), denied)
+		}
+	})
+}
+
+func TestAgainGivesUpOnWhatCannotHeal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := Loop{Client: client(t), Warn: func(err error) { t.Errorf("warned of %v, which is returned", err) }}
+		denied := fmt.Errorf("read: %w", rpctypes.ErrPermissionDenied)
+		began := time.Now()
+		if err := l.Again(t.Context(), denied); !errors.Is(err, denied) || !errors.Is(l.Last(), denied) || time.Since(began) != 0 {
+			t.Errorf("Again() = %v after %v, Last() = %v, want %v at once", err, time.Since(began), l.Last(), denied)
 		}
 	})
 }
@@ -207,25 +233,25 @@ func TestLoopReturnsTheErrorOfAContextThatEnded(t *testing.T) {
 	bubble(t, "during a request", func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		l := Loop{Client: client(t)}
-		noLeader := rpctypes.ErrNoLeader
-		err := l.Do(ctx, func(rctx context.Context) error {
-			if l.Last() == nil {
-				return noLeader
+		tries := 0
+		_, err := Do(ctx, &l, func(rctx context.Context) (int, error) {
+			if tries++; tries == 1 {
+				return 0, rpctypes.ErrNoLeader
 			}
 			cancel()
 			<-rctx.Done() // ends with ctx
-			return rpctypes.ErrPermissionDenied
+			return 0, rpctypes.ErrPermissionDenied
 		})
-		if !errors.Is(err, context.Canceled) || !errors.Is(l.Last(), noLeader) {
-			t.Errorf("Do() = %v, Last() = %v, want %v and %v", err, l.Last(), context.Canceled, noLeader)
+		if !errors.Is(err, context.Canceled) || !errors.Is(l.Last(), rpctypes.ErrNoLeader) {
+			t.Errorf("Do() = %v, Last() = %v, want %v and %v", err, l.Last(), context.Canceled, rpctypes.ErrNoLeader)
 		}
 	})
 	bubble(t, "during the first request", func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		l := Loop{Client: client(t)}
-		err := l.Do(ctx, hang)
-		if !errors.Is(err, context.DeadlineExceeded) || l.Last() == nil || errors.Is(l.Last(), context.DeadlineExceeded) {
+		_, err := Do(ctx, &l, hang)
+		if !errors.Is(err, context.DeadlineExceeded) || fmt.Sprint(l.Last()) != "no answer from etcd for 1s" {
 			t.Errorf("Do() = %v, Last() = %v, want %v and a reason for it", err, l.Last(), context.DeadlineExceeded)
 		}
 	})
@@ -239,31 +265,27 @@ func TestLoopReturnsTheErrorOfAContextThatEnded(t *testing.T) {
 	})
 }
 
-func TestDoGivesEveryRequestAContextOfItsOwn(t *testing.T) {
+func TestDoWarnsOnceForAStreakThatASuccessEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := Loop{Client: client(t)}
-		var former []context.Context
-		err := l.Do(t.Context(), func(ctx context.Context) error {
-			for _, f := range former {
-				if f.Err() == nil {
-					t.Error("context of a former request was not cancelled")
+		var warned []error
+		l := Loop{Client: client(t), Warn: func(err error) { warned = append(warned, err) }}
+		for _, first := range []error{rpctypes.ErrNoLeader, io.EOF} {
+			tries := 0
+			value, err := Do(t.Context(), &l, func(context.Context) (int, error) {
+				switch tries++; tries {
+				case 1:
+					return 0, first
+				case 2, 3:
+					return 0, rpctypes.ErrTimeout
 				}
+				return tries, nil
+			})
+			if value != 4 || err != nil || l.Last() != nil || l.streak != 0 {
+				t.Errorf("Do() = %v, %v; after it Last() = %v in a streak of %d", value, err, l.Last(), l.streak)
 			}
-			former = append(former, ctx)
-			wantRequest(ctx, t, RequestTimeout)
-			if len(former) == 2 {
-				return hang(ctx) // costs this request and not the whole
-			}
-			if len(former) < 4 {
-				return rpctypes.ErrNoLeader
-			}
-			return nil
-		})
-		if err != nil || len(former) != 4 {
-			t.Errorf("Do() = %v after %d requests, want success after 4", err, len(former))
 		}
-		if l.backoff.Streak() != 0 {
-			t.Errorf("a streak of %d after a success", l.backoff.Streak())
+		if len(warned) != 2 || !errors.Is(warned[0], rpctypes.ErrNoLeader) || !errors.Is(warned[1], io.EOF) {
+			t.Errorf("warned of %v, want the first failure of either streak", warned)
 		}
 	})
 }
@@ -289,7 +311,6 @@ func TestContextsOfRequests(t *testing.T) {
 	})
 }
 
-// All watches of one metadata share one stream, with those that a user has opened.
 func TestRequireLeaderSendsWhatTheClientsDoes(t *testing.T) {
 	for name, ctx := range map[string]context.Context{
 		"no metadata":          t.Context(),
@@ -305,6 +326,127 @@ func TestRequireLeaderSendsWhatTheClientsDoes(t *testing.T) {
 	}
 }
 
+// clientv3 opens a stream for each metadata: a caller's trace id would cost one for each watch.
+func TestWatchingCarriesNothingOfTheCallers(t *testing.T) {
+	type key struct{}
+	client := client(t)
+	ctx := metadata.AppendToOutgoingContext(context.WithValue(t.Context(), key{}, "v"), "trace", "7")
+	watching, cancel := Watching(ctx, client, 0)
+	defer cancel()
+	if v := watching.Value(key{}); v != nil {
+		t.Errorf("a watch has the value %v of its caller's context", v)
+	}
+	got, _ := metadata.FromOutgoingContext(watching)
+	want, _ := metadata.FromOutgoingContext(clientv3.WithRequireLeader(client.Ctx()))
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("a watch sends %v, want %v, as a user's own watches do", got, want)
+	}
+}
+
+func TestWatchingSpreadsTriesOverFewStreams(t *testing.T) {
+	client := client(t)
+	streams := make(map[string]bool)
+	for try := range 10 * watchStreams {
+		watching, cancel := Watching(t.Context(), client, try)
+		md, _ := metadata.FromOutgoingContext(watching)
+		cancel()
+		if len(md.Get(rpctypes.MetadataRequireLeaderKey)) == 0 {
+			t.Errorf("try %d does not require a leader: %v", try, md)
+		}
+		stream := fmt.Sprint(md) // what clientv3 tells them apart by
+		if try < watchStreams && streams[stream] {
+			t.Errorf("try %d has the stream of an earlier one: %v", try, md)
+		}
+		streams[stream] = true
+	}
+	if len(streams) != watchStreams {
+		t.Errorf("tries use %d streams, want %d", len(streams), watchStreams)
+	}
+}
+
+func TestWatchingEnds(t *testing.T) {
+	for name, end := range map[string]func(cancelCtx, cancel func()){
+		"with the caller's context": func(cancelCtx, _ func()) { cancelCtx() },
+		"when it is cancelled":      func(_, cancel func()) { cancel() },
+	} {
+		bubble(t, name, func(t *testing.T) {
+			ctx, cancelCtx := context.WithCancel(t.Context())
+			defer cancelCtx()
+			watching, cancel := Watching(ctx, client(t), 1)
+			defer cancel()
+			synctest.Wait()
+			if watching.Err() != nil {
+				t.Errorf("has ended before: %v", watching.Err())
+			}
+			end(cancelCtx, cancel)
+			synctest.Wait()
+			if !errors.Is(watching.Err(), context.Canceled) {
+				t.Errorf("has not ended: %v", watching.Err())
+			}
+		})
+	}
+}
+
+// A campaign's context may live for weeks, and through many watches.
+func TestWatchingThatHasEndedLeavesNothingInTheCallersContext(t *testing.T) {
+	ctx := &registry{Context: t.Context()}
+	_, cancel := Watching(ctx, client(t), 0)
+	if ctx.registered != 1 {
+		t.Fatalf("%d functions wait for the caller's context, want 1", ctx.registered)
+	}
+	cancel()
+	if ctx.registered != 0 {
+		t.Errorf("%d functions wait for the caller's context after the end of the watch", ctx.registered)
+	}
+}
+
+// A registry is a context that counts the functions which wait for its end, see [context.AfterFunc].
+type registry struct {
+	context.Context
+	registered int
+}
+
+func (*registry) Value(any) any { return nil } // hides what it is derived from
+
+func (r *registry) AfterFunc(func()) (stop func() bool) {
+	r.registered++
+	return func() bool { r.registered--; return true }
+}
+
+func TestSilenceNamesTheCureForAnOpenConnectionAlone(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer()
+	var serving sync.WaitGroup
+	serving.Go(func() { _ = server.Serve(listener) })
+	defer serving.Wait()
+	defer server.Stop()
+	connected, err := clientv3.New(clientv3.Config{Endpoints: []string{listener.Addr().String()}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer connected.Close()
+
+	check := func(client *clientv3.Client, waited time.Duration, want string) {
+		t.Helper()
+		err := Silence(client, waited)
+		if err.Error() != want || !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) || Permanent(err) {
+			t.Errorf("is %q, want %q, which may heal and matches %v", err, want, context.DeadlineExceeded)
+		}
+	}
+	check(connected, 5*time.Second, "no connection to etcd: IDLE")
+	conn := connected.ActiveConnection()
+	conn.Connect()
+	for state := conn.GetState(); state != connectivity.Ready; state = conn.GetState() {
+		conn.WaitForStateChange(t.Context(), state)
+	}
+	check(connected, 5*time.Second, "no answer from etcd for 5s on an open connection, "+Cure)
+	check(connected, 250*time.Millisecond, "no answer from etcd for 250ms") // that is no sign of a dead connection
+	check(client(t), 5*time.Second, "no answer from etcd for 5s")           // it has none of its own
+}
+
 func bubble(t *testing.T, name string, f func(t *testing.T)) {
 	t.Run(name, func(t *testing.T) { synctest.Test(t, f) })
 }
@@ -312,9 +454,10 @@ func bubble(t *testing.T, name string, f func(t *testing.T)) {
 // client returns one without a connection, which [Reconnect] must leave alone.
 func client(t *testing.T) *clientv3.Client { return clientv3.NewCtxClient(t.Context()) }
 
-func hang(ctx context.Context) error {
+// hang is a request to an endpoint that does not answer.
+func hang(ctx context.Context) (int, error) {
 	<-ctx.Done()
-	return ctx.Err()
+	return 0, ctx.Err()
 }
 
 func pause(t *testing.T, b *Backoff) time.Duration {
@@ -336,103 +479,4 @@ func wantRequest(ctx context.Context, t *testing.T, d time.Duration) {
 	if got := md.Get(rpctypes.MetadataRequireLeaderKey); len(got) != 1 || got[0] != rpctypes.MetadataHasLeader {
 		t.Errorf("request has %s: %q", rpctypes.MetadataRequireLeaderKey, got)
 	}
-}
-
-func TestPersistAsksOthersWhereOneDoesNotAnswer(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
-		defer cancel()
-		var tries atomic.Int64
-		err := Persist(ctx, client(t), func(ctx context.Context) error {
-			if tries.Add(1) < 4 {
-				return hang(ctx)
-			}
-			return nil
-		})
-		if err != nil {
-			t.Errorf("after %d tries: %v", tries.Load(), err)
-		}
-	})
-}
-
-func TestPersistGivesUpOnWhatCannotHeal(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-		defer cancel()
-		tries := 0
-		err := Persist(ctx, client(t), func(context.Context) error {
-			tries++
-			return rpctypes.ErrPermissionDenied
-		})
-		if tries != 1 || !errors.Is(err, rpctypes.ErrPermissionDenied) {
-			t.Errorf("%d tries: %v", tries, err)
-		}
-	})
-}
-
-func TestPersistGivesTimeToOneThatIsSlow(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
-		defer cancel()
-		err := Persist(ctx, client(t), func(ctx context.Context) error { return Sleep(ctx, 1900*time.Millisecond) })
-		if err != nil {
-			t.Error(err)
-		}
-	})
-}
-
-func TestPersistTellsTheLastFailureWhenItEnds(t *testing.T) {
-	for name, end := range map[string]struct {
-		by   func(cancel context.CancelFunc, client *clientv3.Client)
-		want error
-	}{
-		"deadline":         {func(context.CancelFunc, *clientv3.Client) {}, context.DeadlineExceeded},
-		"context":          {func(cancel context.CancelFunc, _ *clientv3.Client) { cancel() }, context.Canceled},
-		"client is closed": {func(_ context.CancelFunc, client *clientv3.Client) { _ = client.Close() }, context.Canceled},
-	} {
-		bubble(t, name, func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-			defer cancel()
-			client := client(t)
-			time.AfterFunc(3*time.Second, func() { end.by(cancel, client) })
-			var tries atomic.Int64
-			err := Persist(ctx, client, func(ctx context.Context) error {
-				if tries.Add(1) < 4 {
-					return rpctypes.ErrNoLeader
-				}
-				return hang(ctx)
-			})
-			if !errors.Is(err, end.want) || !errors.Is(err, rpctypes.ErrNoLeader) {
-				t.Errorf("got %v", err)
-			}
-		})
-	}
-}
-
-func TestPersistReturnsAtOnceWhenItsTimeIsOver(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		for _, late := range []time.Duration{0, time.Hour} {
-			ctx, cancel := context.WithDeadline(t.Context(), time.Now().Add(-late))
-			defer cancel()
-			began := time.Now()
-			if err := Persist(ctx, client(t), hang); !errors.Is(err, context.DeadlineExceeded) || time.Since(began) != 0 {
-				t.Errorf("got %v after %v", err, time.Since(began))
-			}
-		}
-	})
-}
-
-func TestPersistPausesBetweenTries(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-		defer cancel()
-		var tries atomic.Int64
-		err := Persist(ctx, client(t), func(context.Context) error {
-			tries.Add(1)
-			return rpctypes.ErrNoLeader
-		})
-		if err == nil || tries.Load() < 5 || tries.Load() > 20 {
-			t.Errorf("%d tries in a second, then %v", tries.Load(), err)
-		}
-	})
 }

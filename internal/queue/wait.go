@@ -1,0 +1,404 @@
+package queue
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"example.com/leader/internal/retry"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// errWatch is a watch that ended without saying why.
+var errWatch = errors.New("watch ended")
+
+const (
+	// watchPatience is how long a watch may take to be created, before another one is tried on another
+	// stream; each time it may take twice as long, up to maxWatchPatience.
+	watchPatience    = time.Second
+	maxWatchPatience = retry.RequestTimeout
+)
+
+// A wait is for a key to be gone.
+type wait struct {
+	q    *Queue
+	loop *retry.Loop
+	key  string
+	rev  int64 // create revision
+
+	reread time.Duration // interval at which the key is read again, beside the watch; 0: never
+	ahead  bool          // find out whether nobody is before the key's candidate, once it is touched
+	oldest bool          // it is known that nobody is
+
+	tries int // of watches that were not created in time
+}
+
+// patience is how long a watch may take to be created. Where a stream takes an authentication, that may
+// take long on an etcd with much to do, and another stream would only add to it.
+func (q *Queue) patience(tries int) time.Duration {
+	if q.client.Username != "" {
+		return maxWatchPatience
+	}
+	return min(watchPatience<<min(tries, 10), maxWatchPatience)
+}
+
+// gone says what an event of the watch means.
+//
+// Here is the rule "an event counts only if it is newer than what it is about". The watch starts now,
+// but at a member that lags that is in the past: it may tell of the deletion of an earlier key of the
+// same name. Everything about the key that is awaited came after its creation. (A read needs no such
+// rule: it is linearizable, and sent when the key was known to exist.)
+func (w *wait) gone(ev *clientv3.Event) (gone, touched bool) {
+	if ev.Kv.ModRevision <= w.rev {
+		return false, false
+	}
+	if ev.Type == clientv3.EventTypeDelete || ev.Kv.CreateRevision != w.rev {
+		return true, false
+	}
+	return false, true
+}
+
+// wait blocks until the key is gone, and returns nil then, or until ctx ends or a request fails for good.
+func (w *wait) wait(ctx context.Context) error {
+	for {
+		lived, err := w.watch(ctx)
+		if err == nil {
+			return nil
+		}
+		if over, err := w.ended(ctx, lived, err); over {
+			return err
+		}
+	}
+}
+
+// ended deals with the end of a watch by err. over says that the key is gone, or with an error that the
+// wait cannot go on.
+func (w *wait) ended(ctx context.Context, lived time.Duration, err error) (over bool, _ error) {
+	if lived > retry.RequestTimeout {
+		w.loop.OK() // that was no part of a streak
+	}
+	// The error of a watch may be about others, with which it shares a stream. A read that is refused is about
+	// the key.
+	now, rerr := retry.Ask(ctx, w.q.client, w.loop.Failed, w.look)
+	switch {
+	case ctx.Err() != nil:
+		return true, ctx.Err()
+	case rerr != nil:
+		return true, fmt.Errorf("read %q: %w", w.key, rerr)
+	case now.gone:
+		return true, nil
+	}
+	err = w.loop.Again(ctx, retry.Passing(fmt.Errorf("watch %q: %w", w.key, err)))
+	return err != nil, err
+}
+
+// A sight is what a read of a key has found.
+type sight struct {
+	gone    bool
+	touched bool // put again since it was created
+}
+
+func (w *wait) look(ctx context.Context) (sight, error) {
+	resp, err := w.q.client.Get(ctx, w.key, clientv3.WithKeysOnly())
+	if err != nil {
+		return sight{}, err
+	}
+	if len(resp.Kvs) == 0 || resp.Kvs[0].CreateRevision != w.rev {
+		return sight{gone: true}, nil
+	}
+	return sight{touched: resp.Kvs[0].Version > 1}, nil
+}
+
+// watch is wait as long as one watch lives. It returns how long that was.
+//
+// The watch has no start revision, and the key is read once the watch exists: a watch that
+// starts in the past, by a single revision even, is served by etcd's loop for slow watchers,
+// up to 100 ms late. Neither that read nor a later one keeps an event waiting.
+//
+// Where it has to see a touch the watch gets puts, and so each value that the key's candidate proclaims.
+// After the first one, another watch that gets no puts takes its place. The read that says whether nobody
+// is before the candidate is sent when that one exists, so that it also shows that no end of the key was
+// missed in between.
+func (w *wait) watch(ctx context.Context) (lived time.Duration, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	s := w.open(ctx)
+	defer s.close(cancel)
+	for {
+		if over, err := s.step(); over {
+			return s.current.lived(), err
+		}
+	}
+}
+
+// watching is the state of wait.watch. It is apart from that, as what waits for hours in a goroutine must
+// not be large: a stack shrinks no further than to four times of what is in use.
+type watching struct {
+	*wait
+	ctx     context.Context
+	beside  sync.WaitGroup // requests, and openings of watches
+	ticker  *time.Ticker   // nil if the key is not to be read again
+	current *opening
+	resp    clientv3.WatchResponse // of it
+	ok      bool
+	looked  chan *looking // nil while the key is not being read
+	aheads  chan *ahead   // nil while nobody looks ahead
+	failed  chan error    // failures of reads: they are noted here, since what notes them is the user's logger
+	failing bool          // some were
+}
+
+// looking is what a read of the key has found.
+type looking struct {
+	sight
+	err error
+}
+
+// ahead is what the look ahead has found, and the watch that takes over then.
+type ahead struct {
+	next  *opening
+	place Place
+	err   error
+}
+
+func (w *wait) open(ctx context.Context) *watching {
+	s := &watching{wait: w, ctx: ctx, failed: make(chan error)}
+	s.current = s.watchKey(!w.ahead)
+	if w.reread > 0 {
+		s.ticker = time.NewTicker(w.reread)
+	}
+	return s
+}
+
+func (s *watching) close(cancel func()) {
+	cancel()
+	s.beside.Wait()
+	s.current.close()
+	if s.ticker != nil {
+		s.ticker.Stop()
+	}
+	if s.aheads != nil {
+		(<-s.aheads).next.close()
+	}
+}
+
+// again fires when the key is to be read again.
+func (s *watching) again() <-chan time.Time {
+	if s.ticker == nil {
+		return nil
+	}
+	return s.ticker.C
+}
+
+// step deals with the next thing that happens. over says that the watch has ended, or with no error the key.
+func (s *watching) step() (over bool, err error) {
+	select {
+	case s.current.events = <-s.current.opened:
+		s.current.opened = nil
+	case s.resp, s.ok = <-s.current.events:
+		return s.heard()
+	case found := <-s.looked:
+		return s.lookedAside(found)
+	case found := <-s.aheads:
+		return s.lookedAhead(found)
+	case <-s.again():
+		s.lookAside()
+	case err := <-s.failed:
+		s.failing = true
+		s.loop.Failed(err)
+	case <-s.ctx.Done():
+		return true, s.ctx.Err()
+	}
+	return false, nil
+}
+
+// heard deals with what the watch says.
+func (s *watching) heard() (over bool, err error) {
+	resp := s.resp
+	s.resp = clientv3.WatchResponse{} // its events are not needed for as long as the wait takes
+	if !s.ok {
+		return true, errWatch
+	}
+	if err := resp.Err(); err != nil {
+		return true, err
+	}
+	touched := false
+	for _, ev := range resp.Events {
+		gone, t := s.gone(ev)
+		if gone {
+			return true, nil
+		}
+		touched = touched || t
+	}
+	if resp.Created {
+		s.current.exists()
+		s.tries = 0
+		s.looked = nil // a read that is under way may have found the key before it was watched
+		s.lookAside()
+	}
+	if touched {
+		s.lookAhead()
+	}
+	return false, nil
+}
+
+// lookAside reads the key beside the watch, if that is not being done.
+func (s *watching) lookAside() {
+	if s.looked != nil {
+		return
+	}
+	found := make(chan *looking, 1)
+	s.looked = found
+	s.beside.Go(func() {
+		now, err := retry.Ask(s.ctx, s.q.client, s.fail, s.look)
+		found <- &looking{now, err}
+	})
+}
+
+func (s *watching) fail(err error) {
+	select {
+	case s.failed <- err:
+	case <-s.ctx.Done():
+	}
+}
+
+func (s *watching) lookedAside(found *looking) (over bool, err error) {
+	if found.gone || found.err != nil {
+		return true, found.err
+	}
+	s.looked = nil
+	if s.failing {
+		s.failing = false
+		s.loop.OK()
+	}
+	if found.touched {
+		s.lookAhead()
+	}
+	return false, nil
+}
+
+// lookAhead opens a watch that gets no puts and then reads who is before the key, unless that is known
+// or being done.
+func (s *watching) lookAhead() {
+	if !s.wait.ahead || s.aheads != nil {
+		return
+	}
+	found := make(chan *ahead, 1)
+	s.aheads = found
+	next := s.watchKey(true)
+	s.beside.Go(func() {
+		a := &ahead{next: next, err: next.await(s.ctx)}
+		if a.err == nil {
+			rctx, cancel := context.WithTimeout(s.ctx, retry.RequestTimeout)
+			defer cancel()
+			a.place, a.err = s.q.behind(rctx, &retry.Loop{Client: s.q.client}, s.rev)
+		}
+		found <- a
+	})
+}
+
+func (s *watching) lookedAhead(found *ahead) (over bool, err error) {
+	s.aheads = nil
+	if found.err == nil && found.place.First() {
+		s.wait.oldest, s.wait.ahead, s.tries = true, false, 0
+		s.current.close()
+		s.current = found.next
+		return false, nil
+	}
+	found.next.close()
+	// The key may be gone. Otherwise the next touch is another chance.
+	return errors.Is(found.err, ErrGone), nil
+}
+
+// watchKey opens a watch of the key, of its end alone if puts are filtered out.
+func (s *watching) watchKey(filter bool) *opening {
+	var opts []clientv3.OpOption
+	if filter {
+		opts = append(opts, clientv3.WithFilterPut())
+	}
+	o := s.q.open(s.ctx, &s.beside, s.tries, s.key, opts...)
+	s.tries++ // until it is created
+	return o
+}
+
+// An opening is a watch that is being opened, or open.
+type opening struct {
+	opened  chan clientv3.WatchChan // nil once it has been received
+	events  clientv3.WatchChan
+	created time.Time
+	cancel  context.CancelFunc
+	stream  retry.Stream
+	late    *time.Timer // ends a watch that is not created in time; nil once it is
+}
+
+// open opens a watch that says when it has been created. That is done in a goroutine of its own, as it
+// blocks until then, and takes a deep stack.
+func (q *Queue) open(ctx context.Context, beside *sync.WaitGroup, tries int, key string, opts ...clientv3.OpOption) *opening {
+	stream := retry.StreamOf(q.client, tries)
+	wctx, cancel := retry.Watching(ctx, q.client, tries)
+	opened := make(chan clientv3.WatchChan, 1)
+	beside.Go(func() {
+		opened <- q.client.Watch(wctx, key, append(opts, clientv3.WithCreatedNotify())...)
+	})
+	began, patience := time.Now(), q.patience(tries)
+	var late *time.Timer
+	late = time.AfterFunc(time.Hour, func() {
+		if idle := stream.Idle(began); idle < patience {
+			late.Reset(patience - idle)
+		} else {
+			cancel()
+		}
+	})
+	late.Reset(patience)
+	return &opening{opened: opened, cancel: cancel, stream: stream, late: late}
+}
+
+// await blocks until the watch was created.
+func (o *opening) await(ctx context.Context) error {
+	select {
+	case o.events = <-o.opened:
+		o.opened = nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case resp, ok := <-o.events:
+		if !ok {
+			return errWatch
+		}
+		if err := resp.Err(); err != nil {
+			return err
+		}
+		o.exists()
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// exists says that the watch was created.
+func (o *opening) exists() {
+	o.created = time.Now()
+	o.stream.Created()
+	o.late.Stop()
+	o.late = nil
+}
+
+func (o *opening) close() {
+	if o == nil {
+		return
+	}
+	if o.late != nil {
+		o.late.Stop()
+	}
+	o.cancel()
+	o.stream.Leave()
+}
+
+// lived is how long the watch has lived since it was created.
+func (o *opening) lived() time.Duration {
+	if o.created.IsZero() {
+		return 0
+	}
+	return time.Since(o.created)
+}
