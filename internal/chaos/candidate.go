@@ -12,10 +12,13 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"os/signal"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"example.com/leader"
@@ -23,6 +26,8 @@ import (
 	"go.etcd.io/etcd/client/v3/concurrency"
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 )
 
 // A worker is what a process that takes part in elections is told.
@@ -31,6 +36,7 @@ type worker struct {
 	Seed           uint64
 	TTL, Margin    time.Duration
 	Endpoints      []string
+	Watches        string // the endpoint of watches, if they have one of their own
 	User, Password string
 	Resource       string   // unix socket
 	Run            []string // elections for Elector.Run, all over one Elector
@@ -45,6 +51,7 @@ type candidate struct {
 	*Recorder
 	client   *clientv3.Client
 	http     http.Client
+	impulses *impulses
 	seq      atomic.Int64 // makes values unique
 	samplers sync.WaitGroup
 }
@@ -55,11 +62,22 @@ func (w worker) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	client := w.dial(ctx)
+	client := w.dial(ctx, w.Endpoints)
 	if client == nil {
 		return nil // it has had no part in anything
 	}
-	c := &candidate{worker: w, Recorder: r, client: client}
+	watches := client
+	if w.Watches != "" {
+		// The library ends the backoff of its client's connections. It does not know this client.
+		params := grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: requestTimeout}
+		params.Backoff.MaxDelay = 500 * time.Millisecond
+		if watches = w.dial(ctx, []string{w.Watches}, grpc.WithConnectParams(params)); watches == nil {
+			client.Close()
+			return nil
+		}
+		client.Watcher = watches.Watcher
+	}
+	c := &candidate{worker: w, Recorder: r, client: client, impulses: newImpulses()}
 	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", w.Resource)
 	}}
@@ -92,8 +110,11 @@ func (w worker) run(ctx context.Context) error {
 		return nil // what stock leaves behind is its own affair
 	}
 	c.samplers.Wait()
-	if err := client.Close(); err != nil && !errors.Is(err, context.Canceled) {
-		c.fail("close the client: %v", err)
+	c.impulses.close()
+	for _, client := range slices.Compact([]*clientv3.Client{client, watches}) {
+		if err := client.Close(); err != nil && !errors.Is(err, context.Canceled) {
+			c.fail("close the client: %v", err)
+		}
 	}
 	transport.CloseIdleConnections()
 	if err := goleak.Find(); err != nil {
@@ -104,11 +125,12 @@ func (w worker) run(ctx context.Context) error {
 
 // dial makes the client, or returns nil when ctx ends. A client with a user authenticates at once, and cannot
 // be made while etcd does not answer.
-func (w worker) dial(ctx context.Context) *clientv3.Client {
+func (w worker) dial(ctx context.Context, endpoints []string, opts ...grpc.DialOption) *clientv3.Client {
 	for {
 		client, err := clientv3.New(clientv3.Config{
-			Endpoints: w.Endpoints, Username: w.User, Password: w.Password, Logger: zap.NewNop(),
+			Endpoints: endpoints, Username: w.User, Password: w.Password, Logger: zap.NewNop(),
 			DialTimeout: requestTimeout, // of the authentication
+			DialOptions: opts,
 		})
 		if err == nil {
 			return client
@@ -131,7 +153,7 @@ func (c *candidate) options() []leader.Option {
 	return []leader.Option{
 		leader.WithTTL(c.TTL),
 		leader.WithMargin(c.Margin),
-		leader.WithLogger(slog.New(slog.NewTextHandler(os.Stderr, nil))),
+		leader.WithLogger(slog.New(evictions{slog.NewTextHandler(os.Stderr, nil), c, ""})),
 		leader.WithHooks(leader.Hooks{
 			Ended: func(election string, l *leader.Leader, cause error) {
 				c.add(Entry{Kind: Ended, Election: election, Token: l.Token(), Err: cause.Error()})
@@ -151,35 +173,146 @@ func (c *candidate) options() []leader.Option {
 	}
 }
 
+// evictions is a log handler that records which candidates lost their key to somebody else. The library reports that
+// to the log alone, as the candidate joins again.
+type evictions struct {
+	slog.Handler
+	c        *candidate
+	election string
+}
+
+func (h evictions) WithAttrs(attrs []slog.Attr) slog.Handler {
+	for _, a := range attrs {
+		if a.Key == "election" {
+			h.election = a.Value.String()
+		}
+	}
+	h.Handler = h.Handler.WithAttrs(attrs)
+	return h
+}
+
+func (h evictions) Handle(ctx context.Context, r slog.Record) error {
+	for a := range r.Attrs {
+		if a.Key == "error" && strings.Contains(a.Value.String(), leader.ErrEvicted.Error()) {
+			h.c.add(Entry{Kind: Evicted, Election: h.election, Err: a.Value.String()})
+		}
+	}
+	return h.Handler.Handle(ctx, r)
+}
+
 // runElection leads again and again with Elector.Run. A term that was not lost ends Run, so it is
 // called again.
 func (c *candidate) runElection(ctx context.Context, e *leader.Elector, name string, r *rand.Rand) {
 	for ctx.Err() == nil {
-		began := now()
-		err := e.Run(ctx, name, c.Name, func(ctx context.Context, l *leader.Leader) error {
+		began, elected := now(), false
+		campaigning, stop := c.campaigning(ctx, name, r)
+		err := e.Run(campaigning, name, c.Name, func(ctx context.Context, l *leader.Leader) error {
+			stop()
+			elected = true
 			c.term(ctx, l, root+name, began, r)
 			began = now() // of the campaign after a lost term
 			return nil
 		})
-		if err != nil && (ctx.Err() == nil || !errors.Is(err, context.Canceled)) {
+		stop()
+		switch {
+		case err == nil || ctx.Err() != nil && errors.Is(err, context.Canceled):
+		case campaigning.Err() != nil && errors.Is(err, context.Canceled):
+			if !elected {
+				c.add(Entry{Kind: GivenUp, From: began, Election: root + name})
+			}
+		default:
 			c.fail("Run of %s: %v", name, err)
 			return
 		}
+		c.pause(ctx, name, r)
+	}
+}
+
+// campaigning returns the context of a campaign. It may end before the candidate is elected: that gives the campaign
+// up. After stop it ends with ctx alone.
+func (c *candidate) campaigning(ctx context.Context, name string, r *rand.Rand) (_ context.Context, stop func()) {
+	campaigning, cancel := context.WithCancel(ctx)
+	patience := time.Hour // as long as it takes
+	switch {
+	case name == again && r.IntN(4) != 0:
+		patience = between(r, 50*time.Millisecond, 500*time.Millisecond)
+	case r.IntN(4) == 0:
+		patience = between(r, 0, c.TTL/2)
+	}
+	timer := time.AfterFunc(patience, cancel)
+	stopImpulse := context.AfterFunc(c.impulses.next(), cancel)
+	return campaigning, func() { stopImpulse(); timer.Stop() }
+}
+
+// pause is that between a term or a campaign and the next campaign.
+func (c *candidate) pause(ctx context.Context, name string, r *rand.Rand) {
+	if name != again && r.IntN(2) == 0 {
 		sleep(ctx, r, 0, 300*time.Millisecond)
 	}
+}
+
+// giveUp is the signal that makes a worker give up all its campaigns. A process that does not handle it yet
+// survives it.
+const giveUp = syscall.SIGWINCH
+
+// impulses hands out contexts that end with the next giveUp.
+type impulses struct {
+	signals chan os.Signal
+	done    chan struct{}
+
+	mu     sync.Mutex
+	ctx    context.Context // ends with the next one
+	cancel context.CancelFunc
+}
+
+func newImpulses() *impulses {
+	i := &impulses{signals: make(chan os.Signal, 1), done: make(chan struct{})}
+	i.ctx, i.cancel = context.WithCancel(context.Background())
+	signal.Notify(i.signals, giveUp)
+	go func() {
+		defer close(i.done)
+		for range i.signals {
+			i.mu.Lock()
+			i.cancel()
+			i.ctx, i.cancel = context.WithCancel(context.Background())
+			i.mu.Unlock()
+		}
+	}()
+	return i
+}
+
+// next returns a context that ends with the next impulse.
+func (i *impulses) next() context.Context {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.ctx
+}
+
+func (i *impulses) close() {
+	signal.Stop(i.signals)
+	close(i.signals)
+	<-i.done
+	i.cancel()
 }
 
 // campaign leads again and again with leader.Campaign, with a lease for each term.
 func (c *candidate) campaign(ctx context.Context, name string, r *rand.Rand) {
 	for ctx.Err() == nil {
 		began := now()
-		l, err := leader.Campaign(ctx, c.client, root+name, c.Name, c.options()...)
-		if err != nil {
-			if ctx.Err() == nil || !errors.Is(err, context.Canceled) {
-				c.fail("Campaign in %s: %v", name, err)
-				return
+		campaigning, stopCampaign := c.campaigning(ctx, name, r)
+		l, err := leader.Campaign(campaigning, c.client, root+name, c.Name, c.options()...)
+		stopCampaign()
+		switch {
+		case err == nil:
+		case campaigning.Err() != nil && errors.Is(err, context.Canceled):
+			if ctx.Err() == nil {
+				c.add(Entry{Kind: GivenUp, From: began, Election: root + name})
 			}
+			c.pause(ctx, name, r)
 			continue
+		default:
+			c.fail("Campaign in %s: %v", name, err)
+			return
 		}
 		tctx, cancel := context.WithCancel(ctx)
 		stop := context.AfterFunc(l.Context(), cancel)
@@ -189,7 +322,7 @@ func (c *candidate) campaign(ctx context.Context, name string, r *rand.Rand) {
 		rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 		_ = l.Resign(rctx) // fails where etcd is out of reach; the lease takes care of it
 		cancel()
-		sleep(ctx, r, 0, 300*time.Millisecond)
+		c.pause(ctx, name, r)
 	}
 }
 
@@ -209,7 +342,10 @@ func (c *candidate) term(ctx context.Context, l *leader.Leader, election string,
 	}
 	c.samplers.Go(func() { c.sample(Entry{Election: election, Token: l.Token(), Op: op}, believes) })
 	length := between(r, 300*time.Millisecond, 3*time.Second)
-	if r.IntN(2) == 0 {
+	switch {
+	case election == root+again:
+		length = between(r, 50*time.Millisecond, 600*time.Millisecond)
+	case r.IntN(2) == 0:
 		length = between(r, c.TTL, 5*c.TTL) // long enough to be lost
 	}
 	ctx, cancel := context.WithTimeout(ctx, length)

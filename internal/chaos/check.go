@@ -85,6 +85,7 @@ type Counts struct {
 	Entries, Events, Terms, PeerTerms, Beliefs int
 
 	Resigned, Expired, Early, Taken int // how terms of ours have ended
+	Evicted                         int // candidates that lost their key
 
 	Reads, Writes int // all that were recorded
 	Effects       int // writes that took effect
@@ -198,6 +199,7 @@ func (c *checker) run() {
 	c.checkAnything()
 	c.checkExclusion()
 	c.checkMargins()
+	c.checkEvictions()
 	c.checkTokens()
 	c.checkData()
 	c.checkFencing()
@@ -262,15 +264,17 @@ func (c *checker) gaveUp(l *life) bool {
 		(ended == nil || strings.HasPrefix(ended.Err, leader.ErrResigned.Error()))
 }
 
-// checkLease objects to a renewal that counted, and in vain.
+// checkLease objects to a renewal that counted, and in vain. Whoever has resigned may have deleted the key, unless the
+// key was gone before that.
 func (c *checker) checkLease(l *life) {
-	ended := c.ended[l.term]
-	if c.deposed(l.gone) || ended != nil && strings.HasPrefix(ended.Err, leader.ErrResigned.Error()) {
+	ended, left := c.ended[l.term], c.left[l.term]
+	resigned := ended != nil && strings.HasPrefix(ended.Err, leader.ErrResigned.Error())
+	if c.deposed(l.gone) || resigned && (left == nil || left.T <= l.gone) {
 		return
 	}
 	if e := c.renewal(l); e != nil {
-		c.violate(ruleLease, []*Entry{e, l.deleted}, "the key of %s was gone at %s, although a renewal had counted until %s",
-			l.term, c.at(l.gone), c.at(c.expiry(l)))
+		c.violate(ruleLease, []*Entry{e, l.deleted}, "%s with token %d was gone at %s, although a renewal had counted until %s",
+			l.key, l.token, c.at(l.gone), c.at(c.expiry(l)))
 	}
 }
 
@@ -311,7 +315,7 @@ func ours(e *Entry) bool { return e != nil && e.Op == "leader" }
 
 // checkAnything objects to a history that proves nothing.
 func (c *checker) checkAnything() {
-	for _, kind := range []Kind{Run, Term, Event, Calm, Read, Append, Observed} {
+	for _, kind := range []Kind{Run, Term, GivenUp, Event, Calm, Read, Append, Observed} {
 		if len(c.by[kind]) == 0 {
 			c.violate(ruleNothing, nil, "the history has no entry of the kind %q", kind)
 		}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -140,13 +141,7 @@ func (c *checker) overlap(overlaps map[[2]int64]*Overlap, older, newer *piece) {
 // judge measures an overlap and decides whether it is excused.
 func (c *checker) judge(o *Overlap) {
 	slices.SortFunc(o.spans, func(a, b [2]int64) int { return cmp.Compare(a[0], b[0]) })
-	end := o.From
-	for _, s := range o.spans {
-		if s[1] > end {
-			o.Certain += time.Duration(s[1] - max(s[0], end))
-			end = s[1]
-		}
-	}
+	o.Certain = o.certain(o.From, never)
 	why, entries, excused := c.excuse(o)
 	o.Why = why
 	if excused {
@@ -155,6 +150,17 @@ func (c *checker) judge(o *Overlap) {
 	}
 	c.violate(ruleExclusion, append(o.first[:], entries...), "%s: %s believed in term %d and %s in term %d from %s to %s, for %v in all; %s",
 		o.Election, o.Procs[0], o.Tokens[0], o.Procs[1], o.Tokens[1], c.at(o.From), c.at(o.To), o.Certain, why)
+}
+
+// certain is how long both certainly believed in that time. The spans are sorted.
+func (o *Overlap) certain(from, to int64) (d time.Duration) {
+	for _, s := range o.spans {
+		if end := min(s[1], to); end > from {
+			d += time.Duration(end - max(s[0], from))
+			from = end
+		}
+	}
+	return d
 }
 
 // excuse says what was with the key of the earlier term, which entries show it and whether it excuses
@@ -170,16 +176,18 @@ func (c *checker) excuse(o *Overlap) (why string, entries []*Entry, excused bool
 	switch how {
 	case operator:
 		why := fmt.Sprintf("an operator took the earlier key (%s, from %s)", taken.Op, c.at(taken.From))
-		return why, entries, brief || !c.calm(taken.From-int64(settled), o.To)
+		return why, entries, !c.inCalm(o, taken.From-int64(settled))
 	case early:
 		return "etcd deleted the earlier key before its lease could expire", entries, brief && c.deposed(l.gone)
 	}
 	return fmt.Sprintf("the earlier key's end: %s", how), entries, false
 }
 
-// calm reports whether there were no faults in that time, and no request of an operator excepted.
-func (c *checker) calm(from, to int64) bool {
-	return slices.ContainsFunc(c.by[Calm], func(e *Entry) bool { return e.From <= from && to <= e.T })
+// inCalm reports whether an overlap has lasted for longer than allowed in a time without faults that had begun by then.
+func (c *checker) inCalm(o *Overlap, began int64) bool {
+	return slices.ContainsFunc(c.by[Calm], func(e *Entry) bool {
+		return e.From <= began && o.certain(e.From, e.T) > overlapAllowed
+	})
 }
 
 // checkMargins compares the end of belief with the end of the key.
@@ -212,6 +220,42 @@ func (c *checker) checkMargins() {
 			c.checkBelief(t, l.gone-int64(c.Margin), l.gone-int64(c.Margin*3/4), "the margin before its lease expired had begun", l.deleted)
 		}
 	}
+}
+
+// checkEvictions does for candidates what checkLease does for leaders.
+func (c *checker) checkEvictions() {
+	for _, e := range c.by[Evicted] {
+		l := c.lost(e)
+		if l == nil {
+			continue
+		}
+		c.Checked.Evicted++
+		if how, _ := c.endingOf(l, l.gone); how == early {
+			c.checkLease(l)
+		}
+	}
+}
+
+// lost is the key that a candidate says it lost: the last of that name in its campaign. It is nil if that is not
+// known: the lease was revoked, or the process was killed before it told how the campaign ended.
+func (c *checker) lost(e *Entry) (last *life) {
+	_, rest, _ := strings.Cut(e.Err, ": key \"")
+	key, _, _ := strings.Cut(rest, "\"")
+	campaign := func(o *Entry) bool {
+		return o.Proc == e.Proc && o.Election == e.Election && o.From <= e.T && e.T <= o.T
+	}
+	all := slices.Concat(c.by[GivenUp], c.by[Term])
+	i := slices.IndexFunc(all, campaign)
+	if i < 0 {
+		return nil
+	}
+	for _, l := range c.lives {
+		in := l.key == key && l.election == e.Election && all[i].From <= l.created.T && l.created.T <= e.T
+		if in && l.deleted != nil && (last == nil || l.token > last.token) {
+			last = l
+		}
+	}
+	return last
 }
 
 // checkTaken objects to belief in a key that was taken for longer than a renewal lasts: none counts

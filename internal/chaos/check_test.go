@@ -234,6 +234,7 @@ var changes = map[string]struct {
 	"no parameters":   {ruleNothing, `of the kind "run"`, without(Run)},
 	"bad parameters":  {ruleNothing, "cannot be read", added(Entry{Kind: Run, Value: "{"})},
 	"no terms":        {ruleNothing, `of the kind "term"`, without(Term)},
+	"no giving up":    {ruleNothing, `of the kind "given-up"`, without(GivenUp)},
 	"no events":       {ruleNothing, `of the kind "event"`, without(Event)},
 	"no writes":       {ruleNothing, "no guarded write", without(Write)},
 }
@@ -377,6 +378,7 @@ func (s scene) history() []Entry {
 	h = append(h, // so that there is something of each kind
 		Entry{T: 1, From: 0, Proc: "chaos", Kind: Fault, Op: "cut"},
 		Entry{T: 1, From: 0, Proc: "chaos", Kind: Calm},
+		Entry{T: 1, From: 0, Proc: "c9", Kind: GivenUp},
 		Entry{T: 2, From: 1, Proc: "c1", Kind: Read, Election: election, Token: 10, Op: "register"},
 		Entry{T: 2, From: 1, Proc: "c1", Kind: Append, Election: election, Token: 10, Value: "10:9", Result: Unknown},
 		Entry{T: 2, Proc: "o", Kind: Observed, Election: "chaos/b", Op: "1"},
@@ -390,7 +392,8 @@ func (s scene) history() []Entry {
 	h = append(h, s.extra...)
 	for i := range h {
 		e := &h[i]
-		if e.Kind == Belief || e.Kind == Taken || e.Kind == Term || e.Kind == Ended || e.Kind == Resigning {
+		switch e.Kind {
+		case Belief, Taken, Term, Ended, Resigning, Evicted, GivenUp:
 			e.Election = cmp.Or(e.Election, election)
 		}
 		e.T *= ms
@@ -467,6 +470,7 @@ func TestExcusesAreExact(t *testing.T) {
 		"operator in calm that ends with belief":    {4999, append(during(5501), takenKey, calmFrom(3990, 5501)), bad(ruleExclusion)},
 		"operator in calm, 500 ms":                  {4999, append(during(5500), takenKey, calmFrom(3990, 8500)), overlap(500)},
 		"operator in calm, 501 ms":                  {4999, append(during(5501), takenKey, calmFrom(3990, 8500)), bad(ruleExclusion)},
+		"operator in calm that ends within belief":  {4999, append(during(6000), takenKey, calmFrom(3990, 5501)), bad(ruleExclusion)},
 		"operator in calm of less than 1 s":         {4999, append(during(5501), takenKey, calmFrom(3991, 8500)), overlap(501)},
 		"operator in calm that ends before belief":  {4999, append(during(5501), takenKey, calmFrom(3990, 5500)), overlap(501)},
 
@@ -655,6 +659,7 @@ func BenchmarkCheck(b *testing.B) {
 func TestEtcdIsExcusedAfterAMemberWentOnAlone(t *testing.T) {
 	t.Parallel()
 	resigned := Entry{T: 4998, Proc: "c1", Kind: Ended, Token: 10, Err: leader.ErrResigned.Error()}
+	resigning := func(t int64) Entry { return Entry{T: t, Proc: "c1", Kind: Resigning, Token: 10} }
 	believed := []Entry{renewed1, beliefOf("c1", 10, opIsLeader, 4000, 5100), beliefOf("c2", 20, opIsLeader, 5000, 9000)}
 	for name, test := range map[string]struct {
 		resumed, gone int64
@@ -666,6 +671,8 @@ func TestEtcdIsExcusedAfterAMemberWentOnAlone(t *testing.T) {
 		"a member went on later":     {5000, 4999, believed, []string{ruleExclusion, ruleLease}},
 		"nobody believed any longer": {5000, 4999, []Entry{renewed1}, []string{ruleLease}},
 		"the holder has resigned":    {5000, 4999, []Entry{renewed1, resigned}, nil},
+		"the holder resigned before": {5000, 4999, []Entry{renewed1, resigned, resigning(4999)}, nil},
+		"the holder resigned later":  {5000, 4999, []Entry{renewed1, resigned, resigning(5000)}, []string{ruleLease}},
 		"the lease has expired":      {9000, 6000, []Entry{renewed1}, nil},
 		"never renewed":              {5000, 2009, nil, nil},
 	} {
@@ -675,6 +682,39 @@ func TestEtcdIsExcusedAfterAMemberWentOnAlone(t *testing.T) {
 			history = slices.DeleteFunc(history, func(e Entry) bool { return e.Kind == Resumed })
 			var got []string
 			for _, v := range check(byTime(append(history, Entry{T: test.resumed * ms, Proc: "m0", Kind: Resumed}))).Violations {
+				got = append(got, v.Rule)
+			}
+			if !slices.Equal(got, test.want) {
+				t.Errorf("violated %q, want %q", got, test.want)
+			}
+		})
+	}
+}
+
+func TestCandidateLosesItsKeyToNobody(t *testing.T) {
+	t.Parallel()
+	evicted := Entry{T: 5010, Proc: "c1", Kind: Evicted, Err: `candidacy lost: leadership ended by somebody else: key "chaos/a/1" deleted`}
+	campaign := Entry{T: 8000, From: 9, Proc: "c1", Kind: GivenUp}
+	for name, test := range map[string]struct {
+		gone  int64
+		extra []Entry
+		want  []string
+	}{
+		"nobody is known":            {4999, []Entry{evicted, campaign, renewed1}, []string{ruleLease}},
+		"and it was elected later":   {4999, []Entry{evicted, with(campaign, func(e *Entry) { e.Kind, e.Token, e.Key, e.Op = Term, 31, "chaos/a/1", "leader" }), renewed1}, []string{ruleLease}},
+		"an operator took it":        {4999, []Entry{evicted, campaign, renewed1, takenKey}, nil},
+		"the lease has expired":      {6000, []Entry{with(evicted, func(e *Entry) { e.T = 6010 }), campaign, renewed1}, nil},
+		"the lease was revoked":      {4999, []Entry{with(evicted, func(e *Entry) { e.Err = "lease revoked" }), campaign, renewed1}, nil},
+		"it is of another election":  {4999, []Entry{with(evicted, func(e *Entry) { e.Election = "chaos/b" }), with(campaign, func(e *Entry) { e.Election = "chaos/b" }), renewed1}, nil},
+		"it is of an earlier one":    {4999, []Entry{evicted, with(campaign, func(e *Entry) { e.From = 11 }), renewed1}, nil},
+		"the campaign has not ended": {4999, []Entry{evicted, renewed1}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			history := scene{test.gone, append([]Entry{second}, test.extra...)}.history()
+			history = slices.DeleteFunc(history, func(e Entry) bool { return e.Kind == Resumed })
+			var got []string
+			for _, v := range check(history).Violations {
 				got = append(got, v.Rule)
 			}
 			if !slices.Equal(got, test.want) {

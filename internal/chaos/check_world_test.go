@@ -51,6 +51,7 @@ func newHistory(seed uint64, terms int) []Entry {
 	}
 	w.add(
 		Entry{T: 1000 * ms, Kind: Start, Proc: "c1", Op: "candidate"},
+		Entry{T: 4500 * ms, From: 4000 * ms, Kind: GivenUp, Proc: "c1", Election: "chaos/a"},
 		Entry{T: 5000 * ms, From: 4000 * ms, Kind: Fault, Op: "cut", Value: "c1"},
 		Entry{T: 5000 * ms, From: 5000 * ms, Kind: Fault, Op: "pause", Err: "nobody leads"},
 	)

@@ -34,6 +34,10 @@ const (
 	// process begin where the one before them ends. Election, Token, Op (what was asked: "IsLeader",
 	// "Context"; "stock", "etcdctl" for a peer, which may believe what it likes).
 	Belief Kind = "belief"
+	// GivenUp is a campaign whose context ended before it was elected, From..T. Election.
+	GivenUp Kind = "given-up"
+	// Evicted is a candidate that says that its key was deleted by somebody else before it was elected. Election, Err.
+	Evicted Kind = "evicted"
 	// Resigning is told before a term is given up. Election, Token.
 	Resigning Kind = "resigning"
 	// Ended is told by the hook of that name. Election, Token, Err (the cause).

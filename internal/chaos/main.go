@@ -204,6 +204,16 @@ func record(ctx context.Context, dir string, p Parameters, binary string, chosen
 		return err
 	}
 	defer s.close()
+	chosen = slices.DeleteFunc(chosen, func(sort sort) bool {
+		why := sort.unfit(s.p.Etcd)
+		if why != "" {
+			fmt.Printf("%s is left out: %s\n", sort.name, why)
+		}
+		return why != ""
+	})
+	if len(chosen) == 0 {
+		return fmt.Errorf("-faults: none is left with etcd %s", s.p.Etcd)
+	}
 	parameters, err := json.Marshal(s.p)
 	if err != nil {
 		return err

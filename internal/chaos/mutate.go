@@ -31,15 +31,15 @@ var mutations = []mutation{
 	{
 		name: "send-time", safeguard: "a renewal counts from when it was sent",
 		file:   "internal/lease/renew.go",
-		old:    "return orphans, s.extend(sent, ack.TTL)",
-		new:    "return orphans, s.extend(s.now(), ack.TTL)",
+		old:    "return s.found(seen), s.extend(sent, ack.TTL)",
+		new:    "return s.found(seen), s.extend(s.now(), ack.TTL)",
 		faults: []string{"link-slow-dark"}, rule: ruleMargin, ttl: 8 * time.Second, duration: 100 * time.Second,
 	},
 	{
 		name: "same-term", safeguard: "a renewal counts only if a read in the same raft term follows",
 		file:   "internal/lease/renew.go",
-		old:    "case err == nil && term != ack.RaftTerm:",
-		new:    "case err == nil && term == 0:",
+		old:    "case seen.term != ack.RaftTerm:",
+		new:    "case seen.term == 0:",
 		faults: []string{"depose-raft-leader"}, rule: ruleLease, ttl: 15 * time.Second, duration: 2 * time.Minute,
 	},
 	{
@@ -53,7 +53,7 @@ var mutations = []mutation{
 		name: "own-key", safeguard: "a leader watches its own key",
 		file:   "leader.go",
 		old:    "l.queue.WaitDeleted(ctx, loop, l.key, l.token); err == nil {",
-		new:    "loop.Do(ctx, func(context.Context) error { <-ctx.Done(); return ctx.Err() }); err == nil {",
+		new:    "func(*retry.Loop) error { <-ctx.Done(); return ctx.Err() }(loop); err == nil {",
 		faults: []string{"operator-deletes-key", "operator-revokes-lease"}, rule: ruleExclusion, ttl: 8 * time.Second, duration: time.Minute,
 	},
 	{
@@ -62,6 +62,20 @@ var mutations = []mutation{
 		old:    `return clientv3.Compare(clientv3.CreateRevision(l.key), "=", l.token)`,
 		new:    `return clientv3.Compare(clientv3.CreateRevision(l.key), ">", -1)`,
 		faults: []string{"stop-candidate-long"}, rule: ruleGuard, ttl: 3 * time.Second, duration: time.Minute,
+	},
+	{
+		name: "old-event", safeguard: "an event counts only if it is newer than the key that it is about",
+		file:   "internal/queue/wait.go",
+		old:    "if ev.Kv.ModRevision <= w.rev {",
+		new:    "if ev.Kv.ModRevision < 0 {",
+		faults: []string{"slow-follower"}, rule: ruleExclusion, ttl: 3 * time.Second, duration: time.Minute,
+	},
+	{
+		name: "late-deletion", safeguard: "a deletion names the create revision of what it deletes",
+		file:   "internal/queue/queue.go",
+		old:    "If(clientv3.Compare(clientv3.CreateRevision(key), \"=\", token)).\n\t\tThen(clientv3.OpDelete(key)).",
+		new:    "Then(clientv3.OpDelete(key)).",
+		faults: []string{"endpoint-late"}, rule: ruleLease, ttl: 3 * time.Second, duration: time.Minute,
 	},
 }
 

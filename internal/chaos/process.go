@@ -21,6 +21,7 @@ type process struct {
 	name, sort string
 	command    func() *exec.Cmd
 	dir        string // for what it prints
+	asks       int    // how many members a worker sends requests to, the first ones
 	recorder   *Recorder
 
 	mu      sync.Mutex

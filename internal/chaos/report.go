@@ -18,6 +18,7 @@ import (
 type Measures struct {
 	Faults   []FaultMeasure // by sort
 	Terms    map[string]int // by who won them: "leader", "stock", "etcdctl"
+	GivenUp  int
 	Renewed  int
 	Refused  int
 	Observed int
@@ -90,6 +91,8 @@ func measure(history []Entry) Measures {
 		switch e.Kind {
 		case Term:
 			m.Terms[e.Op]++
+		case GivenUp:
+			m.GivenUp++
 		case Belief:
 			beliefs[e.Election] = append(beliefs[e.Election], believed(e))
 		case Renewed:
@@ -249,7 +252,11 @@ func writeReport(w io.Writer, history []Entry, v Verdict, command string) error 
 		counts("processes started: %s", m.Started),
 		counts("processes killed, at the end too: %s", m.Killed),
 		counts("terms of %s", m.Terms),
-		[][]any{{"renewals that counted", m.Renewed}, {"renewals acknowledged in vain", m.Refused}},
+		[][]any{
+			{"campaigns given up", m.GivenUp},
+			{"renewals that counted", m.Renewed},
+			{"renewals acknowledged in vain", m.Refused},
+		},
 		counts("guarded writes: %s", m.Writes),
 		counts("appends outside etcd: %s", m.Appends),
 		[][]any{{"observations", m.Observed}},
@@ -275,6 +282,7 @@ func checked(b *bytes.Buffer, n Counts) {
 		{"terms that expired", n.Expired},
 		{"terms that etcd ended before their lease could expire", n.Early},
 		{"terms that an operator ended", n.Taken},
+		{"candidates whose key somebody else deleted", n.Evicted},
 		{"terms of peers", n.PeerTerms},
 		{"pieces of belief", n.Beliefs},
 		{"reads of data", n.Reads},

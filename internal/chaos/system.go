@@ -59,14 +59,14 @@ type system struct {
 	faulty   []*process // workers that faults strike
 	watchers []*process // that only observe
 	resource *process
-	links    map[*process][]*etcdtest.Link // of a worker's clients, by member
+	links    map[*process][]*workerLink // of a worker's clients, by member, as far as it knows them
 	audit    *audit
 	closers  []func()
 }
 
 // startSystem starts everything and waits until it is ready.
 func startSystem(ctx context.Context, dir string, p Parameters, binary string, auth bool) (s *system, err error) {
-	s = &system{dir: dir, p: p, binary: binary, auth: auth, links: make(map[*process][]*etcdtest.Link)}
+	s = &system{dir: dir, p: p, binary: binary, auth: auth, links: make(map[*process][]*workerLink)}
 	defer func() {
 		if err != nil {
 			s.close()
@@ -362,24 +362,46 @@ func (s *system) addUsers(ctx context.Context) error {
 	return nil
 }
 
+// A workerLink is the link of a worker's clients to a member: a holder and, behind it, what can do all else.
+type workerLink struct {
+	*etcdtest.Link
+	holder *holder
+}
+
 // linksOf makes the links of one worker's clients.
-func (s *system) linksOf(p *process) ([]*etcdtest.Link, error) {
+func (s *system) linksOf(p *process) ([]*workerLink, error) {
 	for _, m := range s.members {
 		link, err := etcdtest.StartLink(m.client)
 		if err != nil {
 			return nil, err
 		}
 		s.closers = append(s.closers, link.Close)
-		s.links[p] = append(s.links[p], link)
+		holder, err := startHolder(strings.TrimPrefix(link.Endpoint, "unix://"))
+		if err != nil {
+			return nil, err
+		}
+		s.closers = append(s.closers, func() { holder.close() })
+		s.links[p] = append(s.links[p], &workerLink{link, holder})
 	}
 	return s.links[p], nil
 }
 
-// mixed is the election in which peers compete with this package.
-const mixed = "mixed"
+const (
+	// mixed is the election in which peers compete with this package.
+	mixed = "mixed"
+	// again is the election of two candidates that never rest: terms are short, most campaigns are given up soon, and
+	// the next one begins at once. One of the two keeps its lease, and so the name of its key.
+	again = "again"
+)
 
-// elections are the names of all elections.
-var elections = []string{"e0", "e1", "e2", mixed}
+// elections are the names of all elections; lasting are those whose terms may be long.
+var (
+	lasting   = []string{"e0", "e1", "e2", mixed}
+	elections = append(slices.Clone(lasting), again)
+)
+
+// watched returns the member that some candidates use for all their watches.
+func (s *system) watched() *member { return s.members[len(s.members)-1] }
 
 // startWorkers runs the resource, the candidates and the observers.
 func (s *system) startWorkers() error {
@@ -390,21 +412,22 @@ func (s *system) startWorkers() error {
 	if err := s.resource.start(); err != nil {
 		return err
 	}
-	add := func(sort string, w worker, endpoints int) (*process, error) {
+	add := func(sort string, w worker, knows func(*worker, []string)) (*process, error) {
 		p := s.newProcess(sort, w.Name, nil)
 		links, err := s.linksOf(p)
 		if err != nil {
 			return nil, err
 		}
+		var endpoints []string
 		for _, link := range links {
-			w.Endpoints = append(w.Endpoints, link.Endpoint)
+			endpoints = append(endpoints, link.holder.Endpoint)
 		}
-		if endpoints > 0 {
-			w.Endpoints = w.Endpoints[:endpoints]
+		knows(&w, endpoints)
+		p.asks = len(w.Endpoints)
+		if w.Watches == "" {
+			s.links[p] = links[:p.asks]
 		}
 		w.Dir, w.Resource, w.TTL, w.Margin = s.dir, socket, s.p.TTL, s.p.Margin
-		// A client with a user authenticates before each renewal, which takes a quorum. So those without are
-		// the ones whom a deposed leader of etcd can deceive.
 		if s.auth {
 			w.User, w.Password = user, password
 		}
@@ -420,29 +443,39 @@ func (s *system) startWorkers() error {
 		}
 		return p, p.start()
 	}
+	all := func(w *worker, endpoints []string) { w.Endpoints = endpoints }
+	last := len(s.members) - 1
 	for i := range s.p.Candidates {
 		w := worker{Name: fmt.Sprintf("c%d", i)}
-		endpoints := 0
+		knows := all
 		switch i % 4 {
-		case 0, 2: // one lease for all
+		case 0: // one lease for all
+			w.Run, w.Observe = lasting, elections[:1]
+			if i > 0 { // and one member for watches
+				knows = func(w *worker, endpoints []string) { w.Endpoints, w.Watches = endpoints, endpoints[last] }
+			}
+		case 1: // a lease for each term, and one member for watches and nothing else
+			w.Campaign = []string{elections[0], mixed, again}
+			knows = func(w *worker, endpoints []string) { w.Endpoints, w.Watches = endpoints[:last], endpoints[last] }
+		case 2: // one lease for all, and all members but that one
 			w.Run, w.Observe = elections, elections[:1]
-		case 1: // a lease for each term
-			w.Campaign = []string{elections[0], mixed}
-		case 3: // and one that knows only one member
-			w.Run, w.Campaign, endpoints = elections[1:2], elections[2:3], 1
+			knows = func(w *worker, endpoints []string) { w.Endpoints = endpoints[:last] }
+		case 3: // one member
+			w.Run, w.Campaign = elections[1:2], elections[2:3]
+			knows = func(w *worker, endpoints []string) { w.Endpoints = endpoints[:1] }
 		}
-		p, err := add("candidate", w, endpoints)
+		p, err := add("candidate", w, knows)
 		if err != nil {
 			return err
 		}
 		s.workers, s.faulty = append(s.workers, p), append(s.faulty, p)
 	}
-	stock, err := add("stock", worker{Name: "stock", Stock: []string{mixed}}, 0)
+	stock, err := add("stock", worker{Name: "stock", Stock: []string{mixed}}, all)
 	if err != nil {
 		return err
 	}
 	s.workers = append(s.workers, stock)
-	observer, err := add("observer", worker{Name: "observer", Observe: elections}, 0)
+	observer, err := add("observer", worker{Name: "observer", Observe: elections}, all)
 	if err != nil {
 		return err
 	}
