@@ -209,7 +209,7 @@ func (e *Elector) candidate(ctx context.Context, c *claim, value string, how how
 	k, unbind := e.newCampaigning(ctx, c, value, how)
 	defer unbind()
 	for {
-		l, err := k.stand()
+		l, err := k.stand() //nolint:contextcheck // k has it
 		if err == nil {
 			return l, nil
 		}

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -111,7 +112,7 @@ func TestHolderDeliversLateAndApart(t *testing.T) {
 	if apart := time.Since(began); apart < spacing/2 {
 		t.Errorf("delivered %v after the other, want about %v", apart, spacing)
 	}
-	if n, err := taken.Read(make([]byte, 1)); err != io.EOF {
+	if n, err := taken.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Errorf("read %d bytes, %v, want the end", n, err)
 	}
 }

@@ -42,7 +42,7 @@ func TestSessionsOfAClientRenewOverOneStream(t *testing.T) {
 			var calls, others calls
 			client := etcdtest.NewClientFrom(t, calls.config(m.Endpoint))
 			wrap(client)
-			var sessions []*real
+			var sessions []*realSession
 			for range 3 {
 				sessions = append(sessions, startReal(t, client, Config{}))
 			}
@@ -69,7 +69,7 @@ func TestStreamEndsWithTheLastSessionOfItsClient(t *testing.T) {
 	m := etcdtest.Start(t)
 	var calls calls
 	client := etcdtest.NewClientFrom(t, calls.config(m.Endpoint))
-	var sessions []*real
+	var sessions []*realSession
 	for range 3 {
 		s := startReal(t, client, Config{})
 		s.renew(t)
@@ -189,7 +189,7 @@ func TestUserAndPasswordAreCheckedOncePerStreamAndNotPerRenewal(t *testing.T) {
 	m := etcdtest.Start(t, etcdtest.Settings{"bcrypt-cost": 4})
 	var calls calls
 	client := startAuth(t, m, &calls, m.Endpoint)
-	var sessions []*real
+	var sessions []*realSession
 	before := calls.authenticated.Load()
 	for range 3 {
 		sessions = append(sessions, startReal(t, client, Config{}))
@@ -554,6 +554,150 @@ func TestStreamThatIsLeftStillAnswersThoseWhoWait(t *testing.T) {
 	f.calls.await(t, 2, 1) // nobody waits for it any more
 }
 
+// A renewal that takes longer than an attempt is answered all the same, if each attempt does not begin anew.
+func TestStreamThatHasNotAnsweredIsAskedAgainBesideAnother(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	f := serve(t, func(n int, asked <-chan int64, answer func(int64, int64)) error {
+		for id := range asked {
+			if n == 1 {
+				<-release
+				answer(id, 60)
+			}
+		}
+		return nil
+	})
+	first := f.start(t, 7)
+	f.awaitAsked(t, 1)
+	first.giveUp(t)
+	second := f.start(t, 7)
+	f.awaitAsked(t, 2) // over the second stream; over the first it waits behind the first
+	f.calls.await(t, 2, 2)
+	close(release)
+	if err := await(t, second.done); err != nil {
+		t.Errorf("renew() = %v, want the answer of the first stream", err)
+	}
+	f.calls.await(t, 2, 1) // the other is not needed any more
+}
+
+func TestSeveralRenewalsThatFailOpenOneStream(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	f := serve(t, func(n int, asked <-chan int64, answer func(int64, int64)) error {
+		for id := range asked {
+			if n > 1 {
+				<-release
+				answer(id, 60)
+			}
+		}
+		return nil
+	})
+	one, other := f.start(t, 1), f.start(t, 2)
+	f.awaitAsked(t, 2)
+	one.giveUp(t)
+	one = f.start(t, 1)
+	f.calls.await(t, 2, 2)
+	other.giveUp(t)
+	other = f.start(t, 2)
+	f.awaitAsked(t, 2+2+1) // two more over the first stream and, over the second, one, behind which the other waits
+	close(release)
+	for _, r := range []*request{one, other} {
+		if err := await(t, r.done); err != nil {
+			t.Errorf("renew() = %v", err)
+		}
+	}
+	f.calls.await(t, 2, 1)
+}
+
+func TestFewStreamsAreOpenWhileNoneAnswers(t *testing.T) {
+	t.Parallel()
+	for endpoints := range 3 {
+		t.Run(fmt.Sprint(endpoints+1), func(t *testing.T) {
+			f := serve(t, func(_ int, asked <-chan int64, _ func(int64, int64)) error {
+				for range asked {
+				}
+				return nil
+			}, endpoints+1)
+			beside := min(2, endpoints+1)
+			for attempts := range 5 {
+				r := f.start(t, 7)
+				f.calls.awaitOpen(t, min(1+attempts*beside, 2*beside))
+				r.giveUp(t)
+			}
+		})
+	}
+}
+
+// It may be slow for the very reason that so many authenticate (etcd#15764).
+func TestFewAuthenticationsAreUnderWayWhileNoneIsAnswered(t *testing.T) {
+	t.Parallel()
+	for endpoints, most := range []int{1, 3, 3} {
+		t.Run(fmt.Sprint(endpoints+1), func(t *testing.T) {
+			release := make(chan struct{})
+			auth := &slowAuth{released: release}
+			f := serve(t, func(_ int, asked <-chan int64, answer func(int64, int64)) error {
+				for id := range asked {
+					answer(id, 60)
+				}
+				return nil
+			}, endpoints+1, auth)
+			for attempts := range 5 {
+				r := f.start(t, 7)
+				want := most
+				if attempts == 0 {
+					want = 1
+				}
+				poll(t, fmt.Sprintf("%d authentications are under way", want), func() bool { return auth.asked.Load() == int64(want) })
+				r.giveUp(t)
+			}
+			if got := auth.asked.Load(); got != int64(most) {
+				t.Errorf("%d authentications are under way after 5 attempts, want %d", got, most)
+			}
+			close(release)
+			f.renew(t, 7)
+			f.calls.awaitOpen(t, 1)
+		})
+	}
+}
+
+type slowAuth struct {
+	pb.UnimplementedAuthServer
+	asked    atomic.Int64
+	released <-chan struct{}
+}
+
+func (a *slowAuth) Authenticate(context.Context, *pb.AuthenticateRequest) (*pb.AuthenticateResponse, error) {
+	a.asked.Add(1)
+	<-a.released
+	return &pb.AuthenticateResponse{Header: &pb.ResponseHeader{}, Token: "token"}, nil
+}
+
+// A request is a renewal that is under way.
+type request struct {
+	cancel context.CancelFunc
+	done   chan error
+}
+
+func (f *fake) start(t *testing.T, id clientv3.LeaseID) *request {
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	r := &request{cancel: cancel, done: make(chan error, 1)}
+	go func() {
+		defer cancel()
+		_, err := f.keeper.renew(ctx, id)
+		r.done <- err
+	}()
+	return r
+}
+
+// giveUp ends the attempt before it is answered.
+func (r *request) giveUp(t *testing.T) {
+	t.Helper()
+	r.cancel()
+	if err := await(t, r.done); !errors.Is(err, context.Canceled) {
+		t.Errorf("renew() = %v, want %v", err, context.Canceled)
+	}
+}
+
 // A fake is a server of renewals, with a keeper of a client of it.
 type fake struct {
 	pb.UnimplementedLeaseServer
@@ -564,19 +708,34 @@ type fake struct {
 	keeper *keeper
 }
 
-// serve starts a fake. asked is closed when the stream ends; whoever serves returns then.
-func serve(t *testing.T, serve func(n int, asked <-chan int64, answer func(id, ttl int64)) error) *fake {
+// serve starts a fake. asked is closed when the stream ends; whoever serves returns then. The options are the number
+// of the client's endpoints, 1 unless given, and who checks its password.
+func serve(t *testing.T, serve func(n int, asked <-chan int64, answer func(id, ttl int64)) error, options ...any) *fake {
 	t.Helper()
 	f := &fake{serve: serve}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
 	server := grpc.NewServer()
 	pb.RegisterLeaseServer(server, f)
-	go func() { _ = server.Serve(listener) }()
+	cfg := f.calls.config()
+	endpoints := 1
+	for _, option := range options {
+		switch o := option.(type) {
+		case int:
+			endpoints = o
+		case pb.AuthServer:
+			pb.RegisterAuthServer(server, o)
+			cfg.Username, cfg.Password = "user", "password"
+		}
+	}
+	for range endpoints {
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() { _ = server.Serve(listener) }()
+		cfg.Endpoints = append(cfg.Endpoints, listener.Addr().String())
+	}
 	t.Cleanup(server.Stop)
-	f.keeper = keep(t, etcdtest.NewClientFrom(t, f.calls.config(listener.Addr().String())))
+	f.keeper = keep(t, etcdtest.NewClientFrom(t, cfg))
 	return f
 }
 
@@ -668,15 +827,15 @@ func keepersOf(client *clientv3.Client) int {
 }
 
 // A real is a session with a lease and a key in a real etcd.
-type real struct {
+type realSession struct {
 	*Session
 	renewals chan Renewal
 }
 
 // startReal grants a lease that renews only when the test says so, unless cfg has a shorter TTL.
-func startReal(t *testing.T, client *clientv3.Client, cfg Config) *real {
+func startReal(t *testing.T, client *clientv3.Client, cfg Config) *realSession {
 	t.Helper()
-	s := &real{renewals: make(chan Renewal, 100)}
+	s := &realSession{renewals: make(chan Renewal, 100)}
 	if cfg.TTL == 0 {
 		cfg.TTL = 10 * time.Minute
 	}
@@ -703,7 +862,7 @@ func startReal(t *testing.T, client *clientv3.Client, cfg Config) *real {
 }
 
 // renew renews the lease now, and wants the first attempt to count.
-func (s *real) renew(t *testing.T) {
+func (s *realSession) renew(t *testing.T) {
 	t.Helper()
 	if r := s.tryRenew(t); r.Err != nil {
 		t.Errorf("renewal: %v", r.Err)
@@ -711,7 +870,7 @@ func (s *real) renew(t *testing.T) {
 }
 
 // tryRenew renews the lease now, and returns what is reported first.
-func (s *real) tryRenew(t *testing.T) Renewal {
+func (s *realSession) tryRenew(t *testing.T) Renewal {
 	t.Helper()
 	poll(t, "no renewal is under way", func() bool {
 		s.mu.Lock()

@@ -40,7 +40,7 @@ func (q *Queue) Observe(ctx context.Context, warn func(error), reread time.Durat
 		err = o.follow(following)
 	})
 	for ctx.Err() == nil {
-		c, failure, more := o.next()
+		c, more, failure := o.next()
 		if failure != nil {
 			warn(failure)
 		}
@@ -81,22 +81,22 @@ type observer struct {
 }
 
 // next blocks until there is something to yield or to warn of. more is false when nothing follows.
-func (o *observer) next() (c Candidate, failure error, more bool) {
+func (o *observer) next() (c Candidate, more bool, failure error) {
 	for {
 		o.mu.Lock()
 		switch {
 		case o.failure != nil:
 			failure, o.failure = o.failure, nil
 			o.mu.Unlock()
-			return Candidate{}, failure, true
+			return Candidate{}, true, failure
 		case len(o.pending) > 0:
 			c, o.pending = o.pending[0], o.pending[1:]
 			o.bytes -= len(c.Value)
 			o.mu.Unlock()
-			return c, nil, true
+			return c, true, nil
 		case o.ended:
 			o.mu.Unlock()
-			return Candidate{}, nil, false
+			return Candidate{}, false, nil
 		}
 		o.mu.Unlock()
 		<-o.changed

@@ -126,7 +126,7 @@ func (w *wait) watch(ctx context.Context) (lived time.Duration, err error) {
 	s := w.open(ctx)
 	defer s.close(cancel)
 	for {
-		if over, err := s.step(); over {
+		if over, err := s.step(); over { //nolint:contextcheck // s has ctx
 			return s.current.lived(), err
 		}
 	}
@@ -280,7 +280,7 @@ func (s *watching) lookedAside(found *looking) (over bool, err error) {
 // lookAhead opens a watch that gets no puts and then reads who is before the key, unless that is known
 // or being done.
 func (s *watching) lookAhead() {
-	if !s.wait.ahead || s.aheads != nil {
+	if !s.ahead || s.aheads != nil {
 		return
 	}
 	found := make(chan *ahead, 1)
@@ -300,7 +300,7 @@ func (s *watching) lookAhead() {
 func (s *watching) lookedAhead(found *ahead) (over bool, err error) {
 	s.aheads = nil
 	if found.err == nil && found.place.First() {
-		s.wait.oldest, s.wait.ahead, s.tries = true, false, 0
+		s.oldest, s.ahead, s.tries = true, false, 0
 		s.current.close()
 		s.current = found.next
 		return false, nil

@@ -3,7 +3,6 @@ package retry
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"runtime"
 	"strings"
@@ -130,27 +129,24 @@ func TestDarkEndpointDelaysFewRequests(t *testing.T) {
 	})
 }
 
-func TestRequestThatMayNotBeSentBesideAnotherIsSentLater(t *testing.T) {
+func TestRequestThatMayNotBeSentBesideAnotherIsSentSoon(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client := client(t)
-		ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
-		defer cancel()
-		var others sync.WaitGroup
-		for range 40 { // they send as much as they may
-			others.Go(func() { _, _ = Ask(ctx, client, nil, hang) })
+		traffic := trafficOf(client)
+		defer traffic.leave()
+		for traffic.send(true) { // until there is no token left
+			traffic.ended(false)
 		}
-		time.Sleep(3 * time.Second)
 		var sent sends
-		_, err := Ask(t.Context(), client, nil, func(ctx context.Context) (int, error) {
+		_, err := AskWithin(t.Context(), client, 400*time.Millisecond, nil, func(ctx context.Context) (int, error) {
 			if sent.add() == 1 {
 				return hang(ctx)
 			}
 			return 0, nil
 		})
-		if err != nil || sent.at[1] > 1500*time.Millisecond {
-			t.Errorf("Ask() = %v; requests were sent after %v, want the second soon after the others have ended", err, sent.at)
+		if at := sent.at[1]; err != nil || at < time.Second/tokensPerSecond || at > 250*time.Millisecond {
+			t.Errorf("AskWithin() = %v; requests were sent after %v, want the second when there is a token, after 100ms", err, sent.at)
 		}
-		others.Wait()
 	})
 }
 
@@ -805,6 +801,6 @@ func (s *sends) hang(ctx context.Context) (int, error) {
 // goroutine names the goroutine that it is called in.
 func goroutine() string {
 	buf := make([]byte, 64)
-	name, _, _ := strings.Cut(fmt.Sprintf("%s", buf[:runtime.Stack(buf, false)]), " [")
+	name, _, _ := strings.Cut(string(buf[:runtime.Stack(buf, false)]), " [")
 	return name
 }
