@@ -1,0 +1,510 @@
+package leader_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"example.com/leader"
+	"example.com/leader/internal/etcdtest"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+)
+
+// The tests of this file are about others: strangers who may write elsewhere in the same etcd, candidates with large
+// values, limits on the rate of requests, and the metadata of a caller's context. None of them may end a campaign, a
+// term or an observer.
+
+// withStranger runs an etcd with the users of enableAuth and a stranger, who may write below mal/ alone. as returns a
+// client of a user.
+func withStranger(t *testing.T) (as func(user string) *clientv3.Client) {
+	t.Helper()
+	t.Parallel()
+	m := etcdtest.Start(t, etcdtest.Settings{"bcrypt-cost": 4})
+	ctx, client := t.Context(), etcdtest.NewClient(t, m.Endpoint)
+	must := func(_ any, err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(client.RoleAdd(ctx, "elsewhere"))
+	must(client.RoleGrantPermission(ctx, "elsewhere", "mal/", clientv3.GetPrefixRangeEnd("mal/"),
+		clientv3.PermissionType(clientv3.PermReadWrite)))
+	must(client.UserAdd(ctx, "stranger", "stranger"))
+	must(client.UserGrantRole(ctx, "stranger", "elsewhere"))
+	enableAuth(t, client, "svc/")
+	as = func(user string) *clientv3.Client {
+		t.Helper()
+		return etcdtest.NewClientFrom(t, clientv3.Config{Endpoints: []string{m.Endpoint}, Username: user, Password: user})
+	}
+	leavesNothing(t, as("root"))
+	return as
+}
+
+// A grantReporter reports each lease before its owner knows it.
+type grantReporter struct {
+	clientv3.Lease
+	granted func(clientv3.LeaseID)
+}
+
+func (r grantReporter) Grant(ctx context.Context, ttl int64) (*clientv3.LeaseGrantResponse, error) {
+	resp, err := r.Lease.Grant(ctx, ttl)
+	if err == nil {
+		r.granted(resp.ID)
+	}
+	return resp, err
+}
+
+// Any user may list the leases and attach a key to one that has none yet. etcd then denies that lease to a candidate
+// who may not write the key.
+func TestCandidateTakesAnotherLeaseWhereAStrangerHasAttachedAKey(t *testing.T) {
+	as := withStranger(t)
+	stranger, service := as("stranger"), as("service")
+	victim := wrapped(service)
+	attached := make(map[clientv3.LeaseID]bool)
+	victim.Lease = grantReporter{service.Lease, func(id clientv3.LeaseID) {
+		if len(attached) == 3 {
+			return
+		}
+		attached[id] = true
+		if _, err := stranger.Put(t.Context(), "mal/key", "", clientv3.WithLease(id)); err != nil {
+			t.Errorf("the stranger cannot attach a key: %v", err)
+		}
+	}}
+	renewed := make(chan struct{}, 1000)
+	e := newElector(t, victim, leader.WithHooks(leader.Hooks{
+		Renewed: func(clientv3.LeaseID, time.Duration, time.Time) { renewed <- struct{}{} },
+	}))
+	l := lead(t, e, "svc/jobs", "")
+	if len(attached) != 3 {
+		t.Errorf("the stranger has attached keys to %d leases, want 3", len(attached))
+	}
+	if kv := onlyKey(t, service, "svc/jobs/"); attached[clientv3.LeaseID(kv.Lease)] || string(kv.Key) != l.Key() {
+		t.Errorf("the candidate leads with %v, on a lease that a stranger has attached a key to", kv)
+	}
+	await(t, "a renewal", renewed)
+	await(t, "a renewal", renewed)
+	if !l.IsLeader() || !guarded(t, service, l) {
+		t.Errorf("the term has ended: %v", context.Cause(l.Context()))
+	}
+	resign(t, l)
+	awaitExpiry(t, as("root")) // nobody but the stranger and root may revoke a lease that has the stranger's key
+}
+
+// Here the strangers know of the leases only what etcd lists.
+func TestStrangersWhoAttachKeysToEveryNewLeaseEndNoCampaign(t *testing.T) {
+	as := withStranger(t)
+	service := as("service")
+	polling, stop := context.WithCancel(t.Context())
+	var strangers sync.WaitGroup
+	var attached atomic.Int64
+	for i := range 2 {
+		stranger := as("stranger")
+		strangers.Go(func() {
+			seen := make(map[clientv3.LeaseID]bool)
+			for polling.Err() == nil {
+				resp, err := stranger.Leases(polling)
+				if err != nil {
+					continue
+				}
+				for _, l := range resp.Leases {
+					if seen[l.ID] {
+						continue
+					}
+					seen[l.ID] = true
+					if _, err := stranger.Put(polling, fmt.Sprint("mal/", i), "", clientv3.WithLease(l.ID)); err == nil {
+						attached.Add(1)
+					}
+				}
+			}
+		})
+	}
+	campaigns, ended := 0, 0
+	for campaigns < 30 || attached.Load() < 5 {
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		l, err := newElector(t, service).Campaign(ctx, "svc/jobs", "")
+		cancel()
+		if campaigns++; err != nil {
+			ended++
+			t.Logf("Campaign: %v", err)
+			continue
+		}
+		if err := l.Resign(t.Context()); err != nil && !errors.Is(err, rpctypes.ErrPermissionDenied) {
+			t.Errorf("Resign: %v", err)
+		}
+	}
+	stop()
+	strangers.Wait()
+	t.Logf("%d campaigns, %d ended by a stranger; %d keys attached", campaigns, ended, attached.Load())
+	if ended > 0 {
+		t.Errorf("strangers have ended %d of %d campaigns", ended, campaigns)
+	}
+	awaitExpiry(t, as("root"))
+}
+
+// When the key of its last term has been deleted a lease has none, so a stranger may attach one. Then etcd denies the
+// revocation to the owner. That is no failure: the election is free, and the lease expires.
+func TestResignAndCloseSucceedThoughAStrangerHasAttachedAKeyToTheLease(t *testing.T) {
+	as := withStranger(t)
+	stranger, service := as("stranger"), as("service")
+	victim := wrapped(service)
+	lease := &brokenLease{Lease: service.Lease}
+	victim.Lease = lease
+	e := newElector(t, victim)
+	l := lead(t, e, "svc/jobs", "")
+	id := clientv3.LeaseID(onlyKey(t, service, "svc/jobs/").Lease)
+	attach := func() error {
+		_, err := stranger.Put(t.Context(), "mal/key", "", clientv3.WithLease(id))
+		lease.revoke.Store(nil)
+		return err
+	}
+	lease.revoke.Store(&attach)
+	if err := l.Resign(t.Context()); err != nil {
+		t.Errorf("Resign: %v", err)
+	}
+	if err := e.Close(t.Context()); err != nil {
+		t.Errorf("Close: %v", err)
+	}
+	if resp, err := service.Get(t.Context(), "svc/jobs/", clientv3.WithPrefix()); err != nil || len(resp.Kvs) != 0 {
+		t.Errorf("keys left: %v, %v", resp, err)
+	}
+	awaitExpiry(t, as("root"))
+}
+
+func TestCandidateWithoutTheRightIsDeniedAtOnceAndLeavesNothing(t *testing.T) {
+	as := withStranger(t)
+	root, stranger, service := as("root"), as("stranger"), as("service")
+	granted := 0
+	attach := false
+	client := wrapped(service)
+	client.Lease = grantReporter{service.Lease, func(id clientv3.LeaseID) {
+		granted++
+		if attach {
+			if _, err := stranger.Put(t.Context(), "mal/key", "", clientv3.WithLease(id)); err != nil {
+				t.Errorf("the stranger cannot attach a key: %v", err)
+			}
+		}
+	}}
+	denied := func(what string, e *leader.Elector, leases int) {
+		t.Helper()
+		granted = 0
+		began := time.Now()
+		if _, err := e.Campaign(t.Context(), "forbidden", ""); !errors.Is(err, rpctypes.ErrPermissionDenied) {
+			t.Errorf("%s: Campaign without permission: %v", what, err)
+		}
+		if took := time.Since(began); took > ttl || granted > 1 {
+			t.Errorf("%s: denied after %v and %d leases", what, took, granted)
+		}
+		if cs, err := newElector(t, root).Candidates(t.Context(), "forbidden"); err != nil || len(cs) != 0 {
+			t.Errorf("%s: the queue is %+v, %v", what, cs, err)
+		}
+		if resp, err := root.Leases(t.Context()); err != nil || len(resp.Leases) != leases {
+			t.Errorf("%s: leases %v, %v; want %d", what, resp, err, leases)
+		}
+	}
+	e := newElector(t, client)
+	denied("alone", e, 0)
+	l := lead(t, e, "svc/jobs", "")
+	denied("beside a term", e, 1)
+	if !l.IsLeader() || !guarded(t, service, l) {
+		t.Errorf("the term beside it has ended: %v", context.Cause(l.Context()))
+	}
+	resign(t, l)
+	attach = true
+	denied("with a stranger's key on the lease", e, 1) // which goes with that lease
+	awaitExpiry(t, root)
+}
+
+// A logChannel gets each record that is logged, without the attributes of [slog.Logger.With].
+type logChannel chan slog.Record
+
+func (c logChannel) Enabled(context.Context, slog.Level) bool { return true }
+func (c logChannel) WithAttrs([]slog.Attr) slog.Handler       { return c }
+func (c logChannel) WithGroup(string) slog.Handler            { return c }
+func (c logChannel) Handle(_ context.Context, r slog.Record) error {
+	select {
+	case c <- r.Clone():
+	default: // nobody asks for so many
+	}
+	return nil
+}
+
+// awaitRecord waits until the message has been logged. It fails if the campaign ends first.
+func awaitRecord(t *testing.T, log logChannel, message string, campaign <-chan outcome) slog.Record {
+	t.Helper()
+	timeout := time.After(patience)
+	for {
+		select {
+		case r := <-log:
+			if r.Message == message {
+				return r
+			}
+		case o := <-campaign:
+			t.Fatalf("Campaign ended while %q was awaited: %v", message, o.err)
+		case <-timeout:
+			t.Fatalf("waited in vain for %q to be logged", message)
+		}
+	}
+}
+
+// awaitThat receives until that is true of what it has received.
+func awaitThat[T any](t *testing.T, what string, c <-chan T, that func(T) bool) {
+	t.Helper()
+	for {
+		if that(await(t, what, c)) {
+			return
+		}
+	}
+}
+
+// receivesLittle returns a client that refuses messages of 256 KiB and more.
+func receivesLittle(t *testing.T, m *etcdtest.Member) *clientv3.Client {
+	t.Helper()
+	return etcdtest.NewClientFrom(t, clientv3.Config{
+		Endpoints: []string{m.Endpoint}, MaxCallRecvMsgSize: 256 << 10, MaxCallSendMsgSize: 128 << 10,
+	})
+}
+
+// tooLarge is a value that a client of receivesLittle cannot receive.
+var tooLarge = strings.Repeat("v", 300<<10)
+
+// A stock leader does not touch its key, so the candidate behind it gets all that it proclaims.
+func TestCampaignOutlivesALargeValueOfTheOneBefore(t *testing.T) {
+	m, client := start(t)
+	first := lead(t, newElector(t, client), "jobs", "first")
+	_, election, won := stock(t, client, "jobs", "second", time.Minute)
+	awaitQueue(t, client, "jobs", queued(2))
+	log := make(logChannel, 1000)
+	e := newElector(t, receivesLittle(t, m), leader.WithLogger(slog.New(log)))
+	next := campaign(t.Context(), e, "jobs", "third")
+	awaitQueue(t, client, "jobs", queued(3))
+	resign(t, first)
+	if err := await(t, "stock Campaign", won).err; err != nil {
+		t.Fatal(err)
+	}
+	if err := election.Proclaim(t.Context(), tooLarge); err != nil {
+		t.Fatal(err)
+	}
+	awaitRecord(t, log, "campaign is being retried", next)
+	if err := election.Resign(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	awaitLeader(t, next)
+}
+
+// All watches of a client share a stream, and a message that is too large for one of them ends it for all.
+func TestLargeValueOfAnotherEndsNoWatchForGood(t *testing.T) {
+	m, client := start(t)
+	const ttl = 5 * time.Minute // no renewal and no regular read finds out what a watch should
+	log := make(logChannel, 1000)
+	other, small := newElector(t, client), receivesLittle(t, m)
+	e := newElector(t, small, leader.WithTTL(ttl), leader.WithLogger(slog.New(log)))
+	noisy, held := lead(t, other, "noisy", "quiet"), lead(t, other, "held", "")
+	mine := lead(t, e, "mine", "")
+	next := campaign(t.Context(), e, "held", "next")
+	awaitQueue(t, client, "held", queued(2))
+	observed := observe(t, e, "noisy")
+	if c := await(t, "the leader", observed); c.Value != "quiet" {
+		t.Errorf("observed %+v", c)
+	}
+	if err := noisy.Proclaim(t.Context(), tooLarge); err != nil {
+		t.Fatal(err)
+	}
+	for retried := make(map[string]bool); len(retried) < 3; {
+		r := await(t, "the warnings of three watches", log)
+		if strings.HasSuffix(r.Message, "is being retried") {
+			retried[r.Message] = true
+		}
+	}
+	if err := noisy.Proclaim(t.Context(), "quiet again"); err != nil {
+		t.Fatal(err)
+	}
+	awaitThat(t, "the next value", observed, func(c leader.Candidate) bool { return c.Value == "quiet again" })
+	if _, err := client.Delete(t.Context(), mine.Key()); err != nil {
+		t.Fatal(err)
+	}
+	awaitEnd(t, mine, leader.ErrEvicted)
+	resign(t, held)
+	awaitLeader(t, next)
+}
+
+// clientv3 opens a stream for each set of metadata that watches have. A request id makes each set another one.
+func TestCampaignsShareOneStreamWhateverMetadataTheirContextsHave(t *testing.T) {
+	m, client := start(t)
+	var calls rpcCounter
+	counted := etcdtest.NewClientFrom(t, calls.config(m.Endpoint))
+	renewed := make(chan struct{}, 1000)
+	e := newElector(t, counted, leader.WithHooks(leader.Hooks{
+		Renewed: func(clientv3.LeaseID, time.Duration, time.Time) { renewed <- struct{}{} },
+	}))
+	holder := newElector(t, client, leader.WithTTL(time.Minute))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	const n = 100
+	var waiting []<-chan outcome
+	for i := range n {
+		name := fmt.Sprint("jobs", i)
+		lead(t, holder, name, "")
+		requestID := metadata.AppendToOutgoingContext(ctx, "x-request-id", fmt.Sprint(i))
+		waiting = append(waiting, campaign(requestID, e, name, ""))
+		// Each reads the one before it and itself once, when its watches have been created.
+		awaitCalls(t, calls.reads, int64(2*(i+1)))
+	}
+	for len(renewed) > 0 {
+		<-renewed
+	}
+	for range 3 {
+		await(t, "a renewal", renewed)
+	}
+	// If it takes a busy machine more than a second to create a watch, it is tried on another stream, of four.
+	for method, most := range map[string]int64{"/etcdserverpb.Watch/Watch": 4, "/etcdserverpb.Lease/LeaseKeepAlive": 1} {
+		streams, _ := calls.calls.LoadOrStore(method, new(atomic.Int64))
+		if got := streams.(*atomic.Int64).Load(); got > most {
+			t.Errorf("%d campaigns with a request id each have opened %d streams of %s, want one", n, got, method)
+		} else {
+			t.Logf("%d streams of %s", got, method)
+		}
+	}
+	cancel()
+	for _, c := range waiting {
+		if o := await(t, "Campaign", c); !errors.Is(o.err, context.Canceled) {
+			t.Errorf("Campaign: %v", o.err)
+		}
+	}
+}
+
+// A rateLimit refuses every other request.
+type rateLimit struct {
+	err      error
+	requests atomic.Int64
+}
+
+func (l *rateLimit) refuse() error {
+	if l.requests.Add(1)%2 == 1 {
+		return l.err
+	}
+	return nil
+}
+
+// limited returns a client whose requests the limit refuses.
+func limited(client *clientv3.Client, limit *rateLimit) *clientv3.Client {
+	c := wrapped(client)
+	c.KV, c.Lease = limitedKV{client.KV, limit}, limitedLease{client.Lease, limit}
+	return c
+}
+
+type limitedKV struct {
+	clientv3.KV
+	limit *rateLimit
+}
+
+func (kv limitedKV) Get(ctx context.Context, key string, opts ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+	if err := kv.limit.refuse(); err != nil {
+		return nil, err
+	}
+	return kv.KV.Get(ctx, key, opts...)
+}
+
+func (kv limitedKV) Do(ctx context.Context, op clientv3.Op) (clientv3.OpResponse, error) {
+	if err := kv.limit.refuse(); err != nil {
+		return clientv3.OpResponse{}, err
+	}
+	return kv.KV.Do(ctx, op)
+}
+
+func (kv limitedKV) Txn(ctx context.Context) clientv3.Txn {
+	return limitedTxn{kv.KV.Txn(ctx), kv.limit}
+}
+
+type limitedTxn struct {
+	clientv3.Txn
+	limit *rateLimit
+}
+
+func (t limitedTxn) If(cs ...clientv3.Cmp) clientv3.Txn   { t.Txn = t.Txn.If(cs...); return t }
+func (t limitedTxn) Then(ops ...clientv3.Op) clientv3.Txn { t.Txn = t.Txn.Then(ops...); return t }
+func (t limitedTxn) Else(ops ...clientv3.Op) clientv3.Txn { t.Txn = t.Txn.Else(ops...); return t }
+func (t limitedTxn) Commit() (*clientv3.TxnResponse, error) {
+	if err := t.limit.refuse(); err != nil {
+		return nil, err
+	}
+	return t.Txn.Commit()
+}
+
+type limitedLease struct {
+	clientv3.Lease
+	limit *rateLimit
+}
+
+func (l limitedLease) Grant(ctx context.Context, ttl int64) (*clientv3.LeaseGrantResponse, error) {
+	if err := l.limit.refuse(); err != nil {
+		return nil, err
+	}
+	return l.Lease.Grant(ctx, ttl)
+}
+
+func (l limitedLease) Revoke(ctx context.Context, id clientv3.LeaseID) (*clientv3.LeaseRevokeResponse, error) {
+	if err := l.limit.refuse(); err != nil {
+		return nil, err
+	}
+	return l.Lease.Revoke(ctx, id)
+}
+
+func (l limitedLease) KeepAliveOnce(ctx context.Context, id clientv3.LeaseID) (*renewedLease, error) {
+	if err := l.limit.refuse(); err != nil {
+		return nil, err
+	}
+	return l.Lease.KeepAliveOnce(ctx, id)
+}
+
+type renewedLease = clientv3.LeaseKeepAliveResponse
+
+func TestRateLimitDelaysAndEndsNothing(t *testing.T) {
+	_, client := start(t)
+	for what, err := range map[string]error{
+		"proxy":    status.Error(codes.ResourceExhausted, "slow down"),
+		"etcd":     rpctypes.ErrGRPCRequestTooManyRequests,
+		"clientv3": rpctypes.ErrTooManyRequests,
+		"HTTP/2":   status.Error(codes.ResourceExhausted, "RST_STREAM with error code: ENHANCE_YOUR_CALM"),
+	} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			name := t.Name()
+			first := lead(t, newElector(t, client), name, "first")
+			renewed := make(chan struct{}, 1000)
+			e := newElector(t, limited(client, &rateLimit{err: err}), leader.WithHooks(leader.Hooks{
+				Renewed: func(clientv3.LeaseID, time.Duration, time.Time) { renewed <- struct{}{} },
+			}))
+			joined := client.Watch(t.Context(), name+"/", clientv3.WithPrefix(), clientv3.WithRev(first.Token()+1))
+			next := campaign(t.Context(), e, name, "second")
+			select {
+			case <-joined:
+			case o := <-next:
+				t.Fatalf("Campaign: %v", o.err)
+			}
+			await(t, "a renewal", renewed)
+			resign(t, first)
+			l := awaitLeader(t, next)
+			await(t, "a renewal", renewed)
+			await(t, "a renewal", renewed)
+			if !l.IsLeader() {
+				t.Errorf("the term has ended: %v", context.Cause(l.Context()))
+			}
+			observed := observe(t, e, name)
+			if c := await(t, "the leader", observed); c.Value != "second" {
+				t.Errorf("observed %+v", c)
+			}
+			resign(t, l)
+		})
+	}
+}

@@ -1,0 +1,531 @@
+package leader_test
+
+import (
+	"context"
+	"errors"
+
+	"fmt"
+	"log/slog"
+	"maps"
+	"runtime"
+	"slices"
+
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"example.com/leader"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// The tests of this file are about hooks, log handlers and functions that lead which panic, exit their
+// goroutine or block.
+
+// A misdeed is what the user's code does in one place, once it is armed, and only once.
+type misdeed struct {
+	place string // a hook's name, or "log: " and a message
+	do    func()
+	armed atomic.Bool
+	done  chan struct{} // closed just before
+}
+
+func newMisdeed(place string, do func()) *misdeed {
+	return &misdeed{place: place, do: do, done: make(chan struct{})}
+}
+
+func (m *misdeed) at(place string) {
+	if place == m.place && m.armed.CompareAndSwap(true, false) {
+		close(m.done)
+		m.do()
+	}
+}
+
+// loseRepliesUntilDone makes transactions fail as if their replies were lost, until it is done.
+func (m *misdeed) loseRepliesUntilDone(kv *brokenKV) {
+	after := func(resp *clientv3.TxnResponse, err error) (*clientv3.TxnResponse, error) {
+		select {
+		case <-m.done:
+			return resp, err
+		default:
+			return nil, rpctypes.ErrTimeoutDueToConnectionLost
+		}
+	}
+	kv.after.Store(&after)
+}
+
+// options are those of an Elector whose user does it.
+func (m *misdeed) options() []leader.Option {
+	return []leader.Option{
+		leader.WithHooks(leader.Hooks{
+			Campaigning:    func(string) { m.at("Campaigning") },
+			CampaignFailed: func(string, error) { m.at("CampaignFailed") },
+			Elected:        func(string, *leader.Leader, time.Duration) { m.at("Elected") },
+			Ended:          func(string, *leader.Leader, error) { m.at("Ended") },
+			LeaderChanged:  func(string, leader.Candidate) { m.at("LeaderChanged") },
+			Renewed:        func(clientv3.LeaseID, time.Duration, time.Time) { m.at("Renewed") },
+			RenewFailed:    func(clientv3.LeaseID, time.Duration, error) { m.at("RenewFailed") },
+		}),
+		leader.WithLogger(slog.New(handler(func(rec slog.Record) { m.at("log: " + rec.Message) }))),
+	}
+}
+
+// A handler handles log records.
+type handler func(slog.Record)
+
+func (handler) Enabled(context.Context, slog.Level) bool          { return true }
+func (h handler) WithAttrs([]slog.Attr) slog.Handler              { return h }
+func (h handler) WithGroup(string) slog.Handler                   { return h }
+func (h handler) Handle(_ context.Context, rec slog.Record) error { h(rec); return nil }
+
+// ending calls f in a goroutine and says how that ends: by returning, by Goexit, or by a panic with this
+// value.
+func ending(f func()) <-chan any {
+	c := make(chan any, 1)
+	go func() {
+		var how any = "Goexit"
+		defer func() {
+			if r := recover(); r != nil {
+				how = r
+			}
+			c <- how
+		}()
+		f()
+		how = "return"
+	}()
+	return c
+}
+
+// Pitfall 33: what was begun is ended before a panic goes on. The TTL is so long that nothing of it
+// expires.
+func TestPanicAndGoexitReachTheCallerAndLeaveNothing(t *testing.T) {
+	_, client := start(t)
+	for _, test := range []struct{ place, by string }{
+		{"Campaigning", "Campaign"},
+		{"CampaignFailed", "Campaign"},
+		{"CampaignFailed", "TryCampaign"},
+		{"CampaignFailed", "Run"},
+		{"Elected", "Campaign"},
+		{"Elected", "TryCampaign"},
+		{"Elected", "Run"},
+		{"log: elected", "Campaign"},
+		{"log: elected", "Run"},
+		{"log: campaign is being retried", "Campaign"},
+		{"log: candidacy was lost, joining again", "Campaign"},
+		{"log: campaigning again after a lost term", "Run"},
+		{"lead", "Run"},
+	} {
+		for _, how := range []string{"panic", "Goexit"} {
+			for _, shared := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s at %s of %s, shared %v", how, test.place, test.by, shared), func(t *testing.T) {
+					m := newMisdeed(test.place, func() {
+						if how == "panic" {
+							panic("panic")
+						}
+						runtime.Goexit()
+					})
+					broken := wrapped(client)
+					kv := &brokenKV{KV: client.KV}
+					broken.KV = kv
+					e, others := newElector(t, broken, append(m.options(), leader.WithTTL(time.Minute))...), newElector(t, client)
+					name := t.Name()
+					if shared {
+						lead(t, e, name+"-other", "") // keeps the lease
+					}
+					ctx, cancel := context.WithCancel(t.Context())
+					defer cancel()
+					m.armed.Store(true)
+					var first *leader.Leader
+					waits := test.place == "CampaignFailed" || test.place == "log: candidacy was lost, joining again"
+					switch {
+					case waits:
+						first = lead(t, others, name, "")
+					case test.place == "log: campaign is being retried":
+						m.loseRepliesUntilDone(kv)
+					}
+					ended := ending(func() {
+						switch test.by {
+						case "Campaign":
+							_, _ = e.Campaign(ctx, name, "")
+						case "TryCampaign":
+							_, _ = e.TryCampaign(ctx, name, "")
+						case "Run":
+							_ = e.Run(ctx, name, "", func(ctx context.Context, _ *leader.Leader) error {
+								m.at("lead")
+								if err := others.Evict(t.Context(), name); err != nil { //nolint:contextcheck // as an operator would
+									t.Errorf("Evict: %v", err)
+								}
+								<-ctx.Done()
+								return nil
+							})
+						}
+					})
+					switch {
+					case test.place == "log: candidacy was lost, joining again":
+						own := awaitQueue(t, client, name, queued(2))[1].Key
+						if _, err := client.Delete(t.Context(), own); err != nil {
+							t.Fatal(err)
+						}
+					case waits && test.by != "TryCampaign":
+						awaitQueue(t, client, name, queued(2))
+						cancel()
+					}
+					if got := await(t, "the caller's end", ended); got != how {
+						t.Errorf("the call has ended by %v, want %v", got, how)
+					}
+					if first != nil {
+						if cs := awaitQueue(t, client, name, queued(1)); cs[0].Token != first.Token() {
+							t.Errorf("the queue is %+v", cs)
+						}
+						resign(t, first)
+					}
+					awaitQueue(t, client, name, queued(0))
+					resign(t, lead(t, e, name, ""))
+				})
+			}
+		}
+	}
+}
+
+// A breakingWatcher ends all its watches once, when broken is closed.
+type breakingWatcher struct {
+	clientv3.Watcher
+	broken  chan struct{}
+	created atomic.Int64
+}
+
+func (w *breakingWatcher) Watch(ctx context.Context, key string, opts ...clientv3.OpOption) clientv3.WatchChan {
+	select {
+	case <-w.broken:
+		return w.Watcher.Watch(ctx, key, opts...)
+	default:
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	in, out := w.Watcher.Watch(ctx, key, opts...), make(chan clientv3.WatchResponse)
+	go func() {
+		defer close(out)
+		defer cancel()
+		for {
+			select {
+			case resp, ok := <-in:
+				if !ok {
+					return
+				}
+				select {
+				case out <- resp:
+				case <-ctx.Done():
+				}
+				if resp.Created {
+					w.created.Add(1)
+				}
+			case <-w.broken:
+				return
+			}
+		}
+	}()
+	return out
+}
+
+// wildTTL leaves time to look at many terms that are renewed side by side.
+const wildTTL = 2 * ttl
+
+// A wild is an Elector whose user misbehaves in an election.
+type wild struct {
+	*misdeed
+	e       *leader.Elector
+	name    string // of the election
+	lease   *brokenLease
+	kv      *brokenKV
+	watch   *breakingWatcher
+	elected chan *leader.Leader // as Elected was told
+	ended   chan error          // causes, as Ended was told
+}
+
+func newWild(t *testing.T, client *clientv3.Client, name, place string, do func()) *wild {
+	t.Helper()
+	w := &wild{
+		misdeed: newMisdeed(place, do), name: name,
+		lease: &brokenLease{Lease: client.Lease}, kv: &brokenKV{KV: client.KV},
+		watch:   &breakingWatcher{Watcher: client.Watcher, broken: make(chan struct{})},
+		elected: make(chan *leader.Leader, 100), ended: make(chan error, 100),
+	}
+	c := wrapped(client)
+	c.KV, c.Lease, c.Watcher = w.kv, w.lease, w.watch
+	w.e = newElector(t, c, append([]leader.Option{leader.WithTTL(wildTTL), leader.WithHooks(leader.Hooks{
+		Elected: func(election string, l *leader.Leader, _ time.Duration) {
+			if election == w.name {
+				w.elected <- l
+			}
+		},
+		Ended: func(election string, _ *leader.Leader, cause error) {
+			if election == w.name {
+				w.ended <- cause
+			}
+		},
+	})}, w.options()...)...)
+	return w
+}
+
+// reach lets what the place is about happen, when the Elector leads so many elections.
+func (w *wild) reach(t *testing.T, elections int64) {
+	t.Helper()
+	switch w.place {
+	case "RenewFailed", "log: renewal of the lease is being retried":
+		fail := func(context.Context) (*clientv3.LeaseKeepAliveResponse, error) {
+			w.lease.keepAlive.Store(nil)
+			return nil, rpctypes.ErrNoLeader
+		}
+		w.lease.keepAlive.Store(&fail)
+	case "log: watch of the own key is being retried", "log: observing is being retried":
+		awaitCalls(t, w.watch.created.Load, 2*elections) // of the own key, and for LeaderChanged
+		close(w.watch.broken)
+	}
+}
+
+// expire lets no renewal succeed.
+func (w *wild) expire() {
+	fail := func(context.Context) (*clientv3.LeaseKeepAliveResponse, error) { return nil, rpctypes.ErrNoLeader }
+	w.lease.keepAlive.Store(&fail)
+}
+
+// awaitRenewed waits until a renewal has counted that was sent after now.
+func awaitRenewed(t *testing.T, what string, l *leader.Leader) {
+	t.Helper()
+	for until := time.Now().Add(wildTTL - wildTTL/5); !l.Deadline().After(until); time.Sleep(time.Millisecond) {
+		if !l.IsLeader() {
+			t.Fatalf("%s: the term was lost: %v", what, context.Cause(l.Context()))
+		}
+	}
+}
+
+// Pitfall 33: hooks and log handlers that are called in goroutines of the library. (A panic there ends the
+// process.)
+func TestGoexitInAHookOrALogHandlerLosesNothing(t *testing.T) {
+	goexit(t, map[string][]error{
+		"Ended":          {leader.ErrResigned, leader.ErrEvicted, leader.ErrExpired},
+		"LeaderChanged":  {leader.ErrResigned, leader.ErrEvicted, leader.ErrExpired},
+		"Renewed":        {leader.ErrResigned, leader.ErrExpired},
+		"RenewFailed":    {leader.ErrResigned, leader.ErrExpired},
+		"log: resigned":  {leader.ErrResigned},
+		"log: lost":      {leader.ErrEvicted, leader.ErrExpired},
+		renewalIsRetried: {leader.ErrResigned, leader.ErrExpired},
+		observingRetried: {leader.ErrResigned, leader.ErrEvicted, leader.ErrExpired},
+	})
+}
+
+// Pitfall 33.
+func TestGoexitInALogHandlerThatIsToldOfABrokenWatchLosesNothing(t *testing.T) {
+	goexit(t, map[string][]error{watchIsRetried: {leader.ErrExpired, leader.ErrEvicted, leader.ErrResigned}})
+}
+
+const (
+	campaignRetried  = "log: campaign is being retried"
+	renewalIsRetried = "log: renewal of the lease is being retried"
+	watchIsRetried   = "log: watch of the own key is being retried"
+	observingRetried = "log: observing is being retried"
+)
+
+// goexit has terms that end by each cause, of Electors whose user exits the goroutine at the place. They
+// are side by side, so that they wait together.
+func goexit(t *testing.T, places map[string][]error) {
+	_, client := start(t)
+	type term struct {
+		*wild
+		what  string
+		cause error
+		l     *leader.Leader
+	}
+	var terms []*term
+	for _, place := range slices.Sorted(maps.Keys(places)) {
+		for _, cause := range places[place] {
+			w := newWild(t, client, fmt.Sprintf("jobs-%d", len(terms)), place, runtime.Goexit)
+			w.armed.Store(true)
+			what := fmt.Sprintf("Goexit at %q in a term that ends with %q", place, cause)
+			terms = append(terms, &term{w, what, cause, lead(t, w.e, w.name, "")})
+		}
+	}
+	atEnd := func(l *term) bool { return l.place == "Ended" || l.place == "log: resigned" || l.place == "log: lost" }
+	untold := func(l *term) bool { return l.place == "log: resigned" || l.place == "log: lost" } // that comes before Ended
+	for _, l := range terms {
+		l.reach(t, 1)
+	}
+	for _, l := range terms {
+		if !atEnd(l) {
+			await(t, l.what, l.done)
+		}
+	}
+	for _, l := range terms {
+		awaitRenewed(t, l.what, l.l)
+	}
+	for _, l := range terms {
+		switch {
+		case errors.Is(l.cause, leader.ErrResigned):
+			resign(t, l.l)
+		case errors.Is(l.cause, leader.ErrEvicted):
+			if err := l.e.Evict(t.Context(), l.name); err != nil {
+				t.Fatalf("%s: Evict: %v", l.what, err)
+			}
+		case errors.Is(l.cause, leader.ErrExpired):
+			l.expire()
+		}
+	}
+	for _, l := range terms {
+		await(t, "the end after "+l.what, l.l.Context().Done())
+		awaitEnd(t, l.l, l.cause)
+		if atEnd(l) {
+			await(t, l.what, l.done)
+		}
+		if untold(l) {
+			continue
+		}
+		if cause := await(t, "Ended after "+l.what, l.ended); !errors.Is(cause, l.cause) {
+			t.Errorf("%s: Ended was told %v", l.what, cause)
+		}
+	}
+	for _, l := range terms {
+		awaitQueue(t, client, l.name, queued(0))
+		l.lease.keepAlive.Store(nil)
+		resign(t, lead(t, l.e, l.name, "")) // the next one is like any other
+		if cause := await(t, "Ended after "+l.what, l.ended); !errors.Is(cause, leader.ErrResigned) {
+			t.Errorf("%s: of the next term Ended was told %v", l.what, cause)
+		}
+	}
+}
+
+// Pitfall 33: while the user's code blocks, its Elector's other terms are renewed and end in time, keys
+// are deleted, and the next campaign begins.
+func TestUserCodeThatBlocksHoldsUpNothingElse(t *testing.T) {
+	_, client := start(t)
+	others := newElector(t, client)
+	blocked, release := context.WithCancel(t.Context())
+	defer release()
+	type scene struct {
+		*wild
+		other *leader.Leader     // a term in another election, on the same lease
+		late  chan time.Duration // how late that has ended
+		l     *leader.Leader     // the term; nil if the user cannot have it yet
+		again *leader.Leader     // the term of the next campaign
+		calls []<-chan error     // that return in the end
+	}
+	var scenes []*scene // side by side, so that they wait together
+	for i, place := range []string{
+		"Campaigning", "CampaignFailed", "Elected", "Ended", "LeaderChanged", "Renewed", "RenewFailed", "lead",
+		"log: elected", "log: resigned", "log: lost", campaignRetried, renewalIsRetried, watchIsRetried, observingRetried,
+	} {
+		s := &scene{
+			wild: newWild(t, client, fmt.Sprintf("jobs-%d", i), place, func() { <-blocked.Done() }),
+			late: make(chan time.Duration, 1),
+		}
+		scenes = append(scenes, s)
+		s.other = lead(t, s.e, s.name+"-other", "")
+		context.AfterFunc(s.other.Context(), func() { s.late <- time.Since(s.other.Deadline()) })
+		s.armed.Store(true)
+		call := func(f func() error) {
+			returned := make(chan error, 1)
+			go func() { returned <- f() }()
+			s.calls = append(s.calls, returned)
+		}
+		switch place {
+		case "Campaigning", "Elected", "log: elected", campaignRetried:
+			if place == campaignRetried {
+				s.loseRepliesUntilDone(s.kv)
+			}
+			call(func() error {
+				l, err := s.e.Campaign(t.Context(), s.name, "")
+				if err == nil {
+					err = l.Resign(t.Context())
+				}
+				return err
+			})
+			if place == "Elected" {
+				s.l = await(t, "a term", s.elected)
+			}
+		case "CampaignFailed":
+			s.l = lead(t, others, s.name, "")
+			call(func() error {
+				if _, err := s.e.TryCampaign(t.Context(), s.name, ""); !errors.Is(err, leader.ErrHeld) {
+					return fmt.Errorf("TryCampaign: %w", err)
+				}
+				return nil
+			})
+		case "lead":
+			call(func() error {
+				return s.e.Run(t.Context(), s.name, "", func(context.Context, *leader.Leader) error { s.at("lead"); return nil })
+			})
+			s.l = await(t, "a term", s.elected)
+		default:
+			s.l = lead(t, s.e, s.name, "")
+			s.reach(t, 2)
+		}
+		switch place {
+		case "Ended", "log: resigned":
+			call(func() error { return s.l.Resign(t.Context()) })
+		case "log: elected", "log: lost":
+			awaitQueue(t, client, s.name, queued(1))
+			if err := others.Evict(t.Context(), s.name); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, s := range scenes {
+		await(t, s.place, s.done)
+	}
+	for _, s := range scenes {
+		awaitRenewed(t, s.place, s.other)
+		if s.l != nil {
+			go func() { _ = s.l.Resign(t.Context()) }() // it may wait for the user's code
+		}
+		name := s.name
+		if s.place == "Campaigning" || s.place == campaignRetried {
+			name += "-next" // that campaign waits for the user's code
+		} else {
+			awaitQueue(t, client, s.name, queued(0))
+		}
+		s.again = lead(t, s.e, name, "")
+	}
+	for _, s := range scenes {
+		s.expire()
+	}
+	for _, s := range scenes {
+		awaitEnd(t, s.other, leader.ErrExpired)
+		awaitEnd(t, s.again, leader.ErrExpired)
+		if late := await(t, "the end", s.late); late > wildTTL/5 {
+			t.Errorf("%s blocks: the term ended %v late, more than the margin", s.place, late)
+		}
+	}
+	for _, s := range scenes {
+		s.lease.keepAlive.Store(nil)
+	}
+	release()
+	for _, s := range scenes {
+		for _, returned := range s.calls {
+			if err := await(t, "a call, after "+s.place+" was released", returned); err != nil {
+				t.Errorf("%s blocked, and then a call returned %v", s.place, err)
+			}
+		}
+		resign(t, lead(t, s.e, s.name, ""))
+	}
+	awaitExpiry(t, client)
+}
+
+// A service closes its Elector with a ctx that ended with it. Where nothing is left to do, nothing can
+// fail.
+func TestCloseThatHasNothingToDoReturnsNilWhateverItsCtx(t *testing.T) {
+	_, client := start(t)
+	cancelled, cancel := context.WithCancel(t.Context())
+	cancel()
+	used := newElector(t, client)
+	resign(t, lead(t, used, "jobs", ""))
+	if err := used.Close(cancelled); err != nil {
+		t.Errorf("Close after the last term was resigned: %v", err)
+	}
+	for range 50 {
+		e := newElector(t, client)
+		for range 2 {
+			if err := e.Close(cancelled); err != nil {
+				t.Fatalf("Close of an idle Elector: %v", err)
+			}
+		}
+	}
+}
