@@ -468,7 +468,7 @@ func TestSlowConsumerOfObserveCostsABoundedAmount(t *testing.T) {
 	after := proclaim("")
 	grown := after.heap - before.heap
 	t.Logf("%d values of %d bytes while the consumer is busy: %+.1f MB", n, size, float64(grown)/1e6)
-	if grown > n*size/10 {
+	if grown > n*size/5 {
 		t.Errorf("%d values of %d bytes cost %d bytes while the consumer is busy", n, size, grown)
 	}
 	close(goOn)

@@ -783,6 +783,24 @@ func TestCloseEndsTheSessionAndThenRevokesOnce(t *testing.T) {
 	}
 }
 
+// Any user may attach a key to a lease that has none any more, which those who may not write that key cannot revoke.
+func TestLeaseThatMayNotBeRevokedIsLeftToExpire(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		e.onRevoke = func(context.Context, int) error { return rpctypes.ErrPermissionDenied }
+		k := lend(t, newPool(e), "k")
+		k.Drop()
+		k.Release()
+		if err := k.Session().Finish(t.Context()); err != nil || k.Session().Gone() {
+			t.Errorf("Finish() = %v, Gone() = %v, want nil and false", err, k.Session().Gone())
+		}
+		e.waitUntil(time.Minute)
+		if got := len(e.log().revoked); got != 1 {
+			t.Errorf("%d requests to revoke, want 1", got)
+		}
+	})
+}
+
 func TestCloseMayBeRetriedAfterAnError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
