@@ -422,3 +422,37 @@ func (w *mutedWatcher) Watch(ctx context.Context, key string, opts ...clientv3.O
 	}()
 	return out
 }
+
+// The end of the client reaches a request and its campaign at once, and either may be the first to see it.
+func TestCampaignWhoseClientIsClosedReturnsErrClosed(t *testing.T) {
+	t.Parallel()
+	for range 300 {
+		ctx, closeClient := context.WithCancel(t.Context())
+		c := clientv3.NewCtxClient(ctx)
+		asked := make(chan struct{}, 10)
+		c.Lease = silentGrant{asked: asked, closed: ctx}
+		next := campaign(t.Context(), newElector(t, c), "jobs", "")
+		await(t, "a grant", asked)
+		closeClient() // as Close does
+		if o := await(t, "Campaign", next); !errors.Is(o.err, leader.ErrClosed) {
+			t.Fatalf("Campaign returned %v", o.err)
+		}
+	}
+}
+
+// A silentGrant does not answer until its client is closed.
+type silentGrant struct {
+	clientv3.Lease
+	asked  chan<- struct{}
+	closed context.Context
+}
+
+func (l silentGrant) Grant(ctx context.Context, _ int64) (*clientv3.LeaseGrantResponse, error) {
+	l.asked <- struct{}{}
+	select {
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-l.closed.Done():
+		return nil, l.closed.Err()
+	}
+}

@@ -322,7 +322,8 @@ func TestMutationsThatArriveLateOrTwiceDoNoHarm(t *testing.T) {
 					awaitQueue(t, client, s.name, queued(2))
 					arrive()
 					if !guarded(t, client, l) {
-						t.Fatal("the key of the next term was deleted")
+						<-l.Context().Done()
+						t.Fatalf("the key of the next term is gone: %v", context.Cause(l.Context()))
 					}
 					cs := awaitQueue(t, client, s.name, queued(2))
 					if cs[0].Token != l.Token() || cs[0].Value != "again" || cs[1].Value != "next" {

@@ -228,7 +228,7 @@ func (w *breakingWatcher) Watch(ctx context.Context, key string, opts ...clientv
 }
 
 // wildTTL leaves time to look at many terms that are renewed side by side.
-const wildTTL = 2 * ttl
+const wildTTL = 3 * ttl
 
 // A wild is an Elector whose user misbehaves in an election.
 type wild struct {
