@@ -257,7 +257,8 @@ func (j *fakeJoin) Commit() (*clientv3.TxnResponse, error) {
 	resp := &clientv3.TxnResponse{Succeeded: absent}
 	for _, op := range ops {
 		if op.IsPut() {
-			j.etcd.putWithLease(string(op.KeyBytes()), string(op.ValueBytes()), reflect.ValueOf(op).FieldByName("leaseID").Int())
+			lease := reflect.ValueOf(op).FieldByName("leaseID").Int()
+			j.etcd.putWithLease(string(op.KeyBytes()), string(op.ValueBytes()), lease)
 			resp.Responses = append(resp.Responses, &etcdserverpb.ResponseOp{})
 			continue
 		}
@@ -415,7 +416,8 @@ func (e *fakeEtcd) deleted(t *testing.T) *waitCall {
 	})
 }
 
-// returned awaits the result of a call, within a day of the bubble's time: its tickers would keep that running for ever.
+// returned awaits the result of a call. It gives up after a day of the bubble's time, since tickers would let that run
+// for ever.
 func returned(t *testing.T, result <-chan error) error {
 	t.Helper()
 	select {
@@ -516,8 +518,8 @@ func (o *observeCall) wantOneWarning(t *testing.T) {
 	}
 }
 
-// wantNoMoreReads checks that a read without an answer, which is repeated beside itself, is not joined by others as time
-// passes.
+// wantNoMoreReads checks that a read without an answer is not joined by others as time passes, apart from its own
+// repetitions.
 func (e *fakeEtcd) wantNoMoreReads(t *testing.T) {
 	t.Helper()
 	var most [2]struct{ key, queue int }
@@ -533,7 +535,7 @@ func (e *fakeEtcd) wantNoMoreReads(t *testing.T) {
 	}
 }
 
-// wantForgotten checks that nothing is kept of a client that nobody uses any more, to which watches were created after began.
+// wantForgotten checks that nothing is kept of a client that nobody uses any more. Watches were created after began.
 func wantForgotten(t *testing.T, client *clientv3.Client, began time.Time) {
 	t.Helper()
 	for try := range 2 {

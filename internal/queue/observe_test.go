@@ -55,8 +55,8 @@ func TestObserveIgnoresKeysThatAreNoCandidates(t *testing.T) {
 	})
 }
 
-// No candidate that was not the first may be taken for the leader: what one watch has seen is not true any more when the
-// next one begins.
+// What was true when one watch ended may not be true when the next one begins. An event applied to the old state would
+// show a candidate as the leader that never was.
 func TestObserveAppliesNoEventToACopyThatHasMissedOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
@@ -253,7 +253,7 @@ func TestReadThatIsRefusedEndsObserveAfterTheStatesBefore(t *testing.T) {
 	})
 }
 
-// slowly observes changes of jobs/1 while the consumer is busy with the first state, and returns what it gets after that.
+// slowly observes changes of jobs/1 while the consumer is busy with the first state. It returns what follows.
 func slowly(t *testing.T, values []string) []Candidate {
 	e := newEtcd(t)
 	consume := make(chan struct{})

@@ -96,7 +96,8 @@ func (denied) Get(context.Context, string, ...clientv3.OpOption) (*clientv3.GetR
 
 func (denied) Watch(context.Context, string, ...clientv3.OpOption) clientv3.WatchChan {
 	c := make(chan clientv3.WatchResponse, 1)
-	c <- clientv3.WatchResponse{Canceled: true, CancelReason: "rpc error: code = PermissionDenied desc = etcdserver: permission denied"}
+	const reason = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
+	c <- clientv3.WatchResponse{Canceled: true, CancelReason: reason}
 	close(c)
 	return c
 }
@@ -157,7 +158,8 @@ func TestPlaceOfAKeyThatIsGoneIsAnError(t *testing.T) {
 		_, _ = join(t.Context())
 		joining, _ := join(t.Context())
 		e.del("jobs/3")
-		if _, err := e.queue().Place(t.Context(), &retry.Loop{Client: e.client}, joining, 3, "three"); !errors.Is(err, ErrGone) {
+		_, err := e.queue().Place(t.Context(), &retry.Loop{Client: e.client}, joining, 3, "three")
+		if !errors.Is(err, ErrGone) {
 			t.Errorf("Place() = %v, want %v", err, ErrGone)
 		}
 	})
@@ -178,8 +180,9 @@ func TestKeyIsACandidatesIfItIsAsALeaseWouldGiveIt(t *testing.T) {
 		}
 	}
 	for _, key := range []string{
-		"jobs/0", "jobs/-0", "jobs/00", "jobs/01", "jobs/-01", "jobs/+1", "jobs/--1", "jobs/-", "jobs/BEEF", "jobs/-BEEF",
-		"jobs/8000000000000000", "jobs/-8000000000000001", "jobs/0x1", "jobs/1_0", "jobs/", "jobs/1/2", "jobs2/1", "jobs", "",
+		"jobs/0", "jobs/-0", "jobs/00", "jobs/01", "jobs/-01", "jobs/+1", "jobs/--1", "jobs/-", "jobs/BEEF",
+		"jobs/-BEEF", "jobs/8000000000000000", "jobs/-8000000000000001", "jobs/0x1", "jobs/1_0", "jobs/",
+		"jobs/1/2", "jobs2/1", "jobs", "",
 	} {
 		if id, ok := q.ParseKey(key); ok {
 			t.Errorf("%q is taken for the key of lease %d", key, id)

@@ -46,9 +46,10 @@ func TestEndOfAnEarlierKeyOfTheSameNameIsIgnored(t *testing.T) {
 			waiting := begin(e, t)
 			w := e.watch(t)
 			w.create()
+			earlier := &mvccpb.KeyValue{Key: []byte("jobs/1"), CreateRevision: 2, ModRevision: 2, Version: 1}
 			created := &mvccpb.KeyValue{Key: []byte("jobs/1"), CreateRevision: 5, ModRevision: 5, Version: 1}
 			w.send(t,
-				&clientv3.Event{Type: clientv3.EventTypePut, Kv: &mvccpb.KeyValue{Key: []byte("jobs/1"), CreateRevision: 2, ModRevision: 2}},
+				&clientv3.Event{Type: clientv3.EventTypePut, Kv: earlier},
 				deletion("jobs/1", 4),
 				deletion("jobs/1", 5), // and put again in the same revision
 				&clientv3.Event{Type: clientv3.EventTypePut, Kv: created},
@@ -185,8 +186,8 @@ func TestLookAheadMovesToAWatchWithoutValues(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
 		waiting, first, second := lookAhead(t, e)
-		if first.op.IsFilterPut() || !second.op.IsFilterPut() {
-			t.Errorf("values are filtered: %v by the first watch and %v by the second", first.op.IsFilterPut(), second.op.IsFilterPut())
+		if one, two := first.op.IsFilterPut(), second.op.IsFilterPut(); one || !two {
+			t.Errorf("values are filtered: %v by the first watch and %v by the second", one, two)
 		}
 		second.create()
 		if first.ctx.Err() == nil || second.ctx.Err() != nil {
@@ -483,7 +484,7 @@ func TestKeyIsReadWhileNoWatchCanBeCreated(t *testing.T) {
 	}
 }
 
-// watchErrors end all watches of a stream, be it for what one of them has asked or for what a proxy thinks of the stream.
+// watchErrors end all watches of a stream. The reason may be what one of them has asked for, or the limit of a proxy.
 var watchErrors = []error{
 	status.Error(codes.ResourceExhausted, "too many streams"),
 	rpctypes.ErrGRPCPermissionDenied,

@@ -21,8 +21,8 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// etcdErrors are what etcd answers, as the gRPC status that is sent. refused is set where etcd has certainly not carried
-// out the request and never will.
+// etcdErrors are what etcd answers, as the gRPC status that is sent. refused is set where etcd has not carried out the
+// request and never will.
 var etcdErrors = []struct {
 	err                error
 	permanent, refused bool
@@ -112,10 +112,15 @@ func testVerdict(t *testing.T, name string, verdict func(error) bool, wanted fun
 
 // The error of a watch may be about others, so it must not end a wait.
 func TestPassingHidesPermanence(t *testing.T) {
-	for _, err := range []error{rpctypes.ErrPermissionDenied, rpctypes.ErrGRPCPermissionDenied, rpctypes.ErrLeaseNotFound} {
+	for _, err := range []error{
+		rpctypes.ErrPermissionDenied, rpctypes.ErrGRPCPermissionDenied, rpctypes.ErrLeaseNotFound,
+	} {
 		passing := Passing(fmt.Errorf("watch: %w", err))
-		if Permanent(passing) || Refused(passing) || errors.Is(passing, err) || passing.Error() != "watch: "+err.Error() {
-			t.Errorf("Passing makes %v of %v, which is permanent: %v", passing, err, Permanent(passing))
+		if Permanent(passing) || Refused(passing) || errors.Is(passing, err) {
+			t.Errorf("Passing returns %v, which is permanent: %v", passing, Permanent(passing))
+		}
+		if got, want := passing.Error(), "watch: "+err.Error(); got != want {
+			t.Errorf("Passing returns %q, want the text %q", got, want)
 		}
 	}
 }
@@ -223,7 +228,8 @@ func TestAgainGivesUpOnWhatCannotHeal(t *testing.T) {
 		l := Loop{Client: client(t), Warn: func(err error) { t.Errorf("warned of %v, which is returned", err) }}
 		denied := fmt.Errorf("read: %w", rpctypes.ErrPermissionDenied)
 		began := time.Now()
-		if err := l.Again(t.Context(), denied); !errors.Is(err, denied) || !errors.Is(l.Last(), denied) || time.Since(began) != 0 {
+		err := l.Again(t.Context(), denied)
+		if !errors.Is(err, denied) || !errors.Is(l.Last(), denied) || time.Since(began) != 0 {
 			t.Errorf("Again() = %v after %v, Last() = %v, want %v at once", err, time.Since(began), l.Last(), denied)
 		}
 	})
@@ -432,7 +438,8 @@ func TestSilenceNamesTheCureForAnOpenConnectionAlone(t *testing.T) {
 	check := func(client *clientv3.Client, waited time.Duration, want string) {
 		t.Helper()
 		err := Silence(client, waited)
-		if err.Error() != want || !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) || Permanent(err) {
+		isTimeout := errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, context.Canceled)
+		if err.Error() != want || !isTimeout || Permanent(err) {
 			t.Errorf("is %q, want %q, which may heal and matches %v", err, want, context.DeadlineExceeded)
 		}
 	}
