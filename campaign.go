@@ -30,8 +30,10 @@ func (e *Elector) claim(election string) (*claim, error) {
 	c := &claim{e: e, election: election, stop: func() {}}
 	e.mu.Lock()
 	_, taken := e.claims[election]
+	var former *claim
 	if !taken {
 		e.claims[election] = c
+		former = e.observers[election]
 	}
 	e.mu.Unlock()
 	if taken {
@@ -41,8 +43,21 @@ func (e *Elector) claim(election string) (*claim, error) {
 		var ctx context.Context
 		ctx, c.stop = context.WithCancel(e.ctx)
 		c.observing.Add(1)
+		e.mu.Lock()
+		e.observers[election] = c
+		e.mu.Unlock()
 		e.watching.Go(func() {
 			defer c.observing.Done()
+			defer func() {
+				e.mu.Lock()
+				defer e.mu.Unlock()
+				if e.observers[election] == c {
+					delete(e.observers, election)
+				}
+			}()
+			if former != nil { // what it tells is older
+				former.observing.Wait()
+			}
 			c.observe(ctx)
 		})
 	}
@@ -76,7 +91,7 @@ func (c *claim) observe(ctx context.Context) {
 			}
 			return current
 		})
-	if err != nil && ctx.Err() == nil {
+	if err != nil && ctx.Err() == nil && e.client.Ctx().Err() == nil {
 		e.log(c.election).Warn("changes of the leader are not reported any more", "error", err)
 	}
 }
@@ -113,6 +128,7 @@ func (r *reports) unclaimed(election string) {
 	if _, known := r.last[election]; !known {
 		return
 	}
+	r.idle = slices.DeleteFunc(r.idle, func(name string) bool { return name == election })
 	r.idle = append(r.idle, election)
 	if len(r.idle) > maxReports {
 		delete(r.last, r.idle[0])
@@ -248,13 +264,14 @@ func (k *campaigning) retry(err error) error {
 // failure is what Campaign returns for its end by err.
 func (k *campaigning) failure(err error) error {
 	last := cmp.Or(k.loop.Last(), k.again.Last())
-	if k.bound.Err() != nil {
+	over := k.bound.Err() != nil || k.e.client.Ctx().Err() != nil // the one may come a moment before the other
+	if over {
 		err = boundError(k.ctx)
 	}
 	switch election := k.claim.election; {
 	case errors.Is(err, ErrClosed), errors.Is(err, ErrHeld):
 		return fmt.Errorf("%w: campaign in %q", err, election)
-	case k.bound.Err() != nil && last != nil:
+	case over && last != nil:
 		return fmt.Errorf("leader: campaign in %q: %w (last failure: %w)", election, err, last)
 	default:
 		return fmt.Errorf("leader: campaign in %q: %w", election, err)

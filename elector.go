@@ -45,12 +45,13 @@ type Elector struct {
 	cancel   context.CancelFunc
 	watching retry.Group // watches of own keys, and what they do at a term's end
 
-	mu      sync.Mutex
-	calls   int                  // campaigns and Runs under way
-	idle    chan struct{}        // made by Close, closed when there are no more calls
-	claims  map[string]*claim    // who campaigns or leads, by election
-	terms   map[*Leader]struct{} // elected, and not ended
-	reports reports
+	mu        sync.Mutex
+	calls     int                  // campaigns and Runs under way
+	idle      chan struct{}        // made by Close, closed when there are no more calls
+	claims    map[string]*claim    // who campaigns or leads, by election
+	observers map[string]*claim    // whose observe has not returned, the newest of each election
+	terms     map[*Leader]struct{} // elected, and not ended
+	reports   reports
 }
 
 // New returns an Elector, or an error for a nil client or a bad option. It sends no request. The
@@ -65,11 +66,12 @@ func New(client *clientv3.Client, opts ...Option) (*Elector, error) {
 		return nil, err
 	}
 	e := &Elector{
-		client:   client,
-		opts:     o,
-		identity: newIdentity(),
-		claims:   make(map[string]*claim),
-		terms:    make(map[*Leader]struct{}),
+		client:    client,
+		opts:      o,
+		identity:  newIdentity(),
+		claims:    make(map[string]*claim),
+		observers: make(map[string]*claim),
+		terms:     make(map[*Leader]struct{}),
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.pool = lease.NewPool(client, lease.Config{TTL: o.ttl, Margin: o.margin, Renewal: e.renewal})
@@ -238,7 +240,7 @@ func (e *Elector) Observe(ctx context.Context, name string) iter.Seq2[Candidate,
 			err = q.Observe(bound, e.warn(q.Name(), "observing is being retried"), e.opts.ttl, func(c queue.Candidate) bool {
 				return yield(Candidate(c), nil)
 			})
-			if bound.Err() != nil && err != nil {
+			if err != nil && (bound.Err() != nil || e.client.Ctx().Err() != nil) {
 				err = boundError(ctx)
 			}
 		}
@@ -304,7 +306,8 @@ func (e *Elector) Close(ctx context.Context) error {
 		l.abandon()
 	}
 	// Nobody uses a lease any more: one revocation deletes the keys of all.
-	if err := errors.Join(e.pool.Close(ctx), e.watching.Wait(ctx)); err != nil {
+	// What a term that was lost a moment ago still does comes after that, and may leave something to revoke.
+	if err := errors.Join(e.pool.Close(ctx), e.watching.Wait(ctx), e.pool.Close(ctx)); err != nil {
 		return fmt.Errorf("leader: close: %w", err)
 	}
 	return nil

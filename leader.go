@@ -358,7 +358,15 @@ func (l *Leader) watch(ctx context.Context) {
 	defer context.AfterFunc(l.session.Context(), func() { l.end(l.sessionCause()) })()
 	defer func() {
 		if r := recover(); r != nil { // the logger panics, which ends the program: nobody is to wait for the lease then
-			l.letGo(ctx)
+			l.end(ErrResigned)
+			select {
+			case l.resigning <- struct{}{}:
+				cctx, cancel := retry.Cleanup(ctx)
+				_ = l.leave(cctx) // else the lease expires
+				cancel()
+				<-l.resigning
+			default: // somebody is at it
+			}
 			panic(r)
 		}
 		// It may also have ended this goroutine.
@@ -379,7 +387,7 @@ func (l *Leader) watchKey(ctx context.Context) {
 	loop := l.e.loop(l.claim.election, "watch of the own key is being retried")
 	if err := l.queue.WaitDeleted(ctx, loop, l.key, l.token); err == nil {
 		l.evict()
-	} else if ctx.Err() == nil { // not allowed to watch: the renewals still read the key
+	} else if ctx.Err() == nil && l.e.client.Ctx().Err() == nil { // not allowed to watch: the renewals still read the key
 		l.e.log(l.claim.election).Warn("own key cannot be watched", "key", l.key, "error", err)
 	}
 }

@@ -132,7 +132,7 @@ func (k *Key) Joined(rev int64) {
 func (k *Key) Drop() {
 	k.s.mu.Lock()
 	defer k.s.mu.Unlock()
-	if k.unanswered > 0 || k.unheard > 0 {
+	if k.unanswered > 0 || k.unheard > 0 || k.put && k.rev == 0 {
 		k.abandoned = true
 		return
 	}
@@ -366,6 +366,9 @@ func (s *Session) sweep(orphans []reading, timeout time.Duration) {
 		}
 	}
 	for _, o := range orphans {
+		if !s.unowned(o) {
+			continue
+		}
 		if s.delete(ctx, o) != nil {
 			return
 		}

@@ -99,8 +99,8 @@ func (p *Pool) lend(name func(clientv3.LeaseID) string, gone func(), fresh bool)
 
 // grant asks for a lease, and again while the first request has no answer. A lease that is granted when
 // it is not wanted any more, as ctx has ended or another one came first, is revoked.
-func (p *Pool) grant(ctx context.Context, loop *retry.Loop) (*Session, error) {
-	var taken atomic.Bool
+func (p *Pool) grant(ctx context.Context, loop *retry.Loop) (granted *Session, _ error) {
+	var taken atomic.Pointer[Session]
 	revoke := func(s *Session, err error) {
 		if err == nil {
 			cctx, cancel := retry.Cleanup(context.Background())
@@ -108,6 +108,11 @@ func (p *Pool) grant(ctx context.Context, loop *retry.Loop) (*Session, error) {
 			_ = s.Close(cctx) // it has no keys, and expires
 		}
 	}
+	defer func() {
+		if s := taken.Load(); s != nil && s != granted { // the logger has panicked, or ended this goroutine
+			p.late.Go(func() { revoke(s, nil) })
+		}
+	}()
 	return retry.Do(ctx, loop, func(ctx context.Context) (*Session, error) {
 		s, err := retry.Outlive(ctx, &p.late, func(ctx context.Context) (*Session, error) {
 			return Grant(ctx, p.client, p.cfg)
@@ -115,7 +120,7 @@ func (p *Pool) grant(ctx context.Context, loop *retry.Loop) (*Session, error) {
 		if err != nil {
 			return nil, err
 		}
-		if !taken.CompareAndSwap(false, true) {
+		if !taken.CompareAndSwap(nil, s) {
 			p.late.Go(func() { revoke(s, nil) })
 			return nil, errors.New("another grant was answered first")
 		}

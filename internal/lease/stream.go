@@ -7,6 +7,7 @@ import (
 	"reflect"
 	"slices"
 	"sync"
+	"time"
 
 	"example.com/leader/internal/retry"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -156,6 +157,9 @@ func (k *keeper) current() (streams []*stream, opened bool) {
 	return slices.Clone(k.streams), opened
 }
 
+// maxOpening is how long a stream may take to be opened before others are opened in its place.
+const maxOpening = retry.RequestTimeout
+
 // besideLocked returns how many streams to open after a failure, together and beside those that have
 // not answered.
 //
@@ -177,11 +181,17 @@ func (k *keeper) besideLocked() int {
 		}
 	}
 	opening := 0
-	for _, st := range k.streams {
-		if st.opening() {
-			opening++
+	k.streams = slices.DeleteFunc(k.streams, func(st *stream) bool {
+		if !st.opening() {
+			return false
 		}
-	}
+		if time.Since(st.began) > maxOpening {
+			st.cancel() // its authentication has met an endpoint that does not answer
+			return true
+		}
+		opening++
+		return false
+	})
 	silent := len(k.streams) - opening
 	k.streams = slices.DeleteFunc(k.streams, func(st *stream) bool {
 		if silent <= want || st.opening() {
@@ -204,7 +214,7 @@ func (k *keeper) warm() {
 }
 
 func (k *keeper) openLocked() *stream {
-	st := &stream{requests: make(chan *call), ended: make(chan struct{})}
+	st := &stream{began: time.Now(), requests: make(chan *call), ended: make(chan struct{})}
 	st.ctx, st.cancel = context.WithCancel(retry.RequireLeader(k.client.Ctx()))
 	k.running++
 	go func() {
@@ -246,6 +256,7 @@ func (k *keeper) fail(asked []*stream) {
 type stream struct {
 	ctx      context.Context
 	cancel   context.CancelFunc
+	began    time.Time
 	requests chan *call
 	ended    chan struct{} // closed when run has returned; err is set by then
 

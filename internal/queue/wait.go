@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"example.com/leader/internal/retry"
@@ -328,7 +329,8 @@ type opening struct {
 	created time.Time
 	cancel  context.CancelFunc
 	stream  retry.Stream
-	late    *time.Timer // ends a watch that is not created in time; nil once it is
+	late    *time.Timer  // ends a watch that is not created in time; nil once it is
+	settled *atomic.Bool // late is not to do so any more, though it may be about to
 }
 
 // open opens a watch that says when it has been created. That is done in a goroutine of its own, as it
@@ -342,15 +344,19 @@ func (q *Queue) open(ctx context.Context, beside *sync.WaitGroup, tries int, key
 	})
 	began, patience := time.Now(), q.patience(tries)
 	var late *time.Timer
+	var settled atomic.Bool
 	late = time.AfterFunc(time.Hour, func() {
-		if idle := stream.Idle(began); idle < patience {
-			late.Reset(patience - idle)
-		} else {
+		idle := stream.Idle(began)
+		switch {
+		case settled.Load():
+		case idle >= patience:
 			cancel()
+		default:
+			late.Reset(patience - idle)
 		}
 	})
 	late.Reset(patience)
-	return &opening{opened: opened, cancel: cancel, stream: stream, late: late}
+	return &opening{opened: opened, cancel: cancel, stream: stream, late: late, settled: &settled}
 }
 
 // await blocks until the watch was created.
@@ -379,6 +385,7 @@ func (o *opening) await(ctx context.Context) error {
 // exists says that the watch was created.
 func (o *opening) exists() {
 	o.created = time.Now()
+	o.settled.Store(true)
 	o.stream.Created()
 	o.late.Stop()
 	o.late = nil

@@ -404,7 +404,7 @@ func TestWatchThatIsNotCreatedInTimeIsTriedOnAnotherStream(t *testing.T) {
 				t.Errorf("both watches have the stream %s", first.stream())
 			}
 			second.create()
-			time.Sleep(time.Hour) // it is there, and may stay
+			time.Sleep(time.Hour + reread/2) // it is there, and may stay; no read of the key is under way
 			second.send(t, e.del("jobs/1"))
 			waiting.wantNow(t)
 		})
