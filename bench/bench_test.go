@@ -2,13 +2,19 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"io"
 	"math"
+	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 func TestMain(m *testing.M) {
@@ -49,6 +55,73 @@ func TestReport(t *testing.T) {
 	if byHand(string(text)) != byHand(readme) {
 		t.Errorf("the report has changed what is not between its markers:\n%s", text)
 	}
+}
+
+// TestMeterCountsEachRenewalOnAStream shows that the meter counts what etcd says it has received, though all
+// renewals of a client come over one stream.
+func TestMeterCountsEachRenewalOnAStream(t *testing.T) {
+	for _, c := range []contestant{ours, stock} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			r := &run{size: single}
+			defer r.stop()
+			endpoints, err := r.cluster(1)
+			if err != nil {
+				t.Fatal(err)
+			}
+			m := newMeter()
+			client, err := r.client(ctx, endpoints, m.options()...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			cand, err := c.lead(ctx, client, "election", 2*time.Second)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer cand.close()
+			var counted, renewals, streams int
+			for counted < 4 || renewals != counted { // they differ while one is on its way
+				if streams, renewals, err = received(ctx, endpoints[0]); err != nil {
+					t.Fatalf("counted %d renewals, and etcd did not say that it has received as many: %v", counted, err)
+				}
+				counted = m.of(keepAlive)
+				sleep(ctx, 50*time.Millisecond)
+			}
+			if streams >= renewals {
+				t.Errorf("%d renewals came over %d streams", renewals, streams)
+			}
+		})
+	}
+}
+
+// received is how many streams of renewals etcd has seen, and how many renewals.
+func received(ctx context.Context, endpoint string) (streams, renewals int, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+endpoint+"/metrics", nil)
+	if err != nil {
+		return 0, 0, err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return 0, 0, err
+	}
+	value := func(metric string) int {
+		line := regexp.MustCompile(`(?m)^` + metric + `{.*grpc_method="LeaseKeepAlive".*} (\d+)$`).FindSubmatch(text)
+		if line == nil {
+			err = errors.Join(err, fmt.Errorf("etcd has no %s", metric))
+			return 0
+		}
+		n, aerr := strconv.Atoi(string(line[1]))
+		err = errors.Join(err, aerr)
+		return n
+	}
+	return value("grpc_server_started_total"), value("grpc_server_msg_received_total"), err
 }
 
 func TestRows(t *testing.T) {

@@ -1,6 +1,6 @@
 // Bench measures this library and its peers on the same etcd.
 //
-//	go run .                   # every row, about twenty minutes
+//	go run .                   # every row, about 25 minutes
 //	go run . -quick -o /tmp    # every row with few trials; elsewhere, since its figures are rough
 //	go run . -only 1,2         # some rows
 //
@@ -47,6 +47,7 @@ var rows = []row{
 	{10, "observers", measureObservers},
 	{11, "renewal", measureRenewal},
 	{12, "importer", measureImporter},
+	{13, "passwords", measurePasswords},
 }
 
 func main() {

@@ -15,6 +15,10 @@ import (
 
 // A meter counts what clients send, by kind of request, the events that their watches get, and the
 // bytes on their connections.
+//
+// Each message that is sent on a stream counts as a request. Stock renews over one stream for each client,
+// and so does this library: a renewal counts the same for both, whether a stream was opened for it
+// or not. To open one counts nothing, but for the authentication that it takes where there are passwords.
 type meter struct {
 	mu   sync.Mutex
 	sent map[string]int
@@ -38,9 +42,10 @@ func (m *meter) options() []grpc.DialOption {
 
 // What a request is counted as, besides the last part of its method's name.
 const (
-	keepAlive   = "LeaseKeepAlive"
-	renewalRead = "renewal's read" // the Txn without condition and of gets alone with which a renewal here ends
-	watching    = "Watch"          // the begin or end of a watch, not its events
+	keepAlive    = "LeaseKeepAlive"
+	authenticate = "Authenticate"
+	renewalRead  = "renewal's read" // the Txn without condition and of gets alone with which a renewal here ends
+	watching     = "Watch"          // the begin or end of a watch, not its events
 )
 
 func (m *meter) TagRPC(ctx context.Context, info *stats.RPCTagInfo) context.Context {
@@ -97,6 +102,14 @@ func (m *meter) of(kind string) int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.sent[kind]
+}
+
+// renewed blocks until a renewal has been sent and then as settle does. All streams are open by then.
+func (m *meter) renewed(ctx context.Context) {
+	for ctx.Err() == nil && m.of(keepAlive) == 0 {
+		sleep(ctx, 10*time.Millisecond)
+	}
+	m.settle(ctx)
 }
 
 // settle blocks until nothing but renewals has been sent for a second: a client opens one watch at a

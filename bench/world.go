@@ -56,7 +56,7 @@ func (r *run) stop() {
 }
 
 // cluster starts an etcd of so many members and returns their endpoints.
-func (r *run) cluster(members int) ([]string, error) {
+func (r *run) cluster(members int, settings ...etcdtest.Settings) ([]string, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
@@ -65,7 +65,7 @@ func (r *run) cluster(members int) ([]string, error) {
 	if err := os.Setenv("ETCDTEST_ETCD", self); err != nil {
 		return nil, err
 	}
-	started, stop, err := etcdtest.Run(members, etcdtest.Settings{"unsafe-no-fsync": false})
+	started, stop, err := etcdtest.Run(members, append(settings, etcdtest.Settings{"unsafe-no-fsync": false})...)
 	if err != nil {
 		return nil, fmt.Errorf("start etcd: %w", err)
 	}
@@ -98,13 +98,22 @@ func (r *run) clients(ctx context.Context, n int, endpoints []string, opts ...gr
 }
 
 func newClient(ctx context.Context, endpoints []string, opts ...grpc.DialOption) (*clientv3.Client, error) {
-	client, err := clientv3.New(clientv3.Config{Endpoints: endpoints, Logger: zap.NewNop(), DialOptions: opts})
+	return connect(ctx, clientv3.Config{Endpoints: endpoints, DialOptions: opts})
+}
+
+// connected is the key that connect reads.
+const connected = "connected"
+
+// connect returns a client that has had an answer.
+func connect(ctx context.Context, cfg clientv3.Config) (*clientv3.Client, error) {
+	cfg.Logger = zap.NewNop()
+	client, err := clientv3.New(cfg)
 	if err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	if _, err := client.Get(ctx, "connected"); err != nil {
+	if _, err := client.Get(ctx, connected); err != nil {
 		return nil, errors.Join(fmt.Errorf("connect to etcd: %w", err), client.Close())
 	}
 	return client, nil

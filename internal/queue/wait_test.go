@@ -411,6 +411,30 @@ func TestWatchThatIsNotCreatedInTimeIsTriedOnAnotherStream(t *testing.T) {
 	}
 }
 
+// Its timer may have fired by then.
+func TestWatchThatIsCreatedAtTheLastMomentStays(t *testing.T) {
+	for range 50 {
+		synctest.Test(t, func(t *testing.T) {
+			e := newEtcd(t)
+			e.deleted(t)
+			last := e.watch(t)
+			e.deleted(t)
+			other := e.watch(t)
+			time.Sleep(watchPatience / 2)
+			other.create() // so that the stream is alive, and the timer of the last watch is set again
+			time.Sleep(watchPatience / 2)
+			last.create()
+			time.Sleep(10 * watchPatience)
+			if last.ctx.Err() != nil {
+				t.Error("a watch that was created has ended")
+			}
+		})
+		if t.Failed() {
+			return
+		}
+	}
+}
+
 // On an etcd with much to do an authentication may take seconds, and each stream takes one.
 func TestWatchThatTakesAnAuthenticationIsGivenTheTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
