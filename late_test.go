@@ -444,8 +444,8 @@ func TestLateProclaimDoesNotReplaceALaterValue(t *testing.T) {
 		t.Run(string(how), func(t *testing.T) {
 			by, c := couriered(client)
 			name := t.Name()
-			first := lead(t, newElector(t, client), name, "")
-			next := campaign(t.Context(), newElector(t, by), name, "zero")
+			first := lead(t, newElector(t, client, long), name, "")
+			next := campaign(t.Context(), newElector(t, by, long), name, "zero")
 			awaitQueue(t, client, name, queued(2))
 			resign(t, first)
 			l := awaitLeader(t, next)
@@ -462,12 +462,11 @@ func TestLateProclaimDoesNotReplaceALaterValue(t *testing.T) {
 	}
 }
 
-// The TTLs of the tests below are so long that a lease which is gone has been revoked.
-
+// Here a lease that is gone has been revoked, as its TTL is longer than the test waits.
 func TestLeaseIsRevokedWhenItsGrantWasCutShort(t *testing.T) {
 	_, client := start(t)
 	by, c := couriered(client)
-	e := newElector(t, by, leader.WithTTL(time.Minute))
+	e := newElector(t, by, long)
 	kept := c.delay("grant", "", silent)
 	ctx, cancel := context.WithCancel(t.Context())
 	given := campaign(ctx, e, "jobs", "")
@@ -484,7 +483,7 @@ func TestLeaseThatIsGrantedLateIsRevokedWhileTheTermIsOnAnother(t *testing.T) {
 	_, client := start(t)
 	by, c := couriered(client)
 	kept := c.delay("grant", "", silent)
-	l := lead(t, newElector(t, by, leader.WithTTL(time.Minute)), "jobs", "")
+	l := lead(t, newElector(t, by, long), "jobs", "")
 	await(t, "a grant", kept)()
 	own := awaitQueue(t, client, "jobs", queued(1))[0].Lease
 	for began := time.Now(); ; time.Sleep(10 * time.Millisecond) {
@@ -504,8 +503,8 @@ func TestLeaseThatIsGrantedLateIsRevokedWhileTheTermIsOnAnother(t *testing.T) {
 
 func TestTryCampaignIsNotHeldByAKeyOfItsOwn(t *testing.T) {
 	_, client := start(t)
-	e := newElector(t, client, leader.WithTTL(time.Minute)) // no renewal comes
-	lead(t, e, "other", "")                                 // keeps the lease
+	e := newElector(t, client, long) // no renewal comes
+	lead(t, e, "other", "")          // keeps the lease
 	leaveKey(t, e, "jobs")
 	l, err := e.TryCampaign(t.Context(), "jobs", "me")
 	if err != nil {
