@@ -193,6 +193,55 @@ func TestRetriedCampaignNamesTheCureForAForgottenConnection(t *testing.T) {
 	awaitExpiry(t, direct)
 }
 
+// Whoever waits for an answer when the client is closed is told so: the caller's own context has not ended.
+func TestCampaignsAndObserversWhoseClientIsClosedSaySo(t *testing.T) {
+	m, direct := start(t)
+	link := etcdtest.NewLink(t, m)
+	client := etcdtest.NewClient(t, link.Endpoint)
+	e := newElector(t, client)
+	lead(t, e, "jobs", "") // there is a lease
+	link.Darken()
+	const n = 100
+	var began sync.WaitGroup
+	ended := make(chan error, 3*n)
+	for i := range n {
+		name := fmt.Sprint("jobs", i)
+		began.Add(3)
+		go func() {
+			began.Done()
+			_, err := e.Campaign(t.Context(), name, "")
+			ended <- err
+		}()
+		go func() {
+			began.Done()
+			_, err := e.TryCampaign(t.Context(), name+"/try", "")
+			ended <- err
+		}()
+		go func() {
+			began.Done()
+			for _, err := range e.Observe(t.Context(), name) {
+				if err != nil {
+					ended <- err
+				}
+			}
+		}()
+	}
+	began.Wait()
+	time.Sleep(100 * time.Millisecond) // they have sent their requests, or will find the client closed
+	client.Close()
+	var wrong []error
+	for range 3 * n {
+		if err := await(t, "the end of a campaign or an observer", ended); !errors.Is(err, leader.ErrClosed) {
+			wrong = append(wrong, err)
+		}
+	}
+	if len(wrong) > 0 {
+		t.Errorf("%d of %d did not say that the client is closed, but: %v", len(wrong), 3*n, wrong[0])
+	}
+	link.Heal()
+	awaitExpiry(t, direct)
+}
+
 // withPassword returns what a client of the user service needs.
 func withPassword(m *etcdtest.Member) clientv3.Config {
 	return clientv3.Config{Endpoints: []string{m.Endpoint}, Username: "service", Password: "service"}
@@ -432,7 +481,8 @@ func TestTermsOutliveTheTokensOfTheirClients(t *testing.T) {
 			const ttl = 9 * time.Second // a renewal comes every 3 s
 			renewed := make(chan struct{}, 1000)
 			e := newElector(t, etcdtest.NewClientFrom(t, withPassword(m)), leader.WithTTL(ttl), leader.WithHooks(leader.Hooks{
-				Renewed: func(clientv3.LeaseID, time.Duration, time.Time) { renewed <- struct{}{} },
+				Renewed:     func(clientv3.LeaseID, time.Duration, time.Time) { renewed <- struct{}{} },
+				RenewFailed: func(_ clientv3.LeaseID, took time.Duration, err error) { t.Logf("after %v: %v", took, err) },
 			}))
 			l := lead(t, e, "svc/jobs", "")
 			next := campaign(t.Context(), newElector(t, etcdtest.NewClientFrom(t, withPassword(m))), "svc/jobs", "")

@@ -121,7 +121,7 @@ func TestJoinThatTakesTwoRequestsNeedsOneEndpointOfTwo(t *testing.T) {
 	losing := &brokenKV{KV: dark.KV}
 	broken.KV = losing
 	losing.loseReplies(1)
-	next := campaign(t.Context(), newElector(t, broken, leader.WithTTL(time.Minute)), "jobs", "")
+	next := campaign(t.Context(), newElector(t, broken, long), "jobs", "")
 	o := awaitBefore(t, "Campaign", next, kv)
 	if o.err != nil {
 		t.Fatal(o.err)
@@ -133,7 +133,7 @@ func TestJoinThatTakesTwoRequestsNeedsOneEndpointOfTwo(t *testing.T) {
 // a candidate waits for. Then these reads meet the dark endpoint again and again.
 func TestDeadWatchIsNoticedThoughReadsMeetTheDarkEndpoint(t *testing.T) {
 	m, client := start(t)
-	first := lead(t, newElector(t, client), "jobs", "")
+	first := lead(t, newElector(t, client, long), "jobs", "")
 	var calls rpcCounter
 	dark, kv := darkened(etcdtest.NewClientFrom(t, calls.config(m.Endpoint)), func(string) bool { return false })
 	watcher := &deafWatcher{Watcher: dark.Watcher}
@@ -164,7 +164,7 @@ func TestChangesAreToldWhileAReadIsNotAnswered(t *testing.T) {
 	for _, by := range []string{"Observe", "LeaderChanged"} {
 		t.Run(by, func(t *testing.T) {
 			name := t.Name()
-			l := lead(t, newElector(t, client), name, "one")
+			l := lead(t, newElector(t, client, long), name, "one")
 			dark, kv := darkened(client, func(string) bool { return false })
 			var told <-chan leader.Candidate
 			if by == "Observe" {

@@ -20,6 +20,10 @@ import (
 // The tests of this file are about events that are older than what they are about, and about ends that
 // come together with a victory.
 
+// long is for terms that nothing ends but what the test does: no renewal comes, and no machine is too slow
+// for one.
+var long = leader.WithTTL(time.Minute)
+
 // A laggingWatcher opens watches as a member does that lags: what it takes for now is a revision of the
 // past.
 type laggingWatcher struct {
@@ -96,17 +100,17 @@ func TestDeletionOfAnEarlierKeyOfTheSameNameElectsNobody(t *testing.T) {
 	for _, before := range []int{1, 2} {
 		t.Run(fmt.Sprintf("behind %d", before), func(t *testing.T) {
 			name := t.Name()
-			earlier, first := again(t, newElector(t, client), name, "first")
+			earlier, first := again(t, newElector(t, client, long), name, "first")
 			lag, w := lagging(client)
 			w.now.Store(earlier.Token())
 			ctx, leave := context.WithCancel(t.Context())
 			defer leave()
 			var middle <-chan outcome
 			if before == 2 { // it does not know then that the first one is the oldest
-				middle = campaign(ctx, newElector(t, client), name, "middle")
+				middle = campaign(ctx, newElector(t, client, long), name, "middle")
 				awaitQueue(t, client, name, queued(2))
 			}
-			next := campaign(t.Context(), newElector(t, lag), name, "next")
+			next := campaign(t.Context(), newElector(t, lag, long), name, "next")
 			awaitQueue(t, client, name, queued(before+1))
 			if middle != nil {
 				leave()
@@ -133,7 +137,7 @@ func TestDeletionOfAnEarlierKeyOfTheSameNameElectsNobody(t *testing.T) {
 func TestDeletionOfAnEarlierOwnKeyEndsNoTermAndNoOldTokenLeadsAgain(t *testing.T) {
 	_, client := start(t)
 	lag, w := lagging(client)
-	e := newElector(t, lag)
+	e := newElector(t, lag, long)
 	earlier, l := again(t, e, "jobs", "")
 	resign(t, l)
 	w.now.Store(earlier.Token())
@@ -168,14 +172,14 @@ func TestDeletionOfAnEarlierOwnKeyEndsNoTermAndNoOldTokenLeadsAgain(t *testing.T
 func TestDeletionOfAnEarlierOwnKeyCostsNoCandidateItsPlace(t *testing.T) {
 	_, client := start(t)
 	lag, w := lagging(client)
-	e := newElector(t, lag)
+	e := newElector(t, lag, long)
 	earlier, l := again(t, e, "jobs", "")
 	resign(t, l)
-	first := lead(t, newElector(t, client), "jobs", "first")
+	first := lead(t, newElector(t, client, long), "jobs", "first")
 	w.now.Store(earlier.Token())
 	next := campaign(t.Context(), e, "jobs", "second")
 	second := awaitQueue(t, client, "jobs", queued(2))[1]
-	third := campaign(t.Context(), newElector(t, client), "jobs", "third")
+	third := campaign(t.Context(), newElector(t, client, long), "jobs", "third")
 	awaitQueue(t, client, "jobs", queued(3))
 	for string(await(t, "the deletion of the earlier key", w.told).Kv.Key) != second.Key {
 		continue
@@ -192,13 +196,13 @@ func TestDeletionOfAnEarlierOwnKeyCostsNoCandidateItsPlace(t *testing.T) {
 // Pitfall 30.
 func TestObserveDoesNotGoBackWhereAMemberLags(t *testing.T) {
 	_, client := start(t)
-	earlier, l := again(t, newElector(t, client), "jobs", "one")
+	earlier, l := again(t, newElector(t, client, long), "jobs", "one")
 	if err := l.Proclaim(t.Context(), "two"); err != nil {
 		t.Fatal(err)
 	}
 	lag, w := lagging(client)
 	w.now.Store(earlier.Token())
-	observed := observe(t, newElector(t, lag), "jobs")
+	observed := observe(t, newElector(t, lag, long), "jobs")
 	if c := await(t, "the leader", observed); c.Value != "two" || c.Token != l.Token() {
 		t.Errorf("observed %+v, want token %d", c, l.Token())
 	}
@@ -276,11 +280,11 @@ func recovered(campaign func() outcome) <-chan outcome {
 func TestCampaignReturnsWhenItsClientIsClosedAsItIsElected(t *testing.T) {
 	_, client := start(t)
 	for range 30 {
-		first := lead(t, newElector(t, client), "jobs", "")
+		first := lead(t, newElector(t, client, long), "jobs", "")
 		cctx, closeClient := context.WithCancel(t.Context())
 		c := clientv3.NewCtxClient(cctx)
 		c.KV, c.Watcher, c.Lease = client.KV, endingWatcher{client.Watcher, first.Key(), closeClient}, client.Lease
-		e := newElector(t, c)
+		e := newElector(t, c, long)
 		next := recovered(func() outcome {
 			l, err := e.Campaign(t.Context(), "jobs", "")
 			return outcome{l: l, err: err}
@@ -353,7 +357,7 @@ func TestStockCandidateUnderANegativeLeaseIsNotOverlooked(t *testing.T) {
 	if err := election.Campaign(t.Context(), "stock"); err != nil {
 		t.Fatal(err)
 	}
-	e := newElector(t, client)
+	e := newElector(t, client, long)
 	if c, err := e.Current(t.Context(), "jobs"); err != nil || c.Token != election.Rev() || c.Lease != id {
 		t.Errorf("Current is %+v, %v, want token %d", c, err, election.Rev())
 	}
@@ -378,7 +382,7 @@ func TestStockCandidateUnderANegativeLeaseIsNotOverlooked(t *testing.T) {
 // what it does to its key next tells it.
 func TestCandidateWhoseKeyIsDeletedTogetherWithTheLeadersDoesNotLeadOn(t *testing.T) {
 	m, client := start(t)
-	first := lead(t, newElector(t, client), "jobs", "first")
+	first := lead(t, newElector(t, client, long), "jobs", "first")
 	var calls rpcCounter
 	muted := wrapped(etcdtest.NewClientFrom(t, calls.config(m.Endpoint)))
 	watcher := &mutedWatcher{Watcher: muted.Watcher}
@@ -387,7 +391,7 @@ func TestCandidateWhoseKeyIsDeletedTogetherWithTheLeadersDoesNotLeadOn(t *testin
 	second := awaitQueue(t, client, "jobs", queued(2))[1]
 	awaitCalls(t, calls.reads, 2) // it watches both keys
 	watcher.key.Store(&second.Key)
-	third := campaign(t.Context(), newElector(t, client), "jobs", "third")
+	third := campaign(t.Context(), newElector(t, client, long), "jobs", "third")
 	awaitQueue(t, client, "jobs", queued(3))
 	if _, err := client.Txn(t.Context()).Then(clientv3.OpDelete(first.Key()), clientv3.OpDelete(second.Key)).Commit(); err != nil {
 		t.Fatal(err)

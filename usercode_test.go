@@ -128,7 +128,7 @@ func TestPanicAndGoexitReachTheCallerAndLeaveNothing(t *testing.T) {
 					broken := wrapped(client)
 					kv := &brokenKV{KV: client.KV}
 					broken.KV = kv
-					e, others := newElector(t, broken, append(m.options(), leader.WithTTL(time.Minute))...), newElector(t, client)
+					e, others := newElector(t, broken, append(m.options(), long)...), newElector(t, client)
 					name := t.Name()
 					if shared {
 						lead(t, e, name+"-other", "") // keeps the lease
@@ -228,7 +228,7 @@ func (w *breakingWatcher) Watch(ctx context.Context, key string, opts ...clientv
 }
 
 // wildTTL leaves time to look at many terms that are renewed side by side.
-const wildTTL = 3 * ttl
+const wildTTL = 2 * ttl
 
 // A wild is an Elector whose user misbehaves in an election.
 type wild struct {
@@ -289,10 +289,10 @@ func (w *wild) expire() {
 	w.lease.keepAlive.Store(&fail)
 }
 
-// awaitRenewed waits until a renewal has counted that was sent after now.
-func awaitRenewed(t *testing.T, what string, l *leader.Leader) {
+// awaitRenewed waits until a renewal has counted that was sent after since.
+func awaitRenewed(t *testing.T, what string, l *leader.Leader, since time.Time) {
 	t.Helper()
-	for until := time.Now().Add(wildTTL - wildTTL/5); !l.Deadline().After(until); time.Sleep(time.Millisecond) {
+	for until := since.Add(wildTTL - wildTTL/5); !l.Deadline().After(until); time.Sleep(time.Millisecond) {
 		if !l.IsLeader() {
 			t.Fatalf("%s: the term was lost: %v", what, context.Cause(l.Context()))
 		}
@@ -355,8 +355,9 @@ func goexit(t *testing.T, places map[string][]error) {
 			await(t, l.what, l.done)
 		}
 	}
+	reached := time.Now()
 	for _, l := range terms {
-		awaitRenewed(t, l.what, l.l)
+		awaitRenewed(t, l.what, l.l, reached)
 	}
 	for _, l := range terms {
 		switch {
@@ -471,8 +472,9 @@ func TestUserCodeThatBlocksHoldsUpNothingElse(t *testing.T) {
 	for _, s := range scenes {
 		await(t, s.place, s.done)
 	}
+	reached := time.Now()
 	for _, s := range scenes {
-		awaitRenewed(t, s.place, s.other)
+		awaitRenewed(t, s.place, s.other, reached)
 		if s.l != nil {
 			go func() { _ = s.l.Resign(t.Context()) }() // it may wait for the user's code
 		}
