@@ -386,7 +386,7 @@ func TestElectionsThatAreOverKeepNoValues(t *testing.T) {
 // After a Resign that failed the Elector keeps the term, but only until its key is gone.
 func TestFailedResignThatNobodyRepeatsKeepsNothingWhenItsKeyHasGone(t *testing.T) {
 	_, client := start(t)
-	e := newElector(t, client)
+	e := newElector(t, client, leader.WithTTL(9*time.Second))
 	lead(t, e, "keep", "") // keeps the lease
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()

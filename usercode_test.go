@@ -289,14 +289,16 @@ func (w *wild) expire() {
 	w.lease.keepAlive.Store(&fail)
 }
 
-// awaitRenewed waits until a renewal has counted that was sent after since.
-func awaitRenewed(t *testing.T, what string, l *leader.Leader, since time.Time) {
+// awaitRenewed waits until a renewal has counted that was sent after since. It returns false if the term is lost instead.
+func awaitRenewed(t *testing.T, what string, l *leader.Leader, since time.Time) bool {
 	t.Helper()
 	for until := since.Add(wildTTL - wildTTL/5); !l.Deadline().After(until); time.Sleep(time.Millisecond) {
 		if !l.IsLeader() {
-			t.Fatalf("%s: the term was lost: %v", what, context.Cause(l.Context()))
+			t.Errorf("%s: the term was lost: %v", what, context.Cause(l.Context()))
+			return false
 		}
 	}
+	return true
 }
 
 // Pitfall 33: hooks and log handlers that are called in goroutines of the library. (A panic there ends the
@@ -357,7 +359,9 @@ func goexit(t *testing.T, places map[string][]error) {
 	}
 	reached := time.Now()
 	for _, l := range terms {
-		awaitRenewed(t, l.what, l.l, reached)
+		if !awaitRenewed(t, l.what, l.l, reached) {
+			t.FailNow()
+		}
 	}
 	for _, l := range terms {
 		switch {
@@ -474,7 +478,7 @@ func TestUserCodeThatBlocksHoldsUpNothingElse(t *testing.T) {
 	}
 	reached := time.Now()
 	for _, s := range scenes {
-		awaitRenewed(t, s.place, s.other, reached)
+		awaitRenewed(t, s.place+" blocks", s.other, reached)
 		if s.l != nil {
 			go func() { _ = s.l.Resign(t.Context()) }() // it may wait for the user's code
 		}

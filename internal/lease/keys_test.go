@@ -107,7 +107,8 @@ func TestAbandonedKeyIsForgottenByAReadThatWasSentAfterTheAnswer(t *testing.T) {
 
 		e.waitUntil(2*third - 1)
 		if log := e.log(); !k.Abandoned() || len(log.reads) != 2 || !slices.Equal(log.reads[1], []string{k.Name()}) {
-			t.Errorf("Abandoned() = %v after the reads %v, want true: the only one of the key was sent before the answer", k.Abandoned(), log.reads)
+			t.Errorf("Abandoned() = %v after the reads %v, want true: the only one of the key was sent before the answer",
+				k.Abandoned(), log.reads)
 		}
 		e.waitUntil(2*third + 2*soon)
 		if log := e.log(); k.Abandoned() || len(log.reads) != 4 {
@@ -261,7 +262,8 @@ func TestAbandonedKeyThatWasDeletedIsForgottenUnlessAJoinIsUnanswered(t *testing
 			k.Abandon()
 			e.waitUntil(third)
 			if e.revision("orphan") != 0 || k.Abandoned() != unanswered {
-				t.Errorf("the key has revision %d, Abandoned() = %v, want 0 and %v", e.revision("orphan"), k.Abandoned(), unanswered)
+				t.Errorf("the key has revision %d, Abandoned() = %v, want 0 and %v",
+					e.revision("orphan"), k.Abandoned(), unanswered)
 			}
 		})
 	}
@@ -320,7 +322,8 @@ func TestNamesOfTheLastDroppedKeysAreRemembered(t *testing.T) {
 			e.track(s, fmt.Sprint("held ", i), 1)
 		}
 		e.waitUntil(2 * third)
-		if got := e.log().reads[1]; len(got) != maxReads || slices.ContainsFunc(got, func(key string) bool { return slices.Contains(want, key) }) {
+		dropped := func(key string) bool { return slices.Contains(want, key) }
+		if got := e.log().reads[1]; len(got) != maxReads || slices.ContainsFunc(got, dropped) {
 			t.Errorf("read %v, want %d keys that are held: those come first", got, maxReads)
 		}
 	})
@@ -398,7 +401,8 @@ func TestRemoveDeletesAnAbandonedKeyAtOnce(t *testing.T) {
 				t.Errorf("Remove() = %v", err)
 			}
 			if e.at() != 0 || e.revision(k.Name()) != 0 || k.Abandoned() {
-				t.Errorf("after %v the key has revision %d, Abandoned() = %v, want 0 and false at once", e.at(), e.revision(k.Name()), k.Abandoned())
+				t.Errorf("after %v the key has revision %d, Abandoned() = %v, want 0 and false at once",
+					e.at(), e.revision(k.Name()), k.Abandoned())
 			}
 			if left := p.Abandoned(func(id clientv3.LeaseID) string { return fmt.Sprintf("k/%x", id) }); len(left) != 0 {
 				t.Errorf("Abandoned() = %v, want none", left)
@@ -443,7 +447,8 @@ func TestEachRenewalLooksForAbandonedKeysAlsoIfItCannotReadAllOthers(t *testing.
 				t.Fatalf("%d reads sent by %d renewals, want two for each", len(reads), n+1)
 			}
 			held, abandoned := reads[2*n], slices.Sorted(slices.Values(reads[2*n+1]))
-			if len(held) != maxReads || slices.ContainsFunc(held, func(key string) bool { return strings.HasPrefix(key, "orphan") }) {
+			orphaned := func(key string) bool { return strings.HasPrefix(key, "orphan") }
+			if len(held) != maxReads || slices.ContainsFunc(held, orphaned) {
 				t.Errorf("the read that makes the renewal count is of %v, want %d keys with an owner", held, maxReads)
 			}
 			if !slices.Equal(abandoned, want) {

@@ -145,14 +145,16 @@ func TestTrackReturnsWhenItsContextEndsWhileAnotherIsGranting(t *testing.T) {
 		synctest.Wait()
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		if k, err := track(ctx, p, "b", false); k != nil || !errors.Is(err, context.DeadlineExceeded) || e.at() != time.Second {
+		k, err := track(ctx, p, "b", false)
+		if k != nil || !errors.Is(err, context.DeadlineExceeded) || e.at() != time.Second {
 			t.Errorf("Track() = %v, %v after %v, want %v after 1s", k, err, e.at(), context.DeadlineExceeded)
 		}
 		e.release()
-		k := <-granting
+		k = <-granting
 		k.Release()
 		if err := k.Session().Finish(t.Context()); err != nil || k.Session().Valid() {
-			t.Errorf("Finish() = %v, Valid() = %v, want nil and false: the Track that failed is no user", err, k.Session().Valid())
+			t.Errorf("Finish() = %v, Valid() = %v, want nil and false: the Track that failed is no user",
+				err, k.Session().Valid())
 		}
 	})
 }
@@ -267,7 +269,8 @@ func TestGrantThatItsContextCutsShortIsRevokedWhenItsAnswerComes(t *testing.T) {
 		p := newPool(e)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		if k, err := track(ctx, p, "k", false); k != nil || !errors.Is(err, context.DeadlineExceeded) || e.at() != time.Second {
+		k, err := track(ctx, p, "k", false)
+		if k != nil || !errors.Is(err, context.DeadlineExceeded) || e.at() != time.Second {
 			t.Errorf("Track() = %v, %v after %v, want %v after 1s", k, err, e.at(), context.DeadlineExceeded)
 		}
 		if err := p.Close(t.Context()); err != nil || e.at() < 3*time.Second {
@@ -410,6 +413,7 @@ func TestRevocationOfAnExpiredLeaseIsRetriedThroughAnOutage(t *testing.T) {
 }
 
 func TestRevocationOfAnExpiredLeaseEnds(t *testing.T) {
+	const early = deadline + 3*clockCheck/2 // before S + TTL
 	for name, test := range map[string]struct {
 		end   func(t *testing.T, e *etcd, p *Pool)
 		after time.Duration
@@ -423,12 +427,12 @@ func TestRevocationOfAnExpiredLeaseEnds(t *testing.T) {
 			}
 		}, time.Minute},
 		"with the client":                      {func(_ *testing.T, e *etcd, _ *Pool) { e.cancel() }, time.Minute},
-		"with the client, before it has begun": {func(_ *testing.T, e *etcd, _ *Pool) { e.cancel() }, 13*time.Second + time.Second/2},
+		"with the client, before it has begun": {func(_ *testing.T, e *etcd, _ *Pool) { e.cancel() }, early},
 		"with the pool, before it has begun": {func(t *testing.T, _ *etcd, p *Pool) {
 			if err := p.Close(t.Context()); err != nil {
 				t.Errorf("Close() = %v", err)
 			}
-		}, 13*time.Second + time.Second/2},
+		}, early},
 	} {
 		bubble(t, name, func(t *testing.T) {
 			e := newEtcd(t)
@@ -489,7 +493,8 @@ func TestCloseOfAPoolRevokesWhatNobodyUses(t *testing.T) {
 			t.Errorf("Close() = %v", err)
 		}
 		if !unused.Session().Gone() || used.Session().Gone() || !used.Session().Valid() {
-			t.Errorf("Gone() = %v of the unused session and %v of the other, want true and false", unused.Session().Gone(), used.Session().Gone())
+			t.Errorf("Gone() = %v of the unused session and %v of the other, want true and false",
+				unused.Session().Gone(), used.Session().Gone())
 		}
 	})
 }
@@ -501,7 +506,8 @@ func newPool(e *etcd) *Pool { return NewPool(e.client, Config{TTL: ttl}) }
 
 // track is Track of a key <name>/<lease>.
 func track(ctx context.Context, p *Pool, name string, fresh bool) (*Key, error) {
-	return p.Track(ctx, &retry.Loop{Client: p.client}, func(id clientv3.LeaseID) string { return fmt.Sprintf("%s/%x", name, id) }, func() {}, fresh)
+	key := func(id clientv3.LeaseID) string { return fmt.Sprintf("%s/%x", name, id) }
+	return p.Track(ctx, &retry.Loop{Client: p.client}, key, func() {}, fresh)
 }
 
 func lend(t *testing.T, p *Pool, name string) *Key {

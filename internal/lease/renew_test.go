@@ -179,7 +179,8 @@ func TestReadsThatAreSentBesideEachOtherAreOneSilence(t *testing.T) {
 		}
 		for i, r := range log.renewals[:len(log.renewals)-1] { // the deadline cuts the last one short
 			if r.Failures != i+1 || r.Silent != i+1 || r.Took < time.Duration(i+1)*attempt {
-				t.Errorf("report %d: %d failures, %d without an answer after %v, want one per %v", i, r.Failures, r.Silent, r.Took, attempt)
+				t.Errorf("report %d: %d failures, %d without an answer after %v, want one per %v",
+					i, r.Failures, r.Silent, r.Took, attempt)
 			}
 		}
 		if got := len(log.renewals); got != 3 {

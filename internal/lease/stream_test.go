@@ -138,11 +138,8 @@ func TestClosedClientEndsTheStream(t *testing.T) {
 	s := startReal(t, client, Config{})
 	s.renew(t)
 	client.Close()
-	await(t, s.Context().Done())
-	s.mu.Lock()
-	streams := s.streams
-	s.mu.Unlock()
-	await(t, streams)
+	await(t, s.done) // the renewal may be about to end
+	await(t, s.streams)
 	calls.want(t, 1, 0, 1)
 }
 
@@ -179,7 +176,8 @@ func TestStreamIsOpenedAgainOnceItsTokenHasExpired(t *testing.T) {
 	time.Sleep(3 * time.Second) // etcd looks for expired tokens every second
 	s.renew(t)                  // and no failure is reported
 	if opened, open, _ := calls.counts(); opened != 2 || open != 1 {
-		t.Errorf("%d streams opened, %d open, want 2 and 1: the token has not expired, or the stream was not replaced", opened, open)
+		t.Errorf("%d streams opened, %d open, want 2 and 1: the token has not expired, or the stream was not replaced",
+			opened, open)
 	}
 }
 
@@ -327,7 +325,8 @@ func TestRevokedLeaseIsFoundOutOverTheStream(t *testing.T) {
 		t.Fatal(err)
 	}
 	if r := s.tryRenew(t); !errors.Is(r.Err, rpctypes.ErrLeaseNotFound) || !errors.Is(s.Cause(), ErrRevoked) || !s.Gone() {
-		t.Errorf("reported %v, Cause() = %v, Gone() = %v, want %v, %v and true", r.Err, s.Cause(), s.Gone(), rpctypes.ErrLeaseNotFound, ErrRevoked)
+		t.Errorf("reported %v, Cause() = %v, Gone() = %v, want %v, %v and true",
+			r.Err, s.Cause(), s.Gone(), rpctypes.ErrLeaseNotFound, ErrRevoked)
 	}
 	kept.renew(t)
 	if err := s.Close(t.Context()); err != nil {
@@ -421,7 +420,8 @@ func TestRenewalsOfSeveralLeasesGetTheirOwnAnswers(t *testing.T) {
 	for id := range 50 {
 		together.Go(func() {
 			for range 10 {
-				if ack, err := f.try(t, clientv3.LeaseID(id)); err != nil || ack.ID != clientv3.LeaseID(id) || ack.TTL != int64(100+id) {
+				ack, err := f.try(t, clientv3.LeaseID(id))
+				if err != nil || ack.ID != clientv3.LeaseID(id) || ack.TTL != int64(100+id) {
 					t.Errorf("renewal of lease %x: %v, %v", id, ack, err)
 				}
 			}
@@ -696,7 +696,9 @@ func TestFewAuthenticationsAreUnderWayWhileNoneIsAnswered(t *testing.T) {
 				if attempts == 0 {
 					want = 1
 				}
-				poll(t, fmt.Sprintf("%d authentications are under way", want), func() bool { return auth.asked.Load()-1 == int64(want) })
+				poll(t, fmt.Sprintf("%d authentications are under way", want), func() bool {
+					return auth.asked.Load()-1 == int64(want)
+				})
 				r.giveUp(t)
 			}
 			if got := auth.asked.Load() - 1; got != int64(most) {
@@ -750,7 +752,7 @@ func (r *request) giveUp(t *testing.T) {
 // A fake is a server of renewals, with a keeper of a client of it.
 type fake struct {
 	pb.UnimplementedLeaseServer
-	serve  func(n int, asked <-chan int64, answer func(id, ttl int64)) error
+	serve  server
 	n      atomic.Int64 // streams
 	asked  atomic.Int64 // renewals
 	dark   atomic.Value // the endpoint that does not answer any more
@@ -758,9 +760,11 @@ type fake struct {
 	keeper *keeper
 }
 
+type server func(n int, asked <-chan int64, answer func(id, ttl int64)) error
+
 // serve starts a fake. asked is closed when the stream ends; whoever serves returns then. The options are the number
 // of the client's endpoints, 1 unless given, and who checks its password.
-func serve(t *testing.T, serve func(n int, asked <-chan int64, answer func(id, ttl int64)) error, options ...any) *fake {
+func serve(t *testing.T, serve server, options ...any) *fake {
 	t.Helper()
 	f := &fake{serve: serve}
 	f.darken("")
@@ -1054,7 +1058,8 @@ func (c *calls) counts() (opened, open, sent int) {
 func (c *calls) want(t *testing.T, opened, open, sent int) {
 	t.Helper()
 	if gotOpened, gotOpen, gotSent := c.counts(); gotOpened != opened || gotOpen != open || gotSent != sent {
-		t.Errorf("%d streams opened, %d open, %d renewals sent, want %d, %d and %d", gotOpened, gotOpen, gotSent, opened, open, sent)
+		t.Errorf("%d streams opened, %d open, %d renewals sent, want %d, %d and %d",
+			gotOpened, gotOpen, gotSent, opened, open, sent)
 	}
 }
 
