@@ -123,9 +123,8 @@ func (w *wait) look(ctx context.Context) (sight, error) {
 // is before the candidate is sent when that one exists, so that it also shows that no end of the key was
 // missed in between.
 func (w *wait) watch(ctx context.Context) (lived time.Duration, err error) {
-	ctx, cancel := context.WithCancel(ctx)
 	s := w.open(ctx)
-	defer s.close(cancel)
+	defer s.close()
 	for {
 		if over, err := s.step(); over { //nolint:contextcheck // s has ctx
 			return s.current.lived(), err
@@ -141,29 +140,28 @@ type watching struct {
 	beside  sync.WaitGroup // requests, and openings of watches
 	ticker  *time.Ticker   // nil if the key is not to be read again
 	current *opening
-	resp    clientv3.WatchResponse // of it
-	ok      bool
-	looked  chan *looking // nil while the key is not being read
-	aheads  chan *ahead   // nil while nobody looks ahead
-	failed  chan error    // failures of reads: they are noted here, since what notes them is the user's logger
-	failing bool          // some were
+	looked  chan looking // nil while the key is not being read
+	unlook  context.CancelFunc
+	aheads  chan ahead // nil while nobody looks ahead
+	next    *opening   // the watch that takes over then
+	failing bool       // reads of the key are
 }
 
-// looking is what a read of the key has found.
+// looking is what comes of a read of the key: failures, and in the end what it has found.
 type looking struct {
 	sight
 	err error
+	end bool
 }
 
-// ahead is what the look ahead has found, and the watch that takes over then.
+// ahead is what the look ahead has found.
 type ahead struct {
-	next  *opening
 	place Place
 	err   error
 }
 
 func (w *wait) open(ctx context.Context) *watching {
-	s := &watching{wait: w, ctx: ctx, failed: make(chan error)}
+	s := &watching{wait: w, ctx: ctx}
 	s.current = s.watchKey(!w.ahead)
 	if w.reread > 0 {
 		s.ticker = time.NewTicker(w.reread)
@@ -171,15 +169,17 @@ func (w *wait) open(ctx context.Context) *watching {
 	return s
 }
 
-func (s *watching) close(cancel func()) {
-	cancel()
+func (s *watching) close() {
+	s.stopLooking()
+	s.current.cancel()
+	if s.next != nil {
+		s.next.cancel()
+	}
 	s.beside.Wait()
 	s.current.close()
+	s.next.close()
 	if s.ticker != nil {
 		s.ticker.Stop()
-	}
-	if s.aheads != nil {
-		(<-s.aheads).next.close()
 	}
 }
 
@@ -196,17 +196,14 @@ func (s *watching) step() (over bool, err error) {
 	select {
 	case s.current.events = <-s.current.opened:
 		s.current.opened = nil
-	case s.resp, s.ok = <-s.current.events:
-		return s.heard()
+	case resp, ok := <-s.current.events:
+		return s.heard(&resp, ok)
 	case found := <-s.looked:
 		return s.lookedAside(found)
 	case found := <-s.aheads:
 		return s.lookedAhead(found)
 	case <-s.again():
 		s.lookAside()
-	case err := <-s.failed:
-		s.failing = true
-		s.loop.Failed(err)
 	case <-s.ctx.Done():
 		return true, s.ctx.Err()
 	}
@@ -214,10 +211,8 @@ func (s *watching) step() (over bool, err error) {
 }
 
 // heard deals with what the watch says.
-func (s *watching) heard() (over bool, err error) {
-	resp := s.resp
-	s.resp = clientv3.WatchResponse{} // its events are not needed for as long as the wait takes
-	if !s.ok {
+func (s *watching) heard(resp *clientv3.WatchResponse, ok bool) (over bool, err error) {
+	if !ok {
 		return true, errWatch
 	}
 	if err := resp.Err(); err != nil {
@@ -234,7 +229,7 @@ func (s *watching) heard() (over bool, err error) {
 	if resp.Created {
 		s.current.exists()
 		s.tries = 0
-		s.looked = nil // a read that is under way may have found the key before it was watched
+		s.stopLooking() // a read that is under way may have found the key before it was watched
 		s.lookAside()
 	}
 	if touched {
@@ -248,26 +243,39 @@ func (s *watching) lookAside() {
 	if s.looked != nil {
 		return
 	}
-	found := make(chan *looking, 1)
-	s.looked = found
+	ctx, cancel := context.WithCancel(s.ctx)
+	looked := make(chan looking)
+	s.looked, s.unlook = looked, cancel
+	tell := func(l looking) {
+		select {
+		case looked <- l:
+		case <-ctx.Done():
+		}
+	}
 	s.beside.Go(func() {
-		now, err := retry.Ask(s.ctx, s.q.client, s.fail, s.look)
-		found <- &looking{now, err}
+		// Failures are noted where the watch is looked after, since what notes them is the user's logger.
+		now, err := retry.Ask(ctx, s.q.client, func(err error) { tell(looking{err: err}) }, s.look)
+		tell(looking{now, err, true})
 	})
 }
 
-func (s *watching) fail(err error) {
-	select {
-	case s.failed <- err:
-	case <-s.ctx.Done():
+func (s *watching) stopLooking() {
+	if s.looked != nil {
+		s.unlook()
+		s.looked, s.unlook = nil, nil
 	}
 }
 
-func (s *watching) lookedAside(found *looking) (over bool, err error) {
+func (s *watching) lookedAside(found looking) (over bool, err error) {
+	if !found.end {
+		s.failing = true
+		s.loop.Failed(found.err)
+		return false, nil
+	}
+	s.stopLooking()
 	if found.gone || found.err != nil {
 		return true, found.err
 	}
-	s.looked = nil
 	if s.failing {
 		s.failing = false
 		s.loop.OK()
@@ -281,32 +289,36 @@ func (s *watching) lookedAside(found *looking) (over bool, err error) {
 // lookAhead opens a watch that gets no puts and then reads who is before the key, unless that is known
 // or being done.
 func (s *watching) lookAhead() {
-	if !s.ahead || s.aheads != nil {
+	if !s.ahead || s.next != nil {
 		return
 	}
-	found := make(chan *ahead, 1)
-	s.aheads = found
+	found := make(chan ahead, 1)
 	next := s.watchKey(true)
+	s.aheads, s.next = found, next
 	s.beside.Go(func() {
-		a := &ahead{next: next, err: next.await(s.ctx)}
-		if a.err == nil {
-			rctx, cancel := context.WithTimeout(s.ctx, retry.RequestTimeout)
-			defer cancel()
-			a.place, a.err = s.q.behind(rctx, &retry.Loop{Client: s.q.client}, s.rev)
+		err := next.await(s.ctx)
+		if err != nil {
+			found <- ahead{err: err}
+			return
 		}
-		found <- a
+		rctx, cancel := context.WithTimeout(s.ctx, retry.RequestTimeout)
+		defer cancel()
+		defer context.AfterFunc(next.ctx, cancel)()
+		place, err := s.q.behind(rctx, &retry.Loop{Client: s.q.client}, s.rev)
+		found <- ahead{place, err}
 	})
 }
 
-func (s *watching) lookedAhead(found *ahead) (over bool, err error) {
-	s.aheads = nil
+func (s *watching) lookedAhead(found ahead) (over bool, err error) {
+	next := s.next
+	s.aheads, s.next = nil, nil
 	if found.err == nil && found.place.First() {
 		s.oldest, s.ahead, s.tries = true, false, 0
 		s.current.close()
-		s.current = found.next
+		s.current = next
 		return false, nil
 	}
-	found.next.close()
+	next.close()
 	// The key may be gone. Otherwise the next touch is another chance.
 	return errors.Is(found.err, ErrGone), nil
 }
@@ -327,36 +339,38 @@ type opening struct {
 	opened  chan clientv3.WatchChan // nil once it has been received
 	events  clientv3.WatchChan
 	created time.Time
+	ctx     context.Context // of the watch
 	cancel  context.CancelFunc
 	stream  retry.Stream
-	late    *time.Timer  // ends a watch that is not created in time; nil once it is
-	settled *atomic.Bool // late is not to do so any more, though it may be about to
+	late    *time.Timer // ends a watch that is not created in time; nil once it is
+	settled atomic.Bool // late is not to do so any more, though it may be about to
 }
 
 // open opens a watch that says when it has been created. That is done in a goroutine of its own, as it
 // blocks until then, and takes a deep stack.
 func (q *Queue) open(ctx context.Context, beside *sync.WaitGroup, tries int, key string, opts ...clientv3.OpOption) *opening {
-	stream := retry.StreamOf(q.client, tries)
-	wctx, cancel := retry.Watching(ctx, q.client, tries)
+	o := &opening{stream: retry.StreamOf(q.client, tries)}
+	o.ctx, o.cancel = retry.Watching(ctx, q.client, tries)
 	opened := make(chan clientv3.WatchChan, 1)
+	o.opened = opened
 	beside.Go(func() {
-		opened <- q.client.Watch(wctx, key, append(opts, clientv3.WithCreatedNotify())...)
+		opened <- q.client.Watch(o.ctx, key, append(opts, clientv3.WithCreatedNotify())...)
 	})
 	began, patience := time.Now(), q.patience(tries)
 	var late *time.Timer
-	var settled atomic.Bool
 	late = time.AfterFunc(time.Hour, func() {
-		idle := stream.Idle(began)
+		idle := o.stream.Idle(began)
 		switch {
-		case settled.Load():
+		case o.settled.Load():
 		case idle >= patience:
-			cancel()
+			o.cancel()
 		default:
 			late.Reset(patience - idle)
 		}
 	})
+	o.late = late
 	late.Reset(patience)
-	return &opening{opened: opened, cancel: cancel, stream: stream, late: late, settled: &settled}
+	return o
 }
 
 // await blocks until the watch was created.

@@ -121,87 +121,129 @@ func AskWithin[T any](ctx context.Context, client *clientv3.Client, attempt time
 }
 
 func ask[T any](ctx context.Context, client *clientv3.Client, first, attempt time.Duration, failed func(error), request func(context.Context) (T, error)) (T, error) {
-	type answer struct {
-		value T
-		err   error
-	}
-	asking, cancel := context.WithCancel(ctx)
-	defer context.AfterFunc(client.Ctx(), cancel)()
-	traffic := trafficOf(client)
-	defer traffic.leave()
-	var attempts sync.WaitGroup
-	answers := make(chan answer, maxBeside)
 	var none T
-	// end waits for the attempts. One of them may have succeeded in the meantime.
-	end := func(err error) (T, error) {
-		cancel()
-		attempts.Wait()
-		for {
-			select {
-			case a := <-answers:
-				if a.err == nil {
-					return a.value, nil
-				}
-			default:
-				return none, err
-			}
-		}
+	value, err := askAny(ctx, client, first, attempt, failed, func(ctx context.Context) (any, error) { return request(ctx) })
+	if err != nil {
+		return none, err
 	}
-	defer func() { // also if failed panics
-		cancel()
-		attempts.Wait()
-	}()
+	return value.(T), nil
+}
 
-	beside := Backoff{Min: first, Max: max(first, maxSilence)}
-	failing := Backoff{Min: min(minPause, first), Max: maxPause}
-	waiting := 0 // attempts without an answer
+// An asking is the state of askAny. It is apart from that, and the same for all types: what is called in
+// a goroutine that then waits for hours must not take much of its stack, see bench/README.md, row 9.
+type asking struct {
+	ctx      context.Context // of the attempts
+	cancel   context.CancelFunc
+	client   *clientv3.Client
+	traffic  *traffic
+	request  func(context.Context) (any, error)
+	attempt  time.Duration // for which an attempt may go on
+	attempts sync.WaitGroup
+	answers  chan answer
+	waiting  int // attempts without an answer
+}
+
+type answer struct {
+	value any
+	err   error
+}
+
+func askAny(ctx context.Context, client *clientv3.Client, first, attempt time.Duration, failed func(error), request func(context.Context) (any, error)) (any, error) {
+	a := &asking{client: client, traffic: trafficOf(client), request: request, attempt: attempt, answers: make(chan answer, maxBeside)}
+	defer a.traffic.leave()
+	a.ctx, a.cancel = context.WithCancel(ctx)
+	defer context.AfterFunc(client.Ctx(), a.cancel)()
+	defer a.stop() // also if failed panics
+
+	beside := &Backoff{Min: first, Max: max(first, maxSilence)}
+	failing := &Backoff{Min: min(minPause, first), Max: maxPause}
 	next := time.NewTimer(0)
 	defer next.Stop()
 	for {
-		var a answer
 		select {
-		case a = <-answers: // an answer is looked at before anything else
-		default:
-			select {
-			case a = <-answers:
-			case <-next.C:
-				another := waiting > 0
-				if asking.Err() != nil || waiting == maxBeside || !traffic.send(another) {
-					next.Reset(first)
-					continue
-				}
-				waiting++
-				attempts.Go(func() {
-					rctx, cancel := context.WithTimeout(RequireLeader(asking), attempt)
-					defer cancel()
-					sent := time.Now()
-					value, err := request(rctx)
-					if err != nil && asking.Err() == nil && (rctx.Err() != nil || errors.Is(err, context.DeadlineExceeded)) {
-						err = Silence(client, time.Since(sent)) // its own error says no more than that
-					}
-					traffic.ended(err == nil)
-					answers <- answer{value, err}
-				})
-				next.Reset(beside.next())
-				continue
-			case <-asking.Done():
-				return end(asking.Err())
+		case got := <-a.answers: // is looked at before anything else
+			if value, err, over := a.answered(got, failed); over {
+				return value, err
 			}
+			next.Reset(failing.next())
+			continue
+		default:
 		}
-		waiting--
-		switch {
-		case a.err == nil:
-			return a.value, nil
-		case asking.Err() != nil: // a.err is only what that looks like from inside a request
-			return end(asking.Err())
-		case Permanent(a.err):
-			return end(a.err)
-		case failed != nil:
-			failed(a.err)
+		select {
+		case got := <-a.answers:
+			if value, err, over := a.answered(got, failed); over {
+				return value, err
+			}
+			next.Reset(failing.next())
+		case <-next.C:
+			if a.send() {
+				next.Reset(beside.next())
+			} else {
+				next.Reset(first)
+			}
+		case <-a.ctx.Done():
+			return a.end(a.ctx.Err())
 		}
-		Reconnect(client)
-		next.Reset(failing.next())
 	}
+}
+
+// send sends the request, unless it may not be sent now. It reports whether it did.
+func (a *asking) send() bool {
+	if a.ctx.Err() != nil || a.waiting == maxBeside || !a.traffic.send(a.waiting > 0) {
+		return false
+	}
+	a.waiting++
+	a.attempts.Go(func() {
+		ctx, cancel := context.WithTimeout(RequireLeader(a.ctx), a.attempt)
+		defer cancel()
+		sent := time.Now()
+		value, err := a.request(ctx)
+		if err != nil && a.ctx.Err() == nil && (ctx.Err() != nil || errors.Is(err, context.DeadlineExceeded)) {
+			err = Silence(a.client, time.Since(sent)) // its own error says no more than that
+		}
+		a.traffic.ended(err == nil)
+		a.answers <- answer{value, err}
+	})
+	return true
+}
+
+// answered deals with the answer of an attempt. over says that it is that of them all.
+func (a *asking) answered(got answer, failed func(error)) (value any, err error, over bool) {
+	a.waiting--
+	switch {
+	case got.err == nil:
+		return got.value, nil, true
+	case a.ctx.Err() != nil: // got.err is only what that looks like from inside a request
+		value, err = a.end(a.ctx.Err())
+		return value, err, true
+	case Permanent(got.err):
+		value, err = a.end(got.err)
+		return value, err, true
+	case failed != nil:
+		failed(got.err)
+	}
+	Reconnect(a.client)
+	return nil, nil, false
+}
+
+// end waits for the attempts. One of them may have succeeded in the meantime.
+func (a *asking) end(err error) (any, error) {
+	a.stop()
+	for {
+		select {
+		case got := <-a.answers:
+			if got.err == nil {
+				return got.value, nil
+			}
+		default:
+			return nil, err
+		}
+	}
+}
+
+func (a *asking) stop() {
+	a.cancel()
+	a.attempts.Wait()
 }
 
 // First sends a request, and again beside the first while that has no answer, and returns the first answer, be
