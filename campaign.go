@@ -327,25 +327,29 @@ func (l *Leader) stand(k *campaigning) error {
 	// watched ends when the lease or the key is lost, and with the term.
 	watched, unwatch := context.WithCancel(l.session.Context())
 	l.unwatch = unwatch
-	watching, elected := false, false
+	elected := false
 	defer func() { // also when the logger panics
 		if !elected {
-			l.withdraw(k.ctx, watching)
+			l.withdraw(k.ctx)
 		}
 	}()
 	standing, cancel := context.WithCancel(k.bound)
 	defer cancel()
 	defer context.AfterFunc(watched, cancel)()
+	watch := func() {
+		l.watching = true
+		l.e.watching.Go(func() { l.watch(watched) }) //nolint:contextcheck // so does the watch
+	}
 
 	place, err := l.join(standing, k.loop, k.value)
-	if err == nil {
-		watching = true
-		l.e.watching.Go(func() { l.watch(watched) }) //nolint:contextcheck // so does the watch
-		if k.how.try && !place.First() {
-			err = ErrHeld
-		} else {
-			err = l.queue.Wait(standing, k.loop, place, l.session.TTL())
-		}
+	switch {
+	case err != nil:
+	case k.how.try && !place.First():
+		err = ErrHeld
+	default:
+		loop := l.e.loop(l.claim.election, "watch of the own key is being retried")
+		l.deletion = l.queue.WatchDeletion(watched, loop, l.key, l.token)
+		err = l.queue.Wait(standing, k.loop, place, l.session.TTL(), l.deletion, watch)
 	}
 	if err == nil {
 		err = l.elect()
@@ -354,6 +358,9 @@ func (l *Leader) stand(k *campaigning) error {
 		return l.lost(standing, k.bound, err)
 	}
 	elected = true
+	if !l.watching {
+		watch()
+	}
 	if !place.First() { // else nobody was there to be behind
 		l.beginning.Go(l.touch)
 	}
@@ -427,7 +434,7 @@ func (l *Leader) elect() error {
 
 // withdraw tidies up after a candidate that was not elected. The key comes first, and only then what
 // may wait for the user's code.
-func (l *Leader) withdraw(ctx context.Context, watching bool) {
+func (l *Leader) withdraw(ctx context.Context) {
 	l.end(ErrResigned)
 	l.unwatch()
 	cctx, cancel := retry.Cleanup(ctx)
@@ -451,8 +458,11 @@ func (l *Leader) withdraw(ctx context.Context, watching bool) {
 	case err == nil && l.tracked.Abandoned(): // others use the lease
 		err = l.tracked.Remove(cctx)
 	}
-	if watching {
+	switch {
+	case l.watching:
 		<-l.done
+	case l.deletion != nil:
+		l.deletion.Close()
 	}
 	if err != nil {
 		l.e.log(l.claim.election).Warn("candidate could not be withdrawn, the lease will expire", "key", l.key, "error", err)

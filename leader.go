@@ -138,6 +138,8 @@ type Leader struct {
 	ctx       context.Context // the term's
 	cancel    context.CancelCauseFunc
 	beginning sync.WaitGroup     // Hooks.Elected and touch, in a term
+	deletion  *queue.Deletion    // of the key, until watch or withdraw has seen to it
+	watching  bool               // watch has begun: with the term, or before if it may block
 	unwatch   context.CancelFunc // ends watch
 	done      chan struct{}      // closed when watch has returned
 	resigning chan struct{}      // holds a token while Resign talks to etcd
@@ -384,8 +386,7 @@ func (l *Leader) watch(ctx context.Context) {
 
 // watchKey ends the term when its key is gone.
 func (l *Leader) watchKey(ctx context.Context) {
-	loop := l.e.loop(l.claim.election, "watch of the own key is being retried")
-	if err := l.queue.WaitDeleted(ctx, loop, l.key, l.token); err == nil {
+	if err := l.deletion.Wait(); err == nil {
 		l.evict()
 	} else if ctx.Err() == nil && l.e.client.Ctx().Err() == nil { // not allowed to watch: the renewals still read the key
 		l.e.log(l.claim.election).Warn("own key cannot be watched", "key", l.key, "error", err)

@@ -405,14 +405,14 @@ func (e *fakeEtcd) wait(wait func(loop *retry.Loop) error) *waitCall {
 // behind waits as jobs/2 for its turn.
 func (e *fakeEtcd) behind(t *testing.T) *waitCall {
 	return e.wait(func(loop *retry.Loop) error {
-		return e.queue().Wait(t.Context(), loop, Place{Token: 6, before: "jobs/1", rev: 5}, reread)
+		return e.queue().Wait(t.Context(), loop, Place{Token: 6, before: "jobs/1", rev: 5}, reread, nil, nil)
 	})
 }
 
 // deleted waits for the end of jobs/1.
 func (e *fakeEtcd) deleted(t *testing.T) *waitCall {
 	return e.wait(func(loop *retry.Loop) error {
-		return e.queue().WaitDeleted(t.Context(), loop, "jobs/1", 5)
+		return e.queue().WatchDeletion(t.Context(), loop, "jobs/1", 5).Wait()
 	})
 }
 

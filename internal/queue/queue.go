@@ -242,8 +242,10 @@ func (q *Queue) place(ctx context.Context, loop *retry.Loop, token int64, before
 }
 
 // Wait blocks until nobody is before the candidate, and returns nil then, or until ctx ends or
-// a request fails for good. Whether the candidate's own key is still there is for another watch to
-// tell; where that key is deleted together with the one before it, either watch may be the first.
+// a request fails for good. It looks after the candidate's own key too, and returns [ErrGone] when that is
+// gone, until it calls rely, once at most: from then on somebody else has to call own.Wait. Where the own
+// key is deleted together with the one before it, either watch may be the first to tell; of two that have
+// told already, the own one wins.
 //
 // If it is known that nobody is before the one before it, the watch event of that one's end elects,
 // without another read: create revisions only grow, so nobody can have come there since. The place
@@ -254,11 +256,15 @@ func (q *Queue) place(ctx context.Context, loop *retry.Loop, token int64, before
 //
 // A watch that dies silently would hide the end of the one before, so its key is read again at the
 // interval reread.
-func (q *Queue) Wait(ctx context.Context, loop *retry.Loop, p Place, reread time.Duration) error {
+func (q *Queue) Wait(ctx context.Context, loop *retry.Loop, p Place, reread time.Duration, own *Deletion, rely func()) error {
 	for !p.First() {
-		w := wait{q: q, loop: loop, key: p.before, rev: p.rev, reread: reread, ahead: !p.oldest}
-		if err := w.wait(ctx); err != nil {
+		w := &wait{q: q, loop: loop, key: p.before, rev: p.rev, reread: reread, ahead: !p.oldest, own: own, rely: rely}
+		if err := w.wait(w.open(ctx), nil); err != nil {
 			return err
+		}
+		own = w.own
+		if own.known() {
+			return ErrGone
 		}
 		if p.oldest || w.oldest {
 			return nil
@@ -269,12 +275,6 @@ func (q *Queue) Wait(ctx context.Context, loop *retry.Loop, p Place, reread time
 		}
 	}
 	return nil
-}
-
-// WaitDeleted blocks until the key with this create revision is gone, and returns nil then, or
-// until ctx ends or a request fails for good.
-func (q *Queue) WaitDeleted(ctx context.Context, loop *retry.Loop, key string, rev int64) error {
-	return (&wait{q: q, loop: loop, key: key, rev: rev}).wait(ctx)
 }
 
 // List returns the candidates in the order of the queue. It sends one request, bounded by ctx.

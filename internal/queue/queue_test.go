@@ -27,7 +27,7 @@ func TestOutageIsOneStreak(t *testing.T) {
 		client, ctx := outage(t)
 		warnings := 0
 		loop := &retry.Loop{Client: client, Warn: func(error) { warnings++ }}
-		err := New(client, "jobs").Wait(ctx, loop, Place{Token: 2, before: "jobs/1", rev: 1}, time.Second)
+		err := New(client, "jobs").Wait(ctx, loop, Place{Token: 2, before: "jobs/1", rev: 1}, time.Second, nil, nil)
 		if !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("returned %v", err)
 		}
@@ -72,7 +72,7 @@ func TestWatchThatIsRefusedIsNotRepeated(t *testing.T) {
 		client := clientv3.NewCtxClient(t.Context())
 		client.KV, client.Watcher = denied{}, denied{}
 		began := time.Now()
-		err := New(client, "jobs").WaitDeleted(t.Context(), &retry.Loop{Client: client}, "jobs/1", 1)
+		err := New(client, "jobs").WatchDeletion(t.Context(), &retry.Loop{Client: client}, "jobs/1", 1).Wait()
 		if !errors.Is(err, rpctypes.ErrPermissionDenied) || time.Since(began) > 0 {
 			t.Errorf("WaitDeleted returned %v after %v", err, time.Since(began))
 		}

@@ -34,6 +34,49 @@ type wait struct {
 	oldest bool          // it is known that nobody is
 
 	tries int // of watches that were not created in time
+
+	own  *Deletion // of the candidate's own key; nil if nobody looks after it here
+	rely func()    // begins a goroutine that does
+}
+
+// A Deletion is what watches for a key to be gone. Whoever has one calls Wait or Close, once.
+//
+// A candidate that waits looks after its own key and the one before in the same goroutine, to save memory.
+// That is so until something about its own key may block: then it takes a goroutine of its own.
+type Deletion struct {
+	watching *watching
+	pending  func() (over bool, err error) // what has come already
+}
+
+// WatchDeletion begins to watch for the key with this create revision to be gone, until ctx ends.
+func (q *Queue) WatchDeletion(ctx context.Context, loop *retry.Loop, key string, rev int64) *Deletion {
+	w := &wait{q: q, loop: loop, key: key, rev: rev}
+	return &Deletion{watching: w.open(ctx)}
+}
+
+// Wait blocks until the key is gone, and returns nil then, or until ctx ends or a request fails for good.
+func (d *Deletion) Wait() error { return d.watching.wait.wait(d.watching, d.pending) }
+
+// Close ends the watch.
+func (d *Deletion) Close() { d.watching.close() }
+
+// known reports whether the watch has told already that the key is gone.
+func (d *Deletion) known() bool {
+	for d != nil && d.pending == nil {
+		select {
+		case resp, ok := <-d.watching.current.events:
+			over, err := d.watching.heard(&resp, ok)
+			if over && err == nil {
+				return true
+			}
+			if over {
+				d.pending = func() (bool, error) { return true, err }
+			}
+		default:
+			return false
+		}
+	}
+	return false
 }
 
 // patience is how long a watch may take to be created. Where a stream takes an authentication, that may
@@ -61,16 +104,18 @@ func (w *wait) gone(ev *clientv3.Event) (gone, touched bool) {
 	return false, true
 }
 
-// wait blocks until the key is gone, and returns nil then, or until ctx ends or a request fails for good.
-func (w *wait) wait(ctx context.Context) error {
+// wait blocks until the key is gone, and returns nil then, or until the context of s ends or a request fails
+// for good. s is the first watch; pending, if not nil, is what has come of it already.
+func (w *wait) wait(s *watching, pending func() (over bool, err error)) error {
 	for {
-		lived, err := w.watch(ctx)
-		if err == nil {
-			return nil
-		}
-		if over, err := w.ended(ctx, lived, err); over {
+		lived, err := s.run(pending)
+		if err == nil || errors.Is(err, ErrGone) { // the key that is awaited, or one's own
 			return err
 		}
+		if over, err := w.ended(s.ctx, lived, err); over {
+			return err
+		}
+		s, pending = w.open(s.ctx), nil
 	}
 }
 
@@ -112,7 +157,7 @@ func (w *wait) look(ctx context.Context) (sight, error) {
 	return sight{touched: resp.Kvs[0].Version > 1}, nil
 }
 
-// watch is wait as long as one watch lives. It returns how long that was.
+// run is wait as long as one watch lives. It returns how long that was.
 //
 // The watch has no start revision, and the key is read once the watch exists: a watch that
 // starts in the past, by a single revision even, is served by etcd's loop for slow watchers,
@@ -122,17 +167,22 @@ func (w *wait) look(ctx context.Context) (sight, error) {
 // After the first one, another watch that gets no puts takes its place. The read that says whether nobody
 // is before the candidate is sent when that one exists, so that it also shows that no end of the key was
 // missed in between.
-func (w *wait) watch(ctx context.Context) (lived time.Duration, err error) {
-	s := w.open(ctx)
+func (s *watching) run(pending func() (over bool, err error)) (lived time.Duration, err error) {
 	defer s.close()
+	next := s.step
+	if pending != nil {
+		next = pending
+	}
 	for {
-		if over, err := s.step(); over { //nolint:contextcheck // s has ctx
+		over, err := next()
+		if over {
 			return s.current.lived(), err
 		}
+		next = s.step
 	}
 }
 
-// watching is the state of wait.watch. It is apart from that, as what waits for hours in a goroutine must
+// watching is one watch of what is awaited. It is apart from that, as what waits for hours in a goroutine must
 // not be large: a stack shrinks no further than to four times of what is in use.
 type watching struct {
 	*wait
@@ -193,6 +243,10 @@ func (s *watching) again() <-chan time.Time {
 
 // step deals with the next thing that happens. over says that the watch has ended, or with no error the key.
 func (s *watching) step() (over bool, err error) {
+	own := none
+	if s.own != nil {
+		own = s.own.watching
+	}
 	select {
 	case s.current.events = <-s.current.opened:
 		s.current.opened = nil
@@ -204,10 +258,48 @@ func (s *watching) step() (over bool, err error) {
 		return s.lookedAhead(found)
 	case <-s.again():
 		s.lookAside()
+	case own.current.events = <-own.current.opened:
+		own.current.opened = nil
+	case resp, ok := <-own.current.events:
+		return s.heardOfOwn(&resp, ok)
+	case found := <-own.looked:
+		return s.lookedAtOwn(found)
 	case <-s.ctx.Done():
 		return true, s.ctx.Err()
 	}
 	return false, nil
+}
+
+// none is the watch of nobody's key.
+var none = &watching{current: new(opening)}
+
+func (s *watching) heardOfOwn(resp *clientv3.WatchResponse, ok bool) (over bool, err error) {
+	switch over, err := s.own.watching.heard(resp, ok); {
+	case over && err == nil:
+		return true, ErrGone
+	case over:
+		s.leaveOwn(func() (bool, error) { return true, err })
+	}
+	return false, nil
+}
+
+func (s *watching) lookedAtOwn(found looking) (over bool, err error) {
+	if found.end && found.err == nil {
+		if over, _ := s.own.watching.lookedAside(found); over {
+			return true, ErrGone
+		}
+		return false, nil
+	}
+	own := s.own.watching
+	s.leaveOwn(func() (bool, error) { return own.lookedAside(found) })
+	return false, nil
+}
+
+// leaveOwn has the candidate's own key looked after elsewhere.
+func (s *watching) leaveOwn(pending func() (over bool, err error)) {
+	s.own.pending = pending
+	s.own = nil
+	s.rely()
 }
 
 // heard deals with what the watch says.

@@ -108,7 +108,7 @@ func TestKeyIsReadOnceItIsWatchedThoughAReadIsUnderWay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
 		waiting := e.wait(func(loop *retry.Loop) error { // it is read again before the watch must be there
-			return e.queue().Wait(t.Context(), loop, Place{Token: 6, before: "jobs/1", rev: 5}, watchPatience/2)
+			return e.queue().Wait(t.Context(), loop, Place{Token: 6, before: "jobs/1", rev: 5}, watchPatience/2, nil, nil)
 		})
 		w := e.watch(t)
 		answer := make(chan struct{})
@@ -263,7 +263,7 @@ func TestLookAheadThatFindsAnotherIsMadeAgain(t *testing.T) {
 		e := newEtcd(t)
 		e.put("jobs/3", "three")
 		waiting := e.wait(func(loop *retry.Loop) error { // behind jobs/2, which is behind jobs/1
-			return e.queue().Wait(t.Context(), loop, Place{Token: 7, before: "jobs/2", rev: 6}, reread)
+			return e.queue().Wait(t.Context(), loop, Place{Token: 7, before: "jobs/2", rev: 6}, reread, nil, nil)
 		})
 		first := e.watch(t)
 		first.create()
@@ -595,7 +595,7 @@ func TestWaitEndsWithItsContextAndLeavesNothing(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		waiting := e.wait(func(loop *retry.Loop) error {
 			began := time.Now()
-			err := e.queue().Wait(ctx, loop, Place{Token: 6, before: "jobs/1", rev: 5}, reread)
+			err := e.queue().Wait(ctx, loop, Place{Token: 6, before: "jobs/1", rev: 5}, reread, nil, nil)
 			wantForgotten(t, e.client, began)
 			if running := e.running.Load(); running != 0 {
 				t.Errorf("%d requests go on", running)

@@ -1,0 +1,156 @@
+package queue
+
+import (
+	"errors"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"example.com/leader/internal/retry"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// A candidacy is that of jobs/2, which waits behind jobs/1 and looks after its own key.
+type candidacy struct {
+	*waitCall
+	own, before *fakeWatch
+	ownWarnings int // about the own key's watch
+	relied      int // how often the wait has asked for a goroutine that looks after the own key
+	rely        func()
+	elsewhere   chan error // what that goroutine has found
+}
+
+// candidacy begins to wait. Both watches exist when it returns.
+func (e *fakeEtcd) candidacy(t *testing.T) *candidacy {
+	t.Helper()
+	c := &candidacy{elsewhere: make(chan error, 1)}
+	loop := &retry.Loop{Client: e.client, Warn: func(error) { c.ownWarnings++ }}
+	own := e.queue().WatchDeletion(t.Context(), loop, "jobs/2", 6)
+	c.rely = func() {
+		c.relied++
+		go func() { c.elsewhere <- own.Wait() }()
+	}
+	c.waitCall = e.wait(func(loop *retry.Loop) error {
+		return e.queue().Wait(t.Context(), loop, Place{Token: 6, before: "jobs/1", rev: 5, oldest: true}, reread, own, c.rely)
+	})
+	for range 2 {
+		if w := e.watch(t); string(w.op.KeyBytes()) == "jobs/2" {
+			c.own = w
+		} else {
+			c.before = w
+		}
+	}
+	c.own.create()
+	c.before.create()
+	return c
+}
+
+func TestWaitEndsWhenTheCandidatesOwnKeyIsGone(t *testing.T) {
+	bubble(t, "by an event", func(t *testing.T) {
+		e := newEtcd(t)
+		c := e.candidacy(t)
+		c.own.send(t, e.del("jobs/2"))
+		c.wantOwnGone(t)
+	})
+	bubble(t, "before its watch existed", func(t *testing.T) {
+		e := newEtcd(t)
+		e.del("jobs/2")
+		e.candidacy(t).wantOwnGone(t)
+	})
+	bubble(t, "but not by the end of an earlier key of the same name", func(t *testing.T) {
+		e := newEtcd(t)
+		c := e.candidacy(t)
+		c.own.send(t, deletion("jobs/2", 3))
+		c.wantGoingOn(t)
+	})
+}
+
+func (c *candidacy) wantOwnGone(t *testing.T) {
+	t.Helper()
+	synctest.Wait()
+	select {
+	case err := <-c.result:
+		if !errors.Is(err, ErrGone) {
+			t.Errorf("returned %v, want %v", err, ErrGone)
+		}
+	default:
+		t.Error("has not returned")
+	}
+	if c.relied != 0 {
+		t.Error("a goroutine was asked for")
+	}
+}
+
+// What is known when the one before has gone must not be found out after the election.
+func TestOwnEndWinsWhereBothEndsHaveBeenTold(t *testing.T) {
+	for range 20 { // of two that are ready select takes any
+		synctest.Test(t, func(t *testing.T) {
+			e := newEtcd(t)
+			c := e.candidacy(t)
+			warned, goOn := make(chan struct{}), make(chan struct{})
+			c.loop.Warn = func(error) { close(warned); <-goOn }
+			e.fail(errors.New("no answer"))
+			<-warned // the candidate is held up
+			e.fail(nil)
+			before, own := e.del("jobs/1"), e.del("jobs/2")
+			c.before.events <- clientv3.WatchResponse{Events: []*clientv3.Event{before}}
+			c.own.events <- clientv3.WatchResponse{Events: []*clientv3.Event{own}}
+			close(goOn)
+			c.wantOwnGone(t)
+		})
+	}
+}
+
+func TestTroubleWithTheOwnWatchIsLeftToAnotherGoroutine(t *testing.T) {
+	bubble(t, "watch ends", func(t *testing.T) {
+		e := newEtcd(t)
+		c := e.candidacy(t)
+		c.own.end()
+		synctest.Wait()
+		again := e.watch(t)
+		again.create()
+		if c.relied != 1 || c.ownWarnings != 1 || c.warnings != 0 {
+			t.Errorf("asked for a goroutine %d times, %d warnings of the own watch and %d of the other, want 1, 1, 0",
+				c.relied, c.ownWarnings, c.warnings)
+		}
+		c.wantGoingOn(t)
+		again.send(t, e.del("jobs/2"))
+		if err := <-c.elsewhere; err != nil {
+			t.Errorf("Wait of the own key returned %v", err)
+		}
+		c.wantGoingOn(t)
+		c.before.send(t, e.del("jobs/1"))
+		c.wantNow(t)
+	})
+	bubble(t, "key cannot be read", func(t *testing.T) {
+		e := newEtcd(t)
+		e.hang(func(read clientv3.Op) bool { return string(read.KeyBytes()) == "jobs/2" })
+		c := e.candidacy(t)
+		time.Sleep(2 * retry.RequestTimeout)
+		synctest.Wait()
+		if c.relied != 1 || c.ownWarnings != 1 {
+			t.Errorf("asked for a goroutine %d times, warned %d times, want 1 and 1", c.relied, c.ownWarnings)
+		}
+		c.before.send(t, e.del("jobs/1"))
+		c.wantNow(t)
+		c.own.send(t, e.del("jobs/2"))
+		if err := <-c.elsewhere; err != nil {
+			t.Errorf("Wait of the own key returned %v", err)
+		}
+	})
+}
+
+func TestOwnKeyIsWatchedByTheSameWatchAfterTheWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		c := e.candidacy(t)
+		c.before.send(t, e.del("jobs/1"))
+		c.wantNow(t)
+		c.rely()
+		c.own.send(t, e.del("jobs/2"))
+		if err := <-c.elsewhere; err != nil {
+			t.Errorf("Wait of the own key returned %v", err)
+		}
+		e.wantNoWatch(t)
+	})
+}
