@@ -366,11 +366,8 @@ func (s *Session) sweep(orphans []reading, timeout time.Duration) {
 		}
 	}
 	for _, o := range orphans {
-		if !s.unowned(o) {
-			continue
-		}
-		if s.delete(ctx, o) != nil {
-			return
+		if s.unowned(o) {
+			_ = s.delete(ctx, o) // one that may not be deleted must not keep the others
 		}
 	}
 }

@@ -424,6 +424,28 @@ func TestRemoveReturnsTheErrorOfWhatMayNotBeDeleted(t *testing.T) {
 	})
 }
 
+func TestAbandonedKeyThatMayNotBeDeletedDoesNotKeepTheOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		e.onDelete = func(_ context.Context, n int) error {
+			if n == 1 {
+				return rpctypes.ErrPermissionDenied
+			}
+			return nil
+		}
+		s := start(t, e, Config{})
+		for _, name := range []string{"a", "b"} {
+			k := e.track(s, name, 7)
+			attemptUnanswered(t, k)
+			k.Abandon()
+		}
+		e.waitUntil(third)
+		if a, b := e.revision("a"), e.revision("b"); (a == 0) == (b == 0) {
+			t.Errorf("after a renewal the keys have revisions %d and %d, want one of them deleted", a, b)
+		}
+	})
+}
+
 func TestEachRenewalLooksForAbandonedKeysAlsoIfItCannotReadAllOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)

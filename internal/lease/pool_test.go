@@ -309,6 +309,37 @@ func TestOfTwoGrantsThatAreAnsweredOneIsUsedAndTheOtherRevoked(t *testing.T) {
 	}
 }
 
+// Whoever asks may be held up by the logger, and find two answers when it goes on.
+func TestOfTwoGrantsThatAwaitOneWhoIsHeldUpOneIsRevoked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		e.onGrant = func(ctx context.Context, n int, l *granted) (*granted, error) {
+			if n == 1 { // fails when two more are under way
+				time.Sleep(time.Second - e.at())
+				return nil, errors.New("no connection")
+			}
+			return answersAt[granted](e, 2*time.Second)(ctx, n, l)
+		}
+		p := newPool(e)
+		loop := &retry.Loop{Client: e.client, Warn: func(error) { time.Sleep(3 * time.Second) }}
+		k, err := p.Track(t.Context(), loop, func(id clientv3.LeaseID) string { return fmt.Sprint("k", id) }, func() {}, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cleanUp(t, k)
+		if err := p.Close(t.Context()); err != nil {
+			t.Errorf("Close() = %v", err)
+		}
+		e.mu.Lock()
+		granted := len(e.granted)
+		e.mu.Unlock()
+		if granted < 2 {
+			t.Errorf("%d leases were granted, want at least 2", granted)
+		}
+		e.wantRevokedBut(k.Session())
+	})
+}
+
 // wantRevokedBut wants each lease that was granted to be revoked, but for that of the session.
 func (e *etcd) wantRevokedBut(used *Session) {
 	e.t.Helper()
