@@ -459,6 +459,9 @@ func TestFirstBlocksForFiveSecondsAtMost(t *testing.T) {
 			if !errors.Is(err, context.DeadlineExceeded) || time.Since(began) != min(limit, 5*time.Second) {
 				t.Errorf("First() = %v after %v, in a context of %v", err, time.Since(began), limit)
 			}
+			if silent := strings.Contains(err.Error(), "no answer from etcd for 5s"); silent != (ctx.Err() == nil) {
+				t.Errorf("First() = %v, in a context of %v", err, limit)
+			}
 		}
 	})
 }

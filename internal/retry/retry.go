@@ -253,15 +253,18 @@ func First[T any](ctx context.Context, client *clientv3.Client, request func(con
 		value T
 		err   error
 	}
-	ctx, cancel := context.WithTimeout(ctx, RequestTimeout)
+	bound, cancel := context.WithTimeout(ctx, RequestTimeout)
 	defer cancel()
-	a, err := Ask(ctx, client, nil, func(ctx context.Context) (answer, error) {
+	a, err := Ask(bound, client, nil, func(ctx context.Context) (answer, error) {
 		value, err := request(ctx)
 		if err != nil && ctx.Err() != nil {
 			return answer{}, ctx.Err() // err is only what that looks like from inside a request
 		}
 		return answer{value, err}, nil
 	})
+	if bound.Err() != nil && ctx.Err() == nil && errors.Is(err, bound.Err()) {
+		err = Silence(client, RequestTimeout) // its own error says no more than that
+	}
 	if err != nil {
 		return a.value, err
 	}
