@@ -169,17 +169,14 @@ func (w *wait) look(ctx context.Context) (sight, error) {
 // missed in between.
 func (s *watching) run(pending func() (over bool, err error)) (lived time.Duration, err error) {
 	defer s.close()
-	next := s.step
+	over := false
 	if pending != nil {
-		next = pending
+		over, err = pending()
 	}
-	for {
-		over, err := next()
-		if over {
-			return s.current.lived(), err
-		}
-		next = s.step
+	for !over {
+		over, err = s.step()
 	}
+	return s.current.lived(), err
 }
 
 // watching is one watch of what is awaited. It is apart from that, as what waits for hours in a goroutine must
