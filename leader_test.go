@@ -285,16 +285,16 @@ func TestTermIsOverHereBeforeEtcdIsAskedToDeleteTheKey(t *testing.T) {
 	kv := &brokenKV{KV: client.KV}
 	broken.KV = kv
 	l := lead(t, newElector(t, broken, leader.WithTTL(time.Minute)), "jobs", "")
-	sent := false
+	var sent atomic.Bool
 	before := func() {
-		sent = true
+		sent.Store(true)
 		if l.IsLeader() || l.Context().Err() == nil {
 			t.Error("the deletion is sent while the term goes on")
 		}
 	}
 	kv.before.Store(&before)
 	resign(t, l)
-	if !sent {
+	if !sent.Load() {
 		t.Error("no deletion was sent")
 	}
 }
