@@ -459,11 +459,12 @@ func TestEvictDoesNotEndTheNextTerm(t *testing.T) {
 	awaitQueue(t, client, "jobs", queued(2))
 	late := wrapped(client)
 	var second *leader.Leader
+	var once sync.Once // the deletion may be sent again
 	before := func() {
-		if second == nil {
+		once.Do(func() {
 			resign(t, first)
 			second = awaitLeader(t, next)
-		}
+		})
 	}
 	kv := &brokenKV{KV: client.KV}
 	kv.before.Store(&before)
