@@ -351,6 +351,9 @@ func (l *Leader) stand(k *campaigning) error {
 		l.deletion = l.queue.WatchDeletion(watched, loop, l.key, l.token)
 		err = l.queue.Wait(standing, k.loop, place, l.session.TTL(), l.deletion, watch)
 	}
+	if errors.Is(err, queue.ErrGone) {
+		l.evict() // says why the candidacy is lost
+	}
 	if err == nil {
 		err = l.elect()
 	}

@@ -2,6 +2,7 @@ package queue
 
 import (
 	"errors"
+	"runtime"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -83,20 +84,49 @@ func (c *candidacy) wantOwnGone(t *testing.T) {
 
 // What is known when the one before has gone must not be found out after the election.
 func TestOwnEndWinsWhereBothEndsHaveBeenTold(t *testing.T) {
-	for range 20 { // of two that are ready select takes any
-		synctest.Test(t, func(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // the candidate goes on when it has been sent both
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		c := e.candidacy(t)
+		before, own := e.del("jobs/1"), e.del("jobs/2")
+		c.before.events <- clientv3.WatchResponse{Events: []*clientv3.Event{before}}
+		c.own.events <- clientv3.WatchResponse{Events: []*clientv3.Event{own}}
+		c.wantOwnGone(t)
+	})
+}
+
+// The own watch must be served whatever is the matter with the other one.
+func TestOwnKeyIsLeftToAnotherGoroutineBeforeTheWaitMayBlock(t *testing.T) {
+	for name, block := range map[string]func(*testing.T, *fakeEtcd, *candidacy){
+		"in a read, as the watch of the key before has ended": func(_ *testing.T, e *fakeEtcd, c *candidacy) {
+			e.hang(all)
+			c.before.end()
+		},
+		"in the logger, as the key before could not be read": func(t *testing.T, e *fakeEtcd, c *candidacy) {
+			blocked := make(chan struct{})
+			t.Cleanup(func() { close(blocked) })
+			c.loop.Warn = func(error) { <-blocked }
+			e.fail(errors.New("no answer"))
+			time.Sleep(reread)
+		},
+	} {
+		bubble(t, name, func(t *testing.T) {
 			e := newEtcd(t)
 			c := e.candidacy(t)
-			warned, goOn := make(chan struct{}), make(chan struct{})
-			c.loop.Warn = func(error) { close(warned); <-goOn }
-			e.fail(errors.New("no answer"))
-			<-warned // the candidate is held up
-			e.fail(nil)
-			before, own := e.del("jobs/1"), e.del("jobs/2")
-			c.before.events <- clientv3.WatchResponse{Events: []*clientv3.Event{before}}
-			c.own.events <- clientv3.WatchResponse{Events: []*clientv3.Event{own}}
-			close(goOn)
-			c.wantOwnGone(t)
+			block(t, e, c)
+			synctest.Wait()
+			c.own.send(t, e.del("jobs/2"))
+			select {
+			case err := <-c.elsewhere:
+				if err != nil {
+					t.Errorf("Wait of the own key returned %v", err)
+				}
+			default:
+				t.Error("nobody has looked after the own key")
+			}
+			if c.relied != 1 {
+				t.Errorf("asked for a goroutine %d times, want once", c.relied)
+			}
 		})
 	}
 }

@@ -262,13 +262,14 @@ func (q *Queue) Wait(ctx context.Context, loop *retry.Loop, p Place, reread time
 		if err := w.wait(w.open(ctx), nil); err != nil {
 			return err
 		}
-		own = w.own
-		if own.known() {
+		if w.ownGone() {
 			return ErrGone
 		}
 		if p.oldest || w.oldest {
 			return nil
 		}
+		w.leaveOwn(nil)
+		own = nil
 		var err error
 		if p, err = q.behind(ctx, loop, p.Token); err != nil {
 			return err

@@ -42,7 +42,7 @@ type wait struct {
 // A Deletion is what watches for a key to be gone. Whoever has one calls Wait or Close, once.
 //
 // A candidate that waits looks after its own key and the one before in the same goroutine, to save memory.
-// That is so until something about its own key may block: then it takes a goroutine of its own.
+// That is so until something may block, about either key: then its own takes a goroutine of its own.
 type Deletion struct {
 	watching *watching
 	pending  func() (over bool, err error) // what has come already
@@ -59,25 +59,6 @@ func (d *Deletion) Wait() error { return d.watching.wait.wait(d.watching, d.pend
 
 // Close ends the watch.
 func (d *Deletion) Close() { d.watching.close() }
-
-// known reports whether the watch has told already that the key is gone.
-func (d *Deletion) known() bool {
-	for d != nil && d.pending == nil {
-		select {
-		case resp, ok := <-d.watching.current.events:
-			over, err := d.watching.heard(&resp, ok)
-			if over && err == nil {
-				return true
-			}
-			if over {
-				d.pending = func() (bool, error) { return true, err }
-			}
-		default:
-			return false
-		}
-	}
-	return false
-}
 
 // patience is how long a watch may take to be created. Where a stream takes an authentication, that may
 // take long on an etcd with much to do, and another stream would only add to it.
@@ -111,6 +92,9 @@ func (w *wait) wait(s *watching, pending func() (over bool, err error)) error {
 		lived, err := s.run(pending)
 		if err == nil || errors.Is(err, ErrGone) { // the key that is awaited, or one's own
 			return err
+		}
+		if s.ctx.Err() == nil {
+			w.leaveOwn(nil)
 		}
 		if over, err := w.ended(s.ctx, lived, err); over {
 			return err
@@ -270,33 +254,58 @@ func (s *watching) step() (over bool, err error) {
 // none is the watch of nobody's key.
 var none = &watching{current: new(opening)}
 
-func (s *watching) heardOfOwn(resp *clientv3.WatchResponse, ok bool) (over bool, err error) {
-	switch over, err := s.own.watching.heard(resp, ok); {
+// ownGone reports whether it has been told already that the candidate's own key is gone.
+func (w *wait) ownGone() bool {
+	for w.own != nil {
+		own, over := w.own.watching, false
+		select {
+		case own.current.events = <-own.current.opened:
+			own.current.opened = nil
+		case resp, ok := <-own.current.events:
+			over, _ = w.heardOfOwn(&resp, ok)
+		case found := <-own.looked:
+			over, _ = w.lookedAtOwn(found)
+		default:
+			return false
+		}
+		if over {
+			return true
+		}
+	}
+	return false
+}
+
+func (w *wait) heardOfOwn(resp *clientv3.WatchResponse, ok bool) (over bool, err error) {
+	switch over, err := w.own.watching.heard(resp, ok); {
 	case over && err == nil:
 		return true, ErrGone
 	case over:
-		s.leaveOwn(func() (bool, error) { return true, err })
+		w.leaveOwn(func() (bool, error) { return true, err })
 	}
 	return false, nil
 }
 
-func (s *watching) lookedAtOwn(found looking) (over bool, err error) {
-	if found.end && found.err == nil {
-		if over, _ := s.own.watching.lookedAside(found); over {
-			return true, ErrGone
-		}
+func (w *wait) lookedAtOwn(found looking) (over bool, err error) {
+	own := w.own.watching
+	if !found.end || found.err != nil {
+		w.leaveOwn(func() (bool, error) { return own.lookedAside(found) })
 		return false, nil
 	}
-	own := s.own.watching
-	s.leaveOwn(func() (bool, error) { return own.lookedAside(found) })
+	if over, _ := own.lookedAside(found); over {
+		return true, ErrGone
+	}
 	return false, nil
 }
 
-// leaveOwn has the candidate's own key looked after elsewhere.
-func (s *watching) leaveOwn(pending func() (over bool, err error)) {
-	s.own.pending = pending
-	s.own = nil
-	s.rely()
+// leaveOwn has the candidate's own key looked after elsewhere, as something may block here now. pending is what
+// has come of that key's watch.
+func (w *wait) leaveOwn(pending func() (over bool, err error)) {
+	if w.own == nil {
+		return
+	}
+	w.own.pending = pending
+	w.own = nil
+	w.rely()
 }
 
 // heard deals with what the watch says.
@@ -358,7 +367,8 @@ func (s *watching) stopLooking() {
 func (s *watching) lookedAside(found looking) (over bool, err error) {
 	if !found.end {
 		s.failing = true
-		s.loop.Failed(found.err)
+		s.leaveOwn(nil)
+		s.loop.Failed(found.err) // the user's logger
 		return false, nil
 	}
 	s.stopLooking()
@@ -385,7 +395,7 @@ func (s *watching) lookAhead() {
 	next := s.watchKey(true)
 	s.aheads, s.next = found, next
 	s.beside.Go(func() {
-		err := next.await(s.ctx)
+		err := next.await(next.ctx)
 		if err != nil {
 			found <- ahead{err: err}
 			return
