@@ -386,7 +386,7 @@ func (l *Leader) watch(ctx context.Context) {
 
 // watchKey ends the term when its key is gone.
 func (l *Leader) watchKey(ctx context.Context) {
-	if err := l.deletion.Wait(); err == nil {
+	if err := l.deletion.Wait(); err == nil { //nolint:contextcheck // it has ctx
 		l.evict()
 	} else if ctx.Err() == nil && l.e.client.Ctx().Err() == nil { // not allowed to watch: the renewals still read the key
 		l.e.log(l.claim.election).Warn("own key cannot be watched", "key", l.key, "error", err)

@@ -259,10 +259,10 @@ func (q *Queue) place(ctx context.Context, loop *retry.Loop, token int64, before
 func (q *Queue) Wait(ctx context.Context, loop *retry.Loop, p Place, reread time.Duration, own *Deletion, rely func()) error {
 	for !p.First() {
 		w := &wait{q: q, loop: loop, key: p.before, rev: p.rev, reread: reread, ahead: !p.oldest, own: own, rely: rely}
-		if err := w.wait(w.open(ctx), nil); err != nil {
+		if err := w.wait(w.open(ctx), nil); err != nil { //nolint:contextcheck // what is opened has ctx
 			return err
 		}
-		if w.ownGone() {
+		if w.ownGone() { //nolint:contextcheck // own has its own
 			return ErrGone
 		}
 		if p.oldest || w.oldest {

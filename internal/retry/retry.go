@@ -162,7 +162,7 @@ func askAny(ctx context.Context, client *clientv3.Client, first, attempt time.Du
 	for {
 		select {
 		case got := <-a.answers: // is looked at before anything else
-			if value, err, over := a.answered(got, failed); over {
+			if value, over, err := a.answered(got, failed); over {
 				return value, err
 			}
 			next.Reset(failing.next())
@@ -171,12 +171,12 @@ func askAny(ctx context.Context, client *clientv3.Client, first, attempt time.Du
 		}
 		select {
 		case got := <-a.answers:
-			if value, err, over := a.answered(got, failed); over {
+			if value, over, err := a.answered(got, failed); over {
 				return value, err
 			}
 			next.Reset(failing.next())
 		case <-next.C:
-			if a.send() {
+			if a.send() { //nolint:contextcheck // a has ctx
 				next.Reset(beside.next())
 			} else {
 				next.Reset(first)
@@ -208,22 +208,22 @@ func (a *asking) send() bool {
 }
 
 // answered deals with the answer of an attempt. over says that it is that of them all.
-func (a *asking) answered(got answer, failed func(error)) (value any, err error, over bool) {
+func (a *asking) answered(got answer, failed func(error)) (value any, over bool, err error) {
 	a.waiting--
 	switch {
 	case got.err == nil:
-		return got.value, nil, true
+		return got.value, true, nil
 	case a.ctx.Err() != nil: // got.err is only what that looks like from inside a request
 		value, err = a.end(a.ctx.Err())
-		return value, err, true
+		return value, true, err
 	case Permanent(got.err):
 		value, err = a.end(got.err)
-		return value, err, true
+		return value, true, err
 	case failed != nil:
 		failed(got.err)
 	}
 	Reconnect(a.client)
-	return nil, nil, false
+	return nil, false, nil
 }
 
 // end waits for the attempts. One of them may have succeeded in the meantime.
