@@ -52,8 +52,8 @@ var mutations = []mutation{
 	{
 		name: "own-key", safeguard: "a leader watches its own key",
 		file:   "leader.go",
-		old:    "l.queue.WaitDeleted(ctx, loop, l.key, l.token); err == nil {",
-		new:    "func(*retry.Loop) error { <-ctx.Done(); return ctx.Err() }(loop); err == nil {",
+		old:    "l.deletion.Wait(); err == nil {",
+		new:    "func() error { l.deletion.Close(); <-ctx.Done(); return ctx.Err() }(); err == nil {",
 		faults: []string{"operator-deletes-key", "operator-revokes-lease"}, rule: ruleExclusion, ttl: 8 * time.Second, duration: time.Minute,
 	},
 	{
