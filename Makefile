@@ -14,7 +14,7 @@ ifneq ($(filter-out 0,$(.SHELLSTATUS)),)
 $(error find failed, so the list of nested modules may be incomplete)
 endif
 nested := $(sort $(go_mods:./%/go.mod=%))
-steps := fmt vet lint tidy api-check test race examples chaos mutations nested vuln
+steps := fmt vet lint tidy api-check test race examples chaos mutations model nested vuln
 
 .PHONY: all steps quick api lint-workflows $(steps) $(nested:%=nested/%) $(addprefix lint/,. $(nested))
 
@@ -75,6 +75,10 @@ chaos:
 mutations:
 	names=$$(go run ./internal/chaos -mutations) || exit; \
 	xargs -n 1 -P 2 go run ./internal/chaos -mutation <<<"$$names"
+
+# The protocol, and each safeguard taken away from it. Needs spin and a C compiler.
+model:
+	bash docs/model/check
 
 nested: $(nested:%=nested/%)
 
