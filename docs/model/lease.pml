@@ -103,11 +103,6 @@ byte former;
 
 /* 6. The raft term in an acknowledgement is one that the member has applied before it renews, and the leader that
    renews is not of an older term. */
-#ifndef AGAINST_HEADER_BEFORE_RENEWAL
-#define newest_header header
-#else
-#define newest_header term
-#endif
 #ifndef AGAINST_NO_OLDER_LEADER
 #define oldest_leader header
 #else
@@ -242,10 +237,12 @@ end:
        :: t < term && unaware[t] -> reach(DEPOSED_LEADER_RENEWS); step = acknowledged
        :: else   /* refused */
        fi;
+#ifdef AGAINST_HEADER_BEFORE_RENEWAL
        if
-       :: step == acknowledged -> select(header : header .. newest_header)
+       :: step == acknowledged -> select(header : header .. term)
        :: else
        fi;
+#endif
        t = 0 }
 #ifdef AGAINST_ANSWERS_IN_ORDER
   :: d_step { step == sent && former != 0 -> header = former; former = 0; step = acknowledged }

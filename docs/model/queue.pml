@@ -471,9 +471,12 @@ end:
   od
 }
 
-/* "No waiter is forgotten": in no state is there a candidate, or a key, that nothing will ever be done about. (Where a
-   candidate waits rightly it is for an older key. So whoever has the oldest one leads, or has something yet to do.) */
-#define waits_in_vain(c)   (candidate[c].life == waiting && candidate[c].watch > key[candidate[c].before].events && !candidate[c].touched &&    key[candidate[c].before].created != candidate[c].awaited)
+/* "No waiter is forgotten": in no state is there a candidate, or a key, that nothing will ever be done about. Who waits
+   for a key that is there waits for an older one. So whoever has the oldest key leads, or has something yet to do, or
+   renewals delete the key. */
+#define waits_in_vain(c) \
+  (candidate[c].life == waiting && key[candidate[c].before].created != candidate[c].awaited && \
+   candidate[c].watch > key[candidate[c].before].events && !candidate[c].touched)
 #define lives_in_vain(c) (lives(c) && candidate[c].own > key[c].events && !exists(c))
 #define is_orphan(c) (candidate[c].life == away && !candidate[c].abandoned && key[c].created != 0)
 
