@@ -263,12 +263,19 @@ func (s *Session) Cause() error {
 	return s.cause
 }
 
-// Revoked tells the session that etcd does not know the lease any more.
+// Revoked tells the session that etcd does not know the lease any more. Somebody has revoked it, unless the
+// deadline has come: then it has expired, though the process may have been stopped and its timer not fired yet.
 func (s *Session) Revoked() {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.gone = true
-	s.mu.Unlock()
-	s.end(ErrRevoked)
+	switch {
+	case s.cause != nil:
+	case s.left() <= 0:
+		s.endLocked(ErrExpired)
+	default:
+		s.endLocked(ErrRevoked)
+	}
 }
 
 // Gone reports whether etcd is known to have no such lease any more, and so none of its keys.

@@ -454,6 +454,23 @@ func TestElectionsShareOneStockSessionThatEndsWithTheirs(t *testing.T) {
 	})
 }
 
+// A process that goes on after a pause may have the answer to a renewal before its timer fires.
+func TestLeaseThatIsGoneAtTheDeadlineOrLaterHasExpired(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		var paused atomic.Int64 // for how long, as the wall clock alone has noticed
+		e.onRenew = func(context.Context, int, *ack) (*ack, error) {
+			paused.Store(int64(ttl))
+			return nil, rpctypes.ErrLeaseNotFound
+		}
+		s := start(t, e, Config{Wall: func() time.Time { return time.Now().Add(time.Duration(paused.Load())) }})
+		e.wantEnd(s, third)
+		if !errors.Is(s.Cause(), ErrExpired) || !s.Gone() {
+			t.Errorf("Cause() = %v, Gone() = %v, want %v and true", s.Cause(), s.Gone(), ErrExpired)
+		}
+	})
+}
+
 func TestRevokedLeaseEndsTheSessionAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)

@@ -110,7 +110,7 @@ func (s *Session) tellLocked() {
 func (s *Session) renew(sent stamp, attempt time.Duration) ([]reading, error) {
 	ack, err := s.keepAlive(attempt)
 	if errors.Is(err, rpctypes.ErrLeaseNotFound) {
-		s.Revoked() // the deadline has not come: somebody revoked it
+		s.Revoked()
 		return nil, err
 	}
 	if err != nil {
