@@ -235,6 +235,12 @@ func (silentLease) KeepAlive(ctx context.Context, _ clientv3.LeaseID) (<-chan *c
 func (s *Session) Valid() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.validLocked()
+}
+
+// validLocked is where the deadline wins: whatever comes at the deadline or later finds the session expired,
+// though the process may have been stopped and the timer not fired yet.
+func (s *Session) validLocked() bool {
 	if s.cause == nil && s.left() <= 0 {
 		s.endLocked(ErrExpired)
 	}
@@ -263,17 +269,13 @@ func (s *Session) Cause() error {
 	return s.cause
 }
 
-// Revoked tells the session that etcd does not know the lease any more. Somebody has revoked it, unless the
-// deadline has come: then it has expired, though the process may have been stopped and its timer not fired yet.
+// Revoked tells the session that etcd does not know the lease any more. Before the deadline that is somebody
+// else's doing.
 func (s *Session) Revoked() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.gone = true
-	switch {
-	case s.cause != nil:
-	case s.left() <= 0:
-		s.endLocked(ErrExpired)
-	default:
+	if s.validLocked() {
 		s.endLocked(ErrRevoked)
 	}
 }
@@ -390,10 +392,7 @@ func (s *Session) setTTL(seconds int64) {
 func (s *Session) extend(sent stamp, ttl int64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.cause == nil && s.left() <= 0 {
-		s.endLocked(ErrExpired)
-	}
-	if s.cause == nil {
+	if s.validLocked() {
 		s.sent = sent
 		s.setTTL(ttl)
 		s.timer.Reset(s.untilCheck())

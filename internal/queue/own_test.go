@@ -24,6 +24,11 @@ type candidacy struct {
 // candidacy begins to wait. Both watches exist when it returns.
 func (e *fakeEtcd) candidacy(t *testing.T) *candidacy {
 	t.Helper()
+	return e.candidacyIn(t, Place{Token: 6, before: "jobs/1", rev: 5, oldest: true})
+}
+
+func (e *fakeEtcd) candidacyIn(t *testing.T, p Place) *candidacy {
+	t.Helper()
 	c := &candidacy{elsewhere: make(chan error, 1)}
 	loop := &retry.Loop{Client: e.client, Warn: func(error) { c.ownWarnings++ }}
 	own := e.queue().WatchDeletion(t.Context(), loop, "jobs/2", 6)
@@ -32,7 +37,7 @@ func (e *fakeEtcd) candidacy(t *testing.T) *candidacy {
 		go func() { c.elsewhere <- own.Wait() }()
 	}
 	c.waitCall = e.wait(func(loop *retry.Loop) error {
-		return e.queue().Wait(t.Context(), loop, Place{Token: 6, before: "jobs/1", rev: 5, oldest: true}, reread, own, c.rely)
+		return e.queue().Wait(t.Context(), loop, p, reread, own, c.rely)
 	})
 	for range 2 {
 		if w := e.watch(t); string(w.op.KeyBytes()) == "jobs/2" {
@@ -95,12 +100,35 @@ func TestOwnEndWinsWhereBothEndsHaveBeenTold(t *testing.T) {
 	})
 }
 
+// A process that was stopped may find the end of the one before first.
+func TestOwnEndIsLookedForWhereverItMayHaveBeenTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		own := e.queue().WatchDeletion(t.Context(), &retry.Loop{Client: e.client}, "jobs/2", 6)
+		defer own.Close()
+		w := &wait{own: own, rely: func() { t.Error("a goroutine was asked for") }}
+		e.del("jobs/2")
+		e.watch(t).create()
+		if w.ownGone() {
+			t.Error("known to be gone before it was read")
+		}
+		synctest.Wait() // it has been read
+		if !w.ownGone() {
+			t.Error("not known to be gone")
+		}
+	})
+}
+
 // The own watch must be served whatever is the matter with the other one.
 func TestOwnKeyIsLeftToAnotherGoroutineBeforeTheWaitMayBlock(t *testing.T) {
 	for name, block := range map[string]func(*testing.T, *fakeEtcd, *candidacy){
 		"in a read, as the watch of the key before has ended": func(_ *testing.T, e *fakeEtcd, c *candidacy) {
 			e.hang(all)
 			c.before.end()
+		},
+		"in a read of its place, as the key before has gone": func(t *testing.T, e *fakeEtcd, c *candidacy) {
+			e.hang(all)
+			c.before.send(t, e.del("jobs/1"))
 		},
 		"in the logger, as the key before could not be read": func(t *testing.T, e *fakeEtcd, c *candidacy) {
 			blocked := make(chan struct{})
@@ -112,7 +140,7 @@ func TestOwnKeyIsLeftToAnotherGoroutineBeforeTheWaitMayBlock(t *testing.T) {
 	} {
 		bubble(t, name, func(t *testing.T) {
 			e := newEtcd(t)
-			c := e.candidacy(t)
+			c := e.candidacyIn(t, Place{Token: 6, before: "jobs/1", rev: 5})
 			block(t, e, c)
 			synctest.Wait()
 			c.own.send(t, e.del("jobs/2"))

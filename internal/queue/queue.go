@@ -243,9 +243,9 @@ func (q *Queue) place(ctx context.Context, loop *retry.Loop, token int64, before
 
 // Wait blocks until nobody is before the candidate, and returns nil then, or until ctx ends or
 // a request fails for good. It looks after the candidate's own key too, and returns [ErrGone] when that is
-// gone, until it calls rely, once at most: from then on somebody else has to call own.Wait. Where the own
-// key is deleted together with the one before it, either watch may be the first to tell; of two that have
-// told already, the own one wins.
+// gone. It may leave that to its caller: it calls rely then, once, and somebody has to call own.Wait. Where
+// the own key is deleted together with the one before it, either watch may be the first to tell; of two that
+// have told already, the own one wins.
 //
 // If it is known that nobody is before the one before it, the watch event of that one's end elects,
 // without another read: create revisions only grow, so nobody can have come there since. The place

@@ -74,7 +74,7 @@ func TestWatchThatIsRefusedIsNotRepeated(t *testing.T) {
 		began := time.Now()
 		err := New(client, "jobs").WatchDeletion(t.Context(), &retry.Loop{Client: client}, "jobs/1", 1).Wait()
 		if !errors.Is(err, rpctypes.ErrPermissionDenied) || time.Since(began) > 0 {
-			t.Errorf("WaitDeleted returned %v after %v", err, time.Since(began))
+			t.Errorf("Wait returned %v after %v", err, time.Since(began))
 		}
 		warn := func(err error) { t.Errorf("warned of %v", err) }
 		err = New(client, "jobs").Observe(t.Context(), warn, time.Second, func(Candidate) bool { return true })

@@ -41,8 +41,8 @@ type wait struct {
 
 // A Deletion is what watches for a key to be gone. Whoever has one calls Wait or Close, once.
 //
-// A candidate that waits looks after its own key and the one before in the same goroutine, to save memory.
-// That is so until something may block, about either key: then its own takes a goroutine of its own.
+// To save memory a candidate that waits looks after both keys, its own and the one before, in one goroutine.
+// Before anything there may block it leaves its own key to another goroutine, for good.
 type Deletion struct {
 	watching *watching
 	pending  func() (over bool, err error) // what has come already
@@ -171,11 +171,12 @@ type watching struct {
 	beside  sync.WaitGroup // requests, and openings of watches
 	ticker  *time.Ticker   // nil if the key is not to be read again
 	current *opening
-	looked  chan looking // nil while the key is not being read
-	unlook  context.CancelFunc
-	aheads  chan ahead // nil while nobody looks ahead
-	next    *opening   // the watch that takes over then
-	failing bool       // reads of the key are
+	looked  chan looking       // nil while the key is not being read
+	unlook  context.CancelFunc // ends that read
+	aheads  chan ahead         // nil while nobody looks ahead
+	unahead context.CancelFunc // ends that
+	next    *opening           // the watch that takes over then
+	failing bool               // the last read of the key has failed, and is being repeated
 }
 
 // looking is what comes of a read of the key: failures, and in the end what it has found.
@@ -204,6 +205,7 @@ func (s *watching) close() {
 	s.stopLooking()
 	s.current.cancel()
 	if s.next != nil {
+		s.unahead()
 		s.next.cancel()
 	}
 	s.beside.Wait()
@@ -222,7 +224,8 @@ func (s *watching) again() <-chan time.Time {
 	return s.ticker.C
 }
 
-// step deals with the next thing that happens. over says that the watch has ended, or with no error the key.
+// step deals with the next thing that happens. over says that the watch has ended with err or, if that is nil,
+// that the key is gone.
 func (s *watching) step() (over bool, err error) {
 	own := none
 	if s.own != nil {
@@ -297,8 +300,8 @@ func (w *wait) lookedAtOwn(found looking) (over bool, err error) {
 	return false, nil
 }
 
-// leaveOwn has the candidate's own key looked after elsewhere, as something may block here now. pending is what
-// has come of that key's watch.
+// leaveOwn leaves the candidate's own key to another goroutine, as something may block here now. pending, if not
+// nil, is what has come of that key's watch already.
 func (w *wait) leaveOwn(pending func() (over bool, err error)) {
 	if w.own == nil {
 		return
@@ -393,24 +396,23 @@ func (s *watching) lookAhead() {
 	}
 	found := make(chan ahead, 1)
 	next := s.watchKey(true)
-	s.aheads, s.next = found, next
+	ctx, cancel := context.WithCancel(s.ctx)
+	s.aheads, s.unahead, s.next = found, cancel, next
 	s.beside.Go(func() {
-		err := next.await(next.ctx)
-		if err != nil {
-			found <- ahead{err: err}
-			return
+		a := ahead{err: next.await(ctx)}
+		if a.err == nil {
+			rctx, cancel := context.WithTimeout(ctx, retry.RequestTimeout)
+			defer cancel()
+			a.place, a.err = s.q.behind(rctx, &retry.Loop{Client: s.q.client}, s.rev)
 		}
-		rctx, cancel := context.WithTimeout(s.ctx, retry.RequestTimeout)
-		defer cancel()
-		defer context.AfterFunc(next.ctx, cancel)()
-		place, err := s.q.behind(rctx, &retry.Loop{Client: s.q.client}, s.rev)
-		found <- ahead{place, err}
+		found <- a
 	})
 }
 
 func (s *watching) lookedAhead(found ahead) (over bool, err error) {
+	s.unahead()
 	next := s.next
-	s.aheads, s.next = nil, nil
+	s.aheads, s.unahead, s.next = nil, nil, nil
 	if found.err == nil && found.place.First() {
 		s.oldest, s.ahead, s.tries = true, false, 0
 		s.current.close()
@@ -438,7 +440,6 @@ type opening struct {
 	opened  chan clientv3.WatchChan // nil once it has been received
 	events  clientv3.WatchChan
 	created time.Time
-	ctx     context.Context // of the watch
 	cancel  context.CancelFunc
 	stream  retry.Stream
 	late    *time.Timer // ends a watch that is not created in time; nil once it is
@@ -448,12 +449,11 @@ type opening struct {
 // open opens a watch that says when it has been created. That is done in a goroutine of its own, as it
 // blocks until then, and takes a deep stack.
 func (q *Queue) open(ctx context.Context, beside *sync.WaitGroup, tries int, key string, opts ...clientv3.OpOption) *opening {
-	o := &opening{stream: retry.StreamOf(q.client, tries)}
-	o.ctx, o.cancel = retry.Watching(ctx, q.client, tries)
+	wctx, cancel := retry.Watching(ctx, q.client, tries)
 	opened := make(chan clientv3.WatchChan, 1)
-	o.opened = opened
+	o := &opening{opened: opened, cancel: cancel, stream: retry.StreamOf(q.client, tries)}
 	beside.Go(func() {
-		opened <- q.client.Watch(o.ctx, key, append(opts, clientv3.WithCreatedNotify())...)
+		opened <- q.client.Watch(wctx, key, append(opts, clientv3.WithCreatedNotify())...)
 	})
 	began, patience := time.Now(), q.patience(tries)
 	var late *time.Timer
@@ -462,7 +462,7 @@ func (q *Queue) open(ctx context.Context, beside *sync.WaitGroup, tries int, key
 		switch {
 		case o.settled.Load():
 		case idle >= patience:
-			o.cancel()
+			cancel()
 		default:
 			late.Reset(patience - idle)
 		}

@@ -129,8 +129,8 @@ func ask[T any](ctx context.Context, client *clientv3.Client, first, attempt tim
 	return value.(T), nil
 }
 
-// An asking is the state of askAny. It is apart from that, and the same for all types: what is called in
-// a goroutine that then waits for hours must not take much of its stack, see bench/README.md, row 9.
+// An asking is the state of askAny. It is on the heap, and the same for all types: a goroutine that asks may
+// wait for hours afterwards, and its stack does not shrink again. See bench/README.md, row 9.
 type asking struct {
 	ctx      context.Context // of the attempts
 	cancel   context.CancelFunc
@@ -160,30 +160,27 @@ func askAny(ctx context.Context, client *clientv3.Client, first, attempt time.Du
 	next := time.NewTimer(0)
 	defer next.Stop()
 	for {
+		var got answer
 		select {
-		case got := <-a.answers: // is looked at before anything else
-			if value, over, err := a.answered(got, failed); over {
-				return value, err
-			}
-			next.Reset(failing.next())
-			continue
+		case got = <-a.answers: // an answer is looked at before anything else
 		default:
-		}
-		select {
-		case got := <-a.answers:
-			if value, over, err := a.answered(got, failed); over {
-				return value, err
+			select {
+			case got = <-a.answers:
+			case <-next.C:
+				if a.send() { //nolint:contextcheck // a has ctx
+					next.Reset(beside.next())
+				} else {
+					next.Reset(first)
+				}
+				continue
+			case <-a.ctx.Done():
+				return a.end(a.ctx.Err())
 			}
-			next.Reset(failing.next())
-		case <-next.C:
-			if a.send() { //nolint:contextcheck // a has ctx
-				next.Reset(beside.next())
-			} else {
-				next.Reset(first)
-			}
-		case <-a.ctx.Done():
-			return a.end(a.ctx.Err())
 		}
+		if value, over, err := a.answered(got, failed); over {
+			return value, err
+		}
+		next.Reset(failing.next())
 	}
 }
 
@@ -207,7 +204,7 @@ func (a *asking) send() bool {
 	return true
 }
 
-// answered deals with the answer of an attempt. over says that it is that of them all.
+// answered deals with the answer of an attempt. over says that nothing more is to be asked.
 func (a *asking) answered(got answer, failed func(error)) (value any, over bool, err error) {
 	a.waiting--
 	switch {
