@@ -97,12 +97,17 @@ func TestWaitingCandidateWhoseLeaseIsRevokedJoinsAgain(t *testing.T) {
 func TestWaitingCandidateWhoseKeyIsDeletedJoinsAgain(t *testing.T) {
 	_, client := start(t)
 	first := lead(t, newElector(t, client), "jobs", "first")
-	e := newElector(t, client)
+	log := make(logChannel, 100)
+	e := newElector(t, client, leader.WithLogger(slog.New(log)))
 	lead(t, e, "other", "") // keeps the lease, so that the candidate joins again under the same key
 	next := campaign(t.Context(), e, "jobs", "second")
 	old := awaitQueue(t, client, "jobs", queued(2))[1]
 	if _, err := client.Delete(t.Context(), old.Key); err != nil {
 		t.Fatal(err)
+	}
+	lost := awaitRecord(t, log, "candidacy was lost, joining again", next)
+	if want := fmt.Sprintf("key %q deleted", old.Key); !strings.Contains(attr(lost, "error"), want) {
+		t.Errorf("logged %q, want it to say %q", attr(lost, "error"), want)
 	}
 	awaitQueue(t, client, "jobs", func(cs []leader.Candidate) bool { return len(cs) == 2 && cs[1].Token > old.Token })
 	resign(t, first)

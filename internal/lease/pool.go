@@ -129,14 +129,15 @@ func (p *Pool) grant(ctx context.Context, loop *retry.Loop) (granted *Session, _
 	})
 }
 
-// Abandoned returns the keys with this name that were abandoned, one for each session at most.
+// Abandoned returns the keys with this name that were abandoned, one for each session at most. Those of a session
+// that is over are not among them: its margin is kept, and then its lease takes the keys along.
 func (p *Pool) Abandoned(name func(clientv3.LeaseID) string) []*Key {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var keys []*Key
 	for _, s := range p.sessions {
 		s.mu.Lock()
-		if k := s.keys[name(s.id)]; k != nil && k.abandoned {
+		if k := s.keys[name(s.id)]; k != nil && k.abandoned && s.validLocked() {
 			keys = append(keys, k)
 		}
 		s.mu.Unlock()

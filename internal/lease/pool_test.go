@@ -360,6 +360,25 @@ func (e *etcd) wantRevokedBut(used *Session) {
 	}
 }
 
+// Its margin is promised to work that has to stop, and a campaign deletes at once what is offered here.
+func TestKeyOfAnExpiredSessionIsNotOfferedForDeletion(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		e.onRenew = hangs[ack]
+		p := newPool(e)
+		k := lend(t, p, "k")
+		lend(t, p, "other") // still uses the session when that has expired
+		attemptUnanswered(t, k)
+		k.Joined(7)
+		name := func(id clientv3.LeaseID) string { return fmt.Sprintf("k/%x", id) }
+		e.wantEnd(k.Session(), deadline)
+		k.Drop()
+		if left := p.Abandoned(name); len(left) != 0 || !k.Abandoned() {
+			t.Errorf("%d keys are offered, Abandoned() = %v, want none and true", len(left), k.Abandoned())
+		}
+	})
+}
+
 // An etcd that has a new leader gives the lease the whole TTL anew. Nobody could lead until it expires.
 func TestLeaseOfAnExpiredSessionIsRevokedOnceItMayHaveExpired(t *testing.T) {
 	for name, test := range map[string]struct {
