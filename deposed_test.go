@@ -5,12 +5,17 @@ package leader_test
 import (
 	"context"
 	"errors"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"example.com/leader"
 	"example.com/leader/internal/etcdtest"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/client/v3/namespace"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/stats"
 )
 
 // Pitfall 8: An etcd leader that was paused, deposed meanwhile, and goes on acknowledges renewals that its
@@ -94,6 +99,86 @@ func renewalsAcknowledgedByADeposedLeader(t *testing.T, members []*etcdtest.Memb
 		return refused
 	}
 }
+
+// A leader of etcd that was deposed does not know the leases that its successor grants, and says so when it
+// is asked to renew one.
+func TestDeposedEtcdLeaderThatDoesNotKnowALeaseEndsNoTerm(t *testing.T) {
+	t.Parallel()
+	members := etcdtest.StartProcesses(t, 3)
+	const trials = 20 // two in three may be answered too late
+	for trial := range trials {
+		if renewalThatADeposedLeaderDoesNotKnow(t, members) {
+			t.Logf("not known in trial %d", trial+1)
+			return
+		}
+	}
+	t.Errorf("no lease was unknown to a deposed leader in %d trials", trials)
+}
+
+// renewalThatADeposedLeaderDoesNotKnow has a term begin while etcd's leader is paused, and its first renewal
+// sent to that one. It reports whether the answer was that there is no such lease.
+func renewalThatADeposedLeaderDoesNotKnow(t *testing.T, members []*etcdtest.Member) bool {
+	const ttl = 12 * time.Second
+	raftLeader := raftLeaderOf(t, members)
+	var others []string
+	for _, m := range members {
+		if m != raftLeader {
+			others = append(others, m.Endpoint)
+		}
+	}
+	rest := etcdtest.NewClient(t, others...)
+	var unknown unknownLeases
+	client := etcdtest.NewClientFrom(t, clientv3.Config{ // renewals go over its connection
+		Endpoints: []string{raftLeader.Endpoint}, DialOptions: []grpc.DialOption{grpc.WithStatsHandler(&unknown)},
+	})
+	if _, err := client.Get(t.Context(), "connected"); err != nil {
+		t.Fatal(err)
+	}
+	client.KV, client.Watcher, client.Lease = rest.KV, rest.Watcher, namespace.NewLease(rest.Lease, "")
+	renewals := make(chan error, 1000)
+	e := newElector(t, client, leader.WithTTL(ttl), leader.WithHooks(leader.Hooks{
+		Renewed:     func(clientv3.LeaseID, time.Duration, time.Time) { renewals <- nil },
+		RenewFailed: func(_ clientv3.LeaseID, _ time.Duration, err error) { renewals <- err },
+	}))
+	if err := raftLeader.Pause(); err != nil {
+		t.Fatal(err)
+	}
+	l := lead(t, e, "jobs", "")
+	defer resign(t, l)
+	// A renewal is sent at a third of the TTL and waits in the paused member's socket.
+	granted := l.Deadline().Add(-ttl + ttl/5)
+	time.Sleep(time.Until(granted.Add(ttl/3 + ttl/20)))
+	if err := raftLeader.Resume(); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		err := await(t, "a renewal", renewals)
+		if !l.IsLeader() {
+			t.Fatalf("the term has ended with %v after a renewal that failed with %v", context.Cause(l.Context()), err)
+		}
+		if err == nil {
+			return unknown.answers.Load() > 0
+		}
+		if !errors.Is(err, leader.ErrRefused) {
+			t.Logf("a renewal has failed: %v", err)
+		}
+	}
+}
+
+// unknownLeases counts the answers to renewals that there is no such lease.
+type unknownLeases struct{ answers atomic.Int64 }
+
+func (u *unknownLeases) HandleRPC(_ context.Context, s stats.RPCStats) {
+	if in, ok := s.(*stats.InPayload); ok {
+		if answer, ok := in.Payload.(*pb.LeaseKeepAliveResponse); ok && answer.TTL <= 0 {
+			u.answers.Add(1)
+		}
+	}
+}
+
+func (*unknownLeases) TagRPC(ctx context.Context, _ *stats.RPCTagInfo) context.Context   { return ctx }
+func (*unknownLeases) TagConn(ctx context.Context, _ *stats.ConnTagInfo) context.Context { return ctx }
+func (*unknownLeases) HandleConn(context.Context, stats.ConnStats)                       {}
 
 // etcd-io/etcd#15247: A leader of etcd that was paused for longer than the TTL revokes, as it goes on, what its
 // successor has renewed; its check whether it still leads is satisfied with a single tick of its

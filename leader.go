@@ -69,9 +69,9 @@ var (
 	// ErrInvalidName is returned, wrapped, for an election name that is empty or ends in a slash.
 	ErrInvalidName = errors.New("leader: invalid election name")
 
-	// ErrRefused is given to [Hooks].RenewFailed when etcd acknowledged a renewal that does not
-	// count, since etcd's own leader changed meanwhile: the acknowledgement may come from one that
-	// was already deposed and whose word about a lease is worth nothing.
+	// ErrRefused is given to [Hooks].RenewFailed when etcd answered a renewal and the answer does not
+	// count, since etcd's own leader changed meanwhile: it may come from one that was already deposed
+	// and whose word about a lease is worth nothing.
 	ErrRefused = lease.ErrRefused
 )
 

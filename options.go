@@ -164,7 +164,7 @@ type Hooks struct {
 	Renewed func(id clientv3.LeaseID, took time.Duration, deadline time.Time)
 
 	// RenewFailed is called when an attempt to renew the lease has failed; err is [ErrRefused] if
-	// etcd acknowledged the renewal and it does not count all the same. There will be other
+	// etcd has answered and that does not count all the same. There will be other
 	// attempts until the deadline.
 	RenewFailed func(id clientv3.LeaseID, took time.Duration, err error)
 }

@@ -23,7 +23,7 @@
 //
 // and that of a failed attempt to renew
 //
-//	refused            etcd acknowledged it but changed its own leader: leader.ErrRefused
+//	refused            etcd answered it but changed its own leader: leader.ErrRefused
 //	timeout            no answer in time, or none before the lease's deadline
 //	unavailable        etcd is out of reach, or says that it has no leader
 //	lease_not_found    the lease was revoked

@@ -31,15 +31,15 @@ var mutations = []mutation{
 	{
 		name: "send-time", safeguard: "a renewal counts from when it was sent",
 		file:   "internal/lease/renew.go",
-		old:    "return s.found(seen), s.extend(sent, ack.TTL)",
-		new:    "return s.found(seen), s.extend(s.now(), ack.TTL)",
+		old:    "return s.found(seen), s.extend(sent, answer.ttl)",
+		new:    "return s.found(seen), s.extend(s.now(), answer.ttl)",
 		faults: []string{"link-slow-dark"}, rule: ruleMargin, ttl: 8 * time.Second, duration: 100 * time.Second,
 	},
 	{
 		name: "same-term", safeguard: "a renewal counts only if a read in the same raft term follows",
 		file:   "internal/lease/renew.go",
-		old:    "case seen.term != ack.RaftTerm:",
-		new:    "case seen.term == 0:",
+		old:    "case answer.ttl == 0, seen.term != answer.term:",
+		new:    "case answer.ttl == 0:",
 		faults: []string{"depose-raft-leader"}, rule: ruleLease, ttl: 15 * time.Second, duration: 2 * time.Minute,
 	},
 	{

@@ -19,6 +19,9 @@
 // had been elected by then. The read asks for the lease's own keys, so it also finds those that
 // somebody else deleted, and needs no right that the election does not need.
 //
+// That there is no such lease is believed on the same terms, since a deposed leader does not know the
+// leases that its successor grants; a key that the read finds disproves it.
+//
 // Two clocks are asked, the monotonic and the wall clock, and the earlier verdict stands: the
 // monotonic clock of Linux stands still while the machine is suspended (golang/go#24595). What
 // remains is the assumption that the local clock runs slower than etcd's by less than
@@ -45,9 +48,9 @@ var (
 	ErrClosed  = errors.New("client or session closed")
 )
 
-// ErrRefused is the failure of a renewal that etcd acknowledged in one raft term while the read
-// that followed was answered in another.
-var ErrRefused = errors.New("renewal acknowledged by an etcd leader that may have been deposed")
+// ErrRefused is the failure of a renewal whose answer the read that followed did not confirm: it was
+// answered in another raft term, or found a key of a lease that there is said not to be.
+var ErrRefused = errors.New("renewal answered by an etcd leader that may have been deposed")
 
 // maxAttempt is the longest that one attempt to renew waits for an answer.
 const maxAttempt = 3 * time.Second

@@ -461,6 +461,7 @@ func TestLeaseThatIsGoneAtTheDeadlineOrLaterHasExpired(t *testing.T) {
 		var paused atomic.Int64 // for how long, as the wall clock alone has noticed
 		e.onRenew = func(context.Context, int, *ack) (*ack, error) {
 			paused.Store(int64(ttl))
+			e.put("k", 0) // it has gone with its lease
 			return nil, rpctypes.ErrLeaseNotFound
 		}
 		s := start(t, e, Config{Wall: func() time.Time { return time.Now().Add(time.Duration(paused.Load())) }})
@@ -474,7 +475,10 @@ func TestLeaseThatIsGoneAtTheDeadlineOrLaterHasExpired(t *testing.T) {
 func TestRevokedLeaseEndsTheSessionAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
-		e.onRenew = fails[ack](rpctypes.ErrLeaseNotFound)
+		e.onRenew = func(context.Context, int, *ack) (*ack, error) {
+			e.put("k", 0)
+			return nil, rpctypes.ErrLeaseNotFound
+		}
 		s := start(t, e, Config{})
 		e.wantEnd(s, third)
 		if s.Valid() || !errors.Is(s.Cause(), ErrRevoked) || !s.Gone() {
@@ -487,6 +491,68 @@ func TestRevokedLeaseEndsTheSessionAtOnce(t *testing.T) {
 			t.Errorf("%d renewals sent and %d requests to revoke, want 1 and none: there is no such lease", len(log.sent), len(log.revoked))
 		}
 	})
+}
+
+// An etcd leader that was deposed does not know a lease that its successor has granted.
+func TestLeaseIsNotTakenForGoneWhileItsKeyIsThere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		e.onRenew = func(_ context.Context, n int, a *ack) (*ack, error) {
+			if n <= 2 {
+				return nil, rpctypes.ErrLeaseNotFound
+			}
+			return a, nil
+		}
+		s := start(t, e, Config{})
+		e.waitUntil(third + attempt/2)
+		log := e.log()
+		if len(log.renewals) != 3 || !errors.Is(log.renewals[0].Err, ErrRefused) || !errors.Is(log.renewals[1].Err, ErrRefused) || log.renewals[2].Err != nil {
+			t.Fatalf("reported %v, want two that do not count and one that does", log.renewals)
+		}
+		if !s.Valid() || s.Gone() {
+			t.Errorf("Valid() = %v, Gone() = %v, want true and false", s.Valid(), s.Gone())
+		}
+		e.wantDeadline(s, log.sent[2]+deadline)
+	})
+}
+
+func TestLeaseThatCannotBeLookedForExpires(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		e.onRenew, e.onRead = fails[ack](rpctypes.ErrLeaseNotFound), hangs
+		s := start(t, e, Config{})
+		e.wantEnd(s, deadline)
+		e.wantExpired(s)
+		if s.Gone() {
+			t.Error("the lease is taken for gone")
+		}
+	})
+}
+
+func TestWhatShowsThatALeaseIsGone(t *testing.T) {
+	held, joining := reading{rev: 7}, reading{}
+	for name, test := range map[string]struct {
+		keys       []reading
+		revs       []int64
+		read, term uint64
+		want       bool
+	}{
+		"its key is there":                    {[]reading{held}, []int64{7}, 2, 2, false},
+		"its key is not there":                {[]reading{held}, []int64{0}, 2, 2, true},
+		"another key is in its place":         {[]reading{held}, []int64{8}, 2, 2, true},
+		"one of its keys is there":            {[]reading{held, held}, []int64{0, 7}, 2, 2, false},
+		"its key is not there, term unknown":  {[]reading{held}, []int64{0}, 2, 0, true},
+		"its key is not there, another term":  {[]reading{held}, []int64{0}, 2, 1, true},
+		"nothing was put yet":                 {[]reading{joining}, []int64{0}, 2, 2, true},
+		"nothing was put yet, another term":   {[]reading{joining}, []int64{0}, 2, 1, false},
+		"nothing was put yet, term unknown":   {[]reading{joining}, []int64{0}, 2, 0, false},
+		"a join has arrived, not its answer":  {[]reading{joining}, []int64{9}, 2, 1, false},
+		"an abandoned key, of a term unknown": {[]reading{{rev: 0, abandoned: true}}, []int64{0}, 2, 0, false},
+	} {
+		if got := (sighting{test.read, test.keys, test.revs}).lacks(test.term); got != test.want {
+			t.Errorf("%s: %v, want %v", name, got, test.want)
+		}
+	}
 }
 
 func TestWallClockThatIsSetForwardEndsTheSession(t *testing.T) {

@@ -105,22 +105,15 @@ func (s *Session) tellLocked() {
 	})
 }
 
-// renew makes one attempt: the renewal, then the read that makes it count. It returns the
+// renew makes one attempt: the renewal, then the read that makes its answer count. It returns the
 // abandoned keys that the read has found.
 func (s *Session) renew(sent stamp, attempt time.Duration) ([]reading, error) {
-	ack, err := s.keepAlive(attempt)
-	if errors.Is(err, rpctypes.ErrLeaseNotFound) {
-		s.Revoked()
-		return nil, err
-	}
+	answer, err := s.keepAlive(attempt)
 	if err != nil {
 		return nil, err
 	}
-	if ack == nil || ack.ResponseHeader == nil || ack.TTL <= 0 {
-		return nil, errors.New("the client answered a renewal with neither TTL nor error")
-	}
-	// The acknowledgement stays good for as long as the raft term does, so a read that fails
-	// is repeated alone.
+	// The answer stays good for as long as the raft term does, so a read that fails is repeated
+	// alone.
 	var silent time.Time
 	failed := func(err error) {
 		if errors.Is(err, context.DeadlineExceeded) {
@@ -137,14 +130,37 @@ func (s *Session) renew(sent stamp, attempt time.Duration) ([]reading, error) {
 		return nil, s.Cause()
 	case err != nil:
 		return nil, err
-	case seen.term != ack.RaftTerm:
+	case answer.ttl == 0 && seen.lacks(answer.term):
+		s.Revoked()
+		return nil, rpctypes.ErrLeaseNotFound
+	case answer.ttl == 0, seen.term != answer.term:
 		return nil, ErrRefused
 	}
-	return s.found(seen), s.extend(sent, ack.TTL)
+	return s.found(seen), s.extend(sent, answer.ttl)
+}
+
+// lacks reports whether the lease is gone, as an answer of this raft term (0: not known) has said before the read:
+// an etcd leader that was deposed does not know a lease that its successor has granted. A key that is still there
+// shows that the lease is, too; one that is not is lost, whoever is right about the lease.
+func (seen sighting) lacks(term uint64) bool {
+	lost := false
+	for i, k := range seen.keys {
+		if k.rev != 0 && k.rev == seen.revs[i] {
+			return false
+		}
+		lost = lost || k.rev != 0
+	}
+	return lost || seen.term == term
+}
+
+// An acknowledgement is etcd's answer to a renewal.
+type acknowledgement struct {
+	ttl  int64  // in seconds; 0 if etcd knows no such lease
+	term uint64 // raft term of the member that has answered; 0 if the client does not tell
 }
 
 // keepAlive sends the renewal and waits for its answer.
-func (s *Session) keepAlive(attempt time.Duration) (*clientv3.LeaseKeepAliveResponse, error) {
+func (s *Session) keepAlive(attempt time.Duration) (acknowledgement, error) {
 	ctx, cancel := context.WithTimeout(retry.RequireLeader(s.ctx), attempt)
 	defer cancel()
 	if s.keeper == nil { // only renewals use it, and there is one at a time
@@ -153,17 +169,31 @@ func (s *Session) keepAlive(attempt time.Duration) (*clientv3.LeaseKeepAliveResp
 		s.keeper = k
 		s.mu.Unlock()
 	}
-	var ack *clientv3.LeaseKeepAliveResponse
+	var answer acknowledgement
 	var err error
 	if s.keeper != nil {
-		ack, err = s.keeper.renew(ctx, s.id)
+		answer, err = s.keeper.renew(ctx, s.id)
 	} else {
-		ack, err = s.client.KeepAliveOnce(paced{ctx, attempt / 8}, s.id)
+		answer, err = renewOnce(paced{ctx, attempt / 8}, s.client, s.id)
 	}
 	if err != nil && ctx.Err() != nil && s.ctx.Err() == nil {
 		err = retry.Silence(s.client, attempt)
 	}
-	return ack, err
+	return answer, err
+}
+
+// renewOnce renews by KeepAliveOnce, which does not tell who says that there is no such lease.
+func renewOnce(ctx context.Context, client *clientv3.Client, id clientv3.LeaseID) (acknowledgement, error) {
+	resp, err := client.KeepAliveOnce(ctx, id)
+	switch {
+	case errors.Is(err, rpctypes.ErrLeaseNotFound):
+		return acknowledgement{}, nil
+	case err != nil:
+		return acknowledgement{}, err
+	case resp == nil || resp.ResponseHeader == nil || resp.TTL <= 0:
+		return acknowledgement{}, errors.New("the client answered a renewal with neither TTL nor error")
+	}
+	return acknowledgement{resp.TTL, resp.RaftTerm}, nil
 }
 
 // paced is a context for clientv3's KeepAliveOnce, which repeats a request that fails at once

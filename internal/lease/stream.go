@@ -90,7 +90,7 @@ func (k *keeper) release() (ended <-chan struct{}) {
 }
 
 // renew sends one renewal and waits for its answer or until ctx ends.
-func (k *keeper) renew(ctx context.Context, id clientv3.LeaseID) (*clientv3.LeaseKeepAliveResponse, error) {
+func (k *keeper) renew(ctx context.Context, id clientv3.LeaseID) (acknowledgement, error) {
 	streams, opened := k.current()
 	resp, err := k.ask(ctx, id, streams)
 	if err != nil && !opened && ctx.Err() == nil && !retry.Permanent(err) {
@@ -99,12 +99,9 @@ func (k *keeper) renew(ctx context.Context, id clientv3.LeaseID) (*clientv3.Leas
 		resp, err = k.ask(ctx, id, streams)
 	}
 	if err != nil {
-		return nil, rpctypes.Error(err)
+		return acknowledgement{}, rpctypes.Error(err)
 	}
-	if resp.TTL <= 0 {
-		return nil, rpctypes.ErrLeaseNotFound
-	}
-	return &clientv3.LeaseKeepAliveResponse{ResponseHeader: resp.Header, ID: id, TTL: resp.TTL}, nil
+	return acknowledgement{max(resp.TTL, 0), resp.GetHeader().GetRaftTerm()}, nil
 }
 
 // ask sends a renewal over each of the streams. Only the first that answers is used again.

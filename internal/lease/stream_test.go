@@ -420,9 +420,9 @@ func TestRenewalsOfSeveralLeasesGetTheirOwnAnswers(t *testing.T) {
 	for id := range 50 {
 		together.Go(func() {
 			for range 10 {
-				ack, err := f.try(t, clientv3.LeaseID(id))
-				if err != nil || ack.ID != clientv3.LeaseID(id) || ack.TTL != int64(100+id) {
-					t.Errorf("renewal of lease %x: %v, %v", id, ack, err)
+				answer, err := f.try(t, clientv3.LeaseID(id))
+				if err != nil || answer.ttl != int64(100+id) {
+					t.Errorf("renewal of lease %x: %v, %v", id, answer, err)
 				}
 			}
 		})
@@ -501,8 +501,8 @@ func TestTTLOfZeroMeansThatThereIsNoSuchLease(t *testing.T) {
 		return nil
 	})
 	for range 2 {
-		if ack, err := f.try(t, 7); ack != nil || !errors.Is(err, rpctypes.ErrLeaseNotFound) {
-			t.Errorf("renew() = %v, %v, want %v", ack, err, rpctypes.ErrLeaseNotFound)
+		if answer, err := f.try(t, 7); answer.ttl != 0 || err != nil {
+			t.Errorf("renew() = %v, %v, want a TTL of 0 and no error", answer, err)
 		}
 	}
 	f.calls.await(t, 1, 1) // which is no failure of the stream
@@ -529,8 +529,8 @@ func TestStreamThatIsLeftStillAnswersThoseWhoWait(t *testing.T) {
 	}()
 	f.awaitSent(t, 1)
 	type result struct {
-		*ack
-		error
+		answer acknowledgement
+		err    error
 	}
 	patient := make(chan result, 1)
 	go func() {
@@ -543,13 +543,13 @@ func TestStreamThatIsLeftStillAnswersThoseWhoWait(t *testing.T) {
 	if err := await(t, left); !errors.Is(err, context.Canceled) {
 		t.Errorf("renew() = %v, want %v", err, context.Canceled)
 	}
-	if ack, err := f.try(t, 1); err != nil || ack.TTL != 2 {
-		t.Errorf("renew() = %v, %v, want an answer of the second stream", ack, err)
+	if answer, err := f.try(t, 1); err != nil || answer.ttl != 2 {
+		t.Errorf("renew() = %v, %v, want an answer of the second stream", answer, err)
 	}
 	f.calls.await(t, 2, 2)
 	close(release)
-	if r := await(t, patient); r.error != nil || r.TTL != 1 {
-		t.Errorf("renew() = %v, %v, want an answer of the first stream", r.ack, r.error)
+	if r := await(t, patient); r.err != nil || r.answer.ttl != 1 {
+		t.Errorf("renew() = %v, %v, want an answer of the first stream", r.answer, r.err)
 	}
 	f.calls.await(t, 2, 1) // nobody waits for it any more
 }
@@ -846,16 +846,13 @@ func (f served) LeaseKeepAlive(stream pb.Lease_LeaseKeepAliveServer) error {
 // renew wants a renewal to be answered.
 func (f *fake) renew(t *testing.T, id clientv3.LeaseID) {
 	t.Helper()
-	ack, err := f.try(t, id)
-	if err != nil {
-		t.Fatalf("renewal of lease %x: %v", id, err)
-	}
-	if ack.ID != id || ack.TTL != 60 || ack.ResponseHeader == nil || ack.RaftTerm != 1 {
-		t.Errorf("renewal of lease %x: %v", id, ack)
+	answer, err := f.try(t, id)
+	if want := (acknowledgement{60, 1}); err != nil || answer != want {
+		t.Errorf("renewal of lease %x: %v, %v, want %v", id, answer, err, want)
 	}
 }
 
-func (f *fake) try(t *testing.T, id clientv3.LeaseID) (*ack, error) {
+func (f *fake) try(t *testing.T, id clientv3.LeaseID) (acknowledgement, error) {
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	return f.keeper.renew(ctx, id)
