@@ -960,7 +960,7 @@ func TestBadInputIsRefusedAndNothingIsWritten(t *testing.T) {
 		t.Errorf("bad input left leases: %v, %v", leases, err)
 	}
 	// The largest value fits, and the largest margin.
-	l := lead(t, newElector(t, client, leader.WithMargin(ttl/2)), "jobs", strings.Repeat("x", 1<<20))
+	l := lead(t, newElector(t, client, long, leader.WithMargin(30*time.Second)), "jobs", strings.Repeat("x", 1<<20))
 	if err := l.Proclaim(t.Context(), strings.Repeat("y", 1<<20+1)); err == nil || errors.Is(err, leader.ErrNotLeader) || !l.IsLeader() {
 		t.Errorf("Proclaim of a large value: %v", err)
 	}
