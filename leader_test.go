@@ -647,7 +647,7 @@ func TestRenewalCostsTheSameForAnyNumberOfElections(t *testing.T) {
 	var calls rpcCounter
 	counted := etcdtest.NewClientFrom(t, calls.config(m.Endpoint))
 	renewals := make(chan struct{}, 100)
-	e := newElector(t, counted, leader.WithHooks(leader.Hooks{
+	e := newElector(t, counted, leader.WithTTL(5*time.Second), leader.WithHooks(leader.Hooks{
 		Renewed: func(clientv3.LeaseID, time.Duration, time.Time) { renewals <- struct{}{} },
 	}))
 	const n = 50
@@ -655,6 +655,9 @@ func TestRenewalCostsTheSameForAnyNumberOfElections(t *testing.T) {
 		lead(t, e, fmt.Sprintf("jobs%d", i), "")
 	}
 	awaitCalls(t, calls.reads, n) // the watches of the own keys
+	for len(renewals) > 0 {
+		<-renewals // told late
+	}
 	await(t, "a renewal", renewals)
 	before := calls.all()
 	const rounds = 3
