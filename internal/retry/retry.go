@@ -35,9 +35,7 @@ const (
 	minPause = 50 * time.Millisecond
 
 	// silence is how long [Ask] waits for an answer before it sends the request again beside the first,
-	// and maxSilence how long before each further time. Round robin is shared with all other requests
-	// of the client, so of two endpoints, one of them dark, every other attempt meets that one: it
-	// takes some to be sure.
+	// and maxSilence how long before each further time.
 	silence    = 250 * time.Millisecond
 	maxSilence = 500 * time.Millisecond
 
@@ -167,7 +165,7 @@ func askAny(ctx context.Context, client *clientv3.Client, first, attempt time.Du
 			select {
 			case got = <-a.answers:
 			case <-next.C:
-				if a.send() { //nolint:contextcheck // a has ctx
+				if a.sendNext() { //nolint:contextcheck // a has ctx
 					next.Reset(beside.next())
 				} else {
 					next.Reset(first)
@@ -182,6 +180,19 @@ func askAny(ctx context.Context, client *clientv3.Client, first, attempt time.Du
 		}
 		next.Reset(failing.next())
 	}
+}
+
+// sendNext sends the request for the first time, or twice beside those that have no answer: of two that are sent
+// together to several endpoints in turn, one does not meet the one that does not answer. One alone may meet it each
+// time, as other requests of the client come in between. It reports whether it did send.
+func (a *asking) sendNext() bool {
+	if !a.send() {
+		return false
+	}
+	if a.waiting > 1 && len(a.client.Endpoints()) > 1 {
+		a.send()
+	}
+	return true
 }
 
 // send sends the request, unless it may not be sent now. It reports whether it did.
