@@ -15,6 +15,7 @@ import (
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
 )
 
 func TestAskSendsAgainBesideASilentRequest(t *testing.T) {
@@ -34,6 +35,32 @@ func TestAskSendsAgainBesideASilentRequest(t *testing.T) {
 			t.Errorf("the second request was sent after %v, want %v to %v", at, silence/2, silence)
 		}
 	})
+}
+
+// Round robin sends two that are sent together to two endpoints, of which one at most is the dark one.
+func TestWhatIsSentAgainIsSentTwiceAtOnceIfThereAreSeveralEndpoints(t *testing.T) {
+	for endpoints, together := range map[string]int{"127.0.0.1:1": 1, "127.0.0.1:1 127.0.0.1:2": 2} {
+		bubble(t, endpoints, func(t *testing.T) {
+			// Nothing is asked of it but how many endpoints it has.
+			client, err := clientv3.New(clientv3.Config{Endpoints: strings.Fields(endpoints), Logger: zap.NewNop()})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer client.Close()
+			ctx, cancel := context.WithTimeout(t.Context(), 3*silence)
+			defer cancel()
+			var sent sends
+			_, _ = AskWithin(ctx, client, RequestTimeout, nil, sent.hang)
+			if len(sent.at) < 1+together {
+				t.Errorf("sent at %v", sent.at)
+			}
+			for i := 1; i+together <= len(sent.at); i += together {
+				if sent.at[i] != sent.at[i+together-1] || i+together < len(sent.at) && sent.at[i] == sent.at[i+together] {
+					t.Errorf("sent at %v, want %d at a time after the first", sent.at, together)
+				}
+			}
+		})
+	}
 }
 
 func TestAskGivesASilentRequestTheTimeToAnswer(t *testing.T) {
