@@ -1,0 +1,387 @@
+package oracle
+
+import (
+	"cmp"
+	"fmt"
+	"math"
+	"slices"
+	"time"
+)
+
+// What must hold in every history, whatever faults there were. A rule is exact where the history is: it
+// never objects to what a correct system may do.
+const (
+	// RuleExclusion is that nobody believes in a term while somebody else believes in another of the
+	// election. An [Overlap] is what is excused.
+	RuleExclusion = "exclusion"
+	// RuleDeadline is that no deadline is later than the last renewal that counted has bought, and that
+	// nobody believes for longer.
+	RuleDeadline = "deadline"
+	// RuleMargin is that belief ends a margin before etcd lets a lease expire, not after a key is given
+	// up, and not after the term was said to have ended.
+	RuleMargin = "margin"
+	// RuleLease is that nobody who waits or leads loses its key but by an operator, by its own doing
+	// after it has said so, or because the TTL has passed since the last renewal was sent that counted.
+	// Where etcd has taken it earlier that renewal ought not to have counted, unless a deposed leader of
+	// etcd has revoked the lease.
+	RuleLease = "lease"
+	// RuleOrphan is that no key and no lease outlives its use.
+	RuleOrphan = "orphan"
+	// RuleToken is that a term has a token of its own, the create revision of its key, and that tokens
+	// grow from term to term.
+	RuleToken = "token"
+	// RuleOrder is that no older candidate is left when a term begins, or when it writes.
+	RuleOrder = "order"
+	// RuleCampaign is that each campaign is told from its beginning to its end, and ends for the reason
+	// that it gives: one that is given up does so soon, one that is not to wait does not. In calm it has
+	// a key. Run rests before it campaigns again.
+	RuleCampaign = "campaign"
+	// RuleEnded is that the end of each term is told, once, soon and with the right cause.
+	RuleEnded = "ended"
+	// RuleData is that reads and guarded writes of a value in etcd are linearizable, a write replaces
+	// what its writer has read, and answers about writes are true.
+	RuleData = "data"
+	// RuleUndecided is that the check for linearizability has not run out of time.
+	RuleUndecided = "undecided"
+	// RuleGuard is that a guarded write has had its effect during the life of its term's key.
+	RuleGuard = "guard"
+	// RuleFencing is that the resource outside etcd has taken requests in the order of tokens, has
+	// refused smaller ones alone, and that answers about them are true.
+	RuleFencing = "fencing"
+	// RuleLiveness is that every election has a leader once faults have ceased, and keeps having one.
+	RuleLiveness = "liveness"
+	// RuleObserve is that whoever asks who leads or who waits is told states that were, in their order,
+	// and without faults soon; and that who is evicted is gone.
+	RuleObserve = "observe"
+	// RuleEnd is that nothing failed and nothing is left.
+	RuleEnd = "end"
+	// RuleNothing is that there was something to check.
+	RuleNothing = "nothing checked"
+)
+
+// RecoverTime is what an election has beside the TTL to have a leader once faults have ceased, and what
+// anything else has that takes moments.
+const RecoverTime = 3 * time.Second
+
+const (
+	// lateRequest is how late a request may have its effect that was given up, at TTLs that are no longer
+	// than half of it: etcd itself gives up on a proposal after 7 s, and what waits for a member that is
+	// paused, or for an endpoint that is dark, comes with it.
+	lateRequest = 15 * time.Second
+	// deposedFor is how long a leader of etcd that goes on after a pause may revoke leases: until it has
+	// heard from the others.
+	deposedFor = 2 * time.Second
+	// auditLag is how late an event may be seen: etcd itself may have to elect a leader first.
+	auditLag = RecoverTime
+	// clockLag is how far apart two looks at the clock may be that are meant to be one.
+	clockLag = 5 * time.Millisecond
+	// giveUpTime is how long a campaign that is given up may try to delete its key.
+	giveUpTime = 2 * time.Second
+	// pauseOfRun is how long Run rests at least after a term that was lost.
+	pauseOfRun = 50 * time.Millisecond
+	// tellTime is how long the end of a term may take to be told: two requests of 5 s.
+	tellTime = 10 * time.Second
+	// calmEvery is how many TTLs may pass without calm. Only in calm the rules know how long a thing may take.
+	calmEvery = 100
+)
+
+// Options are what a history does not tell of itself.
+type Options struct {
+	TTL, Margin time.Duration
+	// Elections are those that are to have a leader.
+	Elections []string
+	// Data is the prefix of what leaders write in etcd: see [Options.DataKey].
+	Data string
+	// Require are kinds of which a history without any proves nothing.
+	Require []Kind
+	// DeposedAfter is for how long a leader of etcd must pause for another one to be elected.
+	DeposedAfter time.Duration
+	// Exact says that the times of entries are the very times of what they tell, and that timers fire in
+	// time: so it is in a simulation.
+	Exact bool
+}
+
+// DataKey is the key of a value in etcd that leaders of an election write.
+func (o Options) DataKey(election, what string) string { return o.Data + election + "/" + what }
+
+// late is how long a request may take to have its effect that was given up.
+func (o Options) late() int64 { return int64(max(lateRequest, 2*o.TTL)) }
+
+// slack is what an entry may be wrong by, where it may be.
+func (o Options) slack(d time.Duration) int64 {
+	if o.Exact {
+		return 0
+	}
+	return int64(d)
+}
+
+// A Verdict is what a history comes to. It is good if there are no violations.
+type Verdict struct {
+	Violations []Violation
+	Checked    Counts
+	// Overlaps are those that are excused.
+	Overlaps []Overlap
+	// Late are pieces of belief in a context that was over by the clock, but whose timer had not fired
+	// yet after the process was stopped. Each would be a violation else.
+	Late []Entry
+}
+
+// A Violation is one breach of a rule.
+type Violation struct {
+	Rule    string
+	What    string  // who has done what when; times are in seconds since the run began
+	Entries []Entry // that show it
+}
+
+// Counts say how much was checked: a rule that has had nothing to object to proves nothing.
+type Counts struct {
+	Entries, Events, Campaigns, Terms, PeerTerms, Beliefs int
+
+	Resigned, Expired, Early, Taken int // how keys of terms of ours have ended
+	Waited, Lost                    int // keys of candidates that were not elected; those that they lost
+	Oldest                          int // terms that a read shows to have begun in their turn
+
+	Reads, Writes int // all that were recorded
+	Effects       int // writes that took effect
+	Resolved      int // writes without an answer of which the audit knows better
+	Recovered     int // writes that their writer was killed before it could record
+
+	Appends, Calms int
+
+	Observations int // by Observe and LeaderChanged
+	Fresh        int // states that they had to be told of in time
+	Asked        int // calls of Current and Candidates
+
+	Faults int // that were injected
+}
+
+// Check checks a history, in the order of time (see [Sort]).
+func Check(history []Entry, o Options) Verdict {
+	c := newChecker(history, o)
+	c.run()
+	return c.Verdict
+}
+
+// A checker is a history by what its rules ask for.
+type checker struct {
+	Verdict
+	Options
+	began    int64
+	patience time.Duration // with each check for linearizability
+
+	by map[Kind][]*Entry
+	*processes
+	*audited
+	renewed map[int64][]*renewal // by lease, in the order of T
+	takings map[target][]*Entry
+	reads   map[termID]*Entry // the first in each term, by its holder
+	calms   []*Entry          // that are long enough to show anything
+}
+
+func newChecker(history []Entry, o Options) *checker {
+	c := &checker{Options: o, patience: time.Minute, by: make(map[Kind][]*Entry), takings: make(map[target][]*Entry)}
+	for i := range history {
+		e := &history[i]
+		if e.Kind == Fault && e.Err != "" {
+			continue // it was not injected
+		}
+		c.by[e.Kind] = append(c.by[e.Kind], e)
+	}
+	for _, e := range c.by[Run] {
+		c.began = e.T
+	}
+	c.renewed = c.readRenewals()
+	for _, e := range c.by[Taken] {
+		c.takings[targetOf(e)] = append(c.takings[targetOf(e)], e)
+	}
+	for _, e := range c.by[Calm] {
+		if e.T-e.From >= int64(c.TTL+RecoverTime) {
+			c.calms = append(c.calms, e)
+		}
+	}
+	c.audited = c.readAudit()
+	c.processes = c.readProcesses(history)
+	c.reads = c.readReads()
+	c.Checked = Counts{
+		Entries: len(history), Events: len(c.by[Event]), Campaigns: len(c.by[Campaigning]), Beliefs: len(c.by[Belief]),
+		Reads: len(c.by[Read]), Writes: len(c.by[Write]), Appends: len(c.by[Append]), Calms: len(c.by[Calm]),
+		Observations: len(c.by[Observed]) + len(c.by[Changed]), Asked: len(c.by[Current]) + len(c.by[Candidates]),
+		Faults: len(c.by[Fault]),
+	}
+	return c
+}
+
+func (c *checker) run() {
+	c.checkAnything()
+	c.checkCampaigns()
+	c.checkBeliefs()
+	c.checkExclusion()
+	c.checkLives()
+	c.checkRenewals()
+	c.checkClosed()
+	c.checkTokens()
+	c.checkEnds()
+	c.checkData()
+	c.checkProclaimed()
+	c.checkFencing()
+	c.checkLiveness()
+	c.checkObservers()
+	c.checkAnswers()
+	c.checkEvictions()
+	c.checkRest()
+}
+
+func (c *checker) violate(rule string, entries []*Entry, format string, args ...any) {
+	v := Violation{Rule: rule, What: fmt.Sprintf(format, args...)}
+	for _, e := range entries {
+		if e != nil {
+			v.Entries = append(v.Entries, *e)
+		}
+	}
+	c.Violations = append(c.Violations, v)
+}
+
+// at is a time as a reader of the report knows it.
+func (c *checker) at(t int64) string {
+	if t == never {
+		return "the end"
+	}
+	return fmt.Sprintf("%.3fs", time.Duration(t-c.began).Seconds())
+}
+
+// checkAnything objects to a history that proves nothing.
+func (c *checker) checkAnything() {
+	for _, kind := range c.Require {
+		if len(c.by[kind]) == 0 {
+			c.violate(RuleNothing, nil, "the history has no entry of the kind %q", kind)
+		}
+	}
+	if !slices.ContainsFunc(c.by[Write], func(e *Entry) bool { return e.Result == OK }) {
+		c.violate(RuleNothing, nil, "no guarded write has succeeded")
+	}
+	if len(c.by[AuditEnd]) == 0 {
+		c.violate(RuleNothing, nil, "the audit has not come to the end")
+	}
+	told := make(map[Kind]map[string]bool)
+	for _, kind := range []Kind{Campaigning, Term, Belief, Ended} {
+		told[kind] = make(map[string]bool)
+		for _, e := range c.by[kind] {
+			told[kind][e.Election] = told[kind][e.Election] || c.ours(e.Proc)
+		}
+		for _, election := range c.Elections {
+			if !told[kind][election] {
+				c.violate(RuleNothing, nil, "nobody has told anything of the kind %q of %s", kind, election)
+			}
+		}
+	}
+	since := c.began
+	end := &Entry{From: c.began}
+	for _, e := range c.by[AuditEnd] {
+		end = &Entry{From: e.T}
+	}
+	for _, e := range append(slices.Clone(c.calms), end) {
+		if e.From-since > int64(calmEvery*c.TTL) {
+			c.violate(RuleNothing, nil, "it was never calm for long enough from %s to %s", c.at(since), c.at(e.From))
+		}
+		since = e.T
+	}
+}
+
+func (c *checker) checkTokens() {
+	first := make(map[termID]*Entry)
+	largest := make(map[string]*Entry) // token so far, by election
+	for _, e := range c.by[Term] {
+		id := idOf(e)
+		if other := first[id]; other != nil && (e.Op == Ours || other.Op == Ours) { // stock may campaign twice with one key
+			c.violate(RuleToken, []*Entry{other, e}, "%s was won twice, by %s at %s and by %s at %s",
+				id, other.Proc, c.at(other.T), e.Proc, c.at(e.T))
+		}
+		first[id] = e
+		if l := c.lives[id]; l == nil || l.key != e.Key {
+			c.violate(RuleToken, []*Entry{e}, "%s won %s at %s with key %q, which was not created at that revision",
+				e.Proc, id, c.at(e.T), e.Key)
+		}
+		if e.Op != Ours {
+			c.Checked.PeerTerms++
+			continue
+		}
+		c.Checked.Terms++
+		// The entry of a term may come late, from a process that was stopped meanwhile. What it must not do is
+		// to campaign after another has won, and yet have the smaller token.
+		if l := largest[e.Election]; l == nil || l.Token < e.Token {
+			largest[e.Election] = e
+		} else if e.From > l.T {
+			c.violate(RuleToken, []*Entry{l, e}, "%s won %s at %s, after %s had won %s at %s",
+				e.Proc, id, c.at(e.T), l.Proc, idOf(l), c.at(l.T))
+		}
+	}
+	strangers := make(map[termID]bool)
+	for _, e := range c.by[Belief] {
+		if won := first[idOf(e)]; (won == nil || won.Proc != e.Proc) && !strangers[idOf(e)] {
+			strangers[idOf(e)] = true
+			c.violate(RuleToken, []*Entry{won, e}, "%s believed in %s at %s, which it has not won", e.Proc, idOf(e), c.at(e.T))
+		}
+	}
+}
+
+func (c *checker) checkFencing() {
+	type request struct{ election, value string }
+	accepted := make(map[request]*Entry)
+	largest := make(map[string]*Entry)
+	for _, e := range c.by[Accepted] {
+		l := largest[e.Election]
+		smaller := l != nil && l.Token > e.Token
+		if e.Result != OK {
+			if !smaller {
+				c.violate(RuleFencing, []*Entry{l, e}, "%q of %s was refused at %s, though no larger token had come", e.Value, idOf(e), c.at(e.T))
+			}
+			continue
+		}
+		if smaller {
+			c.violate(RuleFencing, []*Entry{l, e}, "%q of %s was accepted at %s, after the larger token %d at %s",
+				e.Value, idOf(e), c.at(e.T), l.Token, c.at(l.T))
+		} else {
+			largest[e.Election] = e
+		}
+		r := request{e.Election, e.Value}
+		if first := accepted[r]; first != nil {
+			c.violate(RuleFencing, []*Entry{first, e}, "%q of %s was accepted twice, at %s and %s",
+				e.Value, idOf(e), c.at(first.T), c.at(e.T))
+		}
+		accepted[r] = e
+	}
+	for _, e := range c.by[Append] {
+		a := accepted[request{e.Election, e.Value}]
+		if e.Result == OK && a == nil || e.Result == Failed && a != nil {
+			c.violate(RuleFencing, []*Entry{e, a}, "%s was told %q of its append %q in %s at %s, which is not so",
+				e.Proc, e.Result, e.Value, idOf(e), c.at(e.T))
+		}
+	}
+}
+
+// checkRest goes through what was said to be wrong when it happened.
+func (c *checker) checkRest() {
+	for _, e := range c.by[Left] {
+		c.violate(RuleEnd, []*Entry{e}, "the %s %s is left", e.Op, e.Value)
+	}
+	for _, e := range c.by[Exit] {
+		if e.Result != OK {
+			c.violate(RuleEnd, []*Entry{e}, "%s ended at %s: %s", e.Proc, c.at(e.T), e.Err)
+		}
+	}
+	for _, e := range c.by[Failure] {
+		c.violate(RuleEnd, []*Entry{e}, "%s failed at %s: %s", e.Proc, c.at(e.T), e.Err)
+	}
+}
+
+// never is later than everything.
+const never = math.MaxInt64
+
+// firstAfter is the first of entries, in the order of T, that is not before t, or nil.
+func firstAfter(entries []*Entry, t int64) *Entry {
+	i, _ := slices.BinarySearchFunc(entries, t, func(e *Entry, t int64) int { return cmp.Compare(e.T, t) })
+	if i == len(entries) {
+		return nil
+	}
+	return entries[i]
+}
