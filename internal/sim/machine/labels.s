@@ -1,0 +1,1 @@
+// Without a file of this kind the compiler wants a body for each function.

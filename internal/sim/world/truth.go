@@ -1,0 +1,271 @@
+package world
+
+import (
+	"cmp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"example.com/leader/internal/oracle"
+	"example.com/leader/internal/sim/fake"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+)
+
+// A fate is how a key or a lease has come to its end.
+type fate string
+
+const (
+	alive      fate = "alive"
+	byOperator fate = "operator" // somebody took it
+	byEarly    fate = "early"    // a deposed leader of etcd has revoked what had not expired
+	byExpiry   fate = "expiry"
+	byRequest  fate = "request" // of a process under test
+)
+
+// excuses reports whether somebody else has ended what its owner relied on.
+func (f fate) excuses() bool { return f == byOperator || f == byEarly }
+
+// A life is that of one candidate's key.
+type life struct {
+	election, key, value string
+	token, lease         int64
+	owner                *call // nil if it is nobody's
+	created, gone        time.Time
+	fate                 fate
+}
+
+// truth is what etcd has committed.
+type truth struct {
+	lives  map[int64]*life    // by token
+	queues map[string][]*life // of each election, in the order of tokens
+	leases map[int64]ended    // those that are gone
+	states map[string][]state // who was the first of each election, one after the other
+}
+
+// ended says when and how a lease has ended.
+type ended struct {
+	at   time.Time
+	fate fate
+}
+
+// A state is who is the first of an election.
+type state struct {
+	token int64 // 0: nobody
+	value string
+	since time.Time
+}
+
+func newTruth() truth {
+	return truth{
+		lives:  make(map[int64]*life),
+		queues: make(map[string][]*life),
+		leases: make(map[int64]ended),
+		states: make(map[string][]state),
+	}
+}
+
+// first is who leads by right, nil if nobody.
+func (t *truth) first(election string) *life {
+	if q := t.queues[election]; len(q) > 0 {
+		return q[0]
+	}
+	return nil
+}
+
+// electionOf returns the election and the lease in a candidate's key.
+func electionOf(key string) (election string, lease int64, ok bool) {
+	i := strings.LastIndexByte(key, '/')
+	if i < 0 || !slices.Contains(elections, key[:i]) {
+		return "", 0, false
+	}
+	lease, err := strconv.ParseInt(key[i+1:], 16, 64)
+	return key[:i], lease, err == nil && strconv.FormatInt(lease, 16) == key[i+1:]
+}
+
+// dataRoot is the prefix of what leaders write.
+const dataRoot = "data/"
+
+// committed is told of each entry of etcd's log.
+func (w *world) committed(_ fake.Truth, c fake.Commit) {
+	if c.Err != nil {
+		return
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	how := byRequest
+	switch {
+	case c.Process == fake.OperatorName, c.Process == evictorName:
+		how = byOperator
+	case c.Expiry == fake.TrueExpiry:
+		how = byExpiry
+	case c.Expiry == fake.EarlyExpiry:
+		how = byEarly
+	}
+	if r, ok := c.Request.(*pb.LeaseRevokeRequest); ok {
+		w.leases[r.ID] = ended{time.Now(), how}
+		w.noteLocked("lease %x is gone: %s %s", r.ID, how, c.Process)
+		if how == byOperator {
+			w.recordLocked(oracle.Entry{Kind: oracle.Taken, Proc: "operator", From: w.now(), Op: "revoke", Lease: r.ID, Result: oracle.OK})
+		}
+	}
+	for _, ev := range c.Events {
+		key := string(ev.Kv.Key)
+		if election, _, ok := electionOf(key); ok {
+			w.candidateChangedLocked(election, ev, how, c.Process)
+		} else if strings.HasPrefix(key, dataRoot) && ev.Type == mvccpb.Event_PUT {
+			w.writtenLocked(key, ev.Kv)
+		}
+	}
+}
+
+func (w *world) candidateChangedLocked(election string, ev *mvccpb.Event, how fate, process string) {
+	e := oracle.Entry{
+		Kind: oracle.Event, Proc: process, Election: election, Key: string(ev.Kv.Key), Rev: ev.Kv.ModRevision,
+		T: w.now(), Op: "put", Token: ev.Kv.CreateRevision, Value: short(string(ev.Kv.Value)), Lease: ev.Kv.Lease,
+	}
+	q := w.queues[election]
+	i := slices.IndexFunc(q, func(l *life) bool { return l.key == e.Key })
+	switch {
+	case ev.Type == mvccpb.Event_DELETE:
+		e.Op, e.Value, e.Lease = "delete", "", 0
+		if i < 0 {
+			return
+		}
+		l := q[i]
+		e.Token = l.token
+		w.queues[election] = slices.Delete(q, i, i+1)
+		l.gone, l.fate = time.Now(), how
+		w.recordLocked(e)
+		w.noteLocked("%s with token %d is gone: %s", l.key, l.token, how)
+		if how == byOperator {
+			w.recordLocked(oracle.Entry{
+				Kind: oracle.Taken, Proc: "operator", From: e.T, Op: "delete", Election: election, Token: l.token,
+				Key: l.key, Lease: l.lease, Result: oracle.OK,
+			})
+		}
+		w.lostLocked(l)
+	case i < 0 || q[i].token != ev.Kv.CreateRevision:
+		l := &life{
+			election: election, key: e.Key, value: string(ev.Kv.Value), token: ev.Kv.CreateRevision, lease: ev.Kv.Lease,
+			owner: w.calls[callOf(string(ev.Kv.Value))], created: time.Now(), fate: alive,
+		}
+		w.recordLocked(e)
+		w.lives[l.token] = l
+		w.queues[election] = append(q, l)
+		slices.SortFunc(w.queues[election], func(a, b *life) int { return cmp.Compare(a.token, b.token) })
+		if l.owner != nil {
+			l.owner.newest = l.token
+		}
+	default:
+		q[i].value = string(ev.Kv.Value)
+		w.recordLocked(e)
+		w.checkValueLocked(q[i])
+	}
+	now := state{since: time.Now()}
+	if l := w.first(election); l != nil {
+		now.token, now.value = l.token, l.value
+	}
+	states := w.states[election]
+	if states[len(states)-1].token != now.token || states[len(states)-1].value != now.value {
+		w.states[election] = append(states, now)
+	}
+}
+
+// checkValueLocked: a key has the value that its owner has campaigned with or proclaimed, and not an older one
+// once a later call has been confirmed.
+func (w *world) checkValueLocked(l *life) {
+	c := l.owner
+	if c == nil || c.p.dead.Load() {
+		return
+	}
+	if w.calls[callOf(l.value)] != c {
+		w.violateLocked("value", "%s: the key of %s with token %d became %q", l.election, c.value, l.token, short(l.value))
+	} else if t := c.terms[l.token]; t != nil && proclaimed(l.value) < t.proclaimed {
+		w.violateLocked("value", "%s: the key of %s with token %d became %q, after a later value was confirmed", l.election, c.value, l.token, short(l.value))
+	}
+}
+
+// proclaimed is the number in a value that was proclaimed, 0 if it was campaigned with.
+func proclaimed(value string) int64 {
+	parts := strings.Split(value, "/")
+	if len(parts) < 3 {
+		return 0
+	}
+	_, seq, _ := strings.Cut(parts[2], ":")
+	n, _ := strconv.ParseInt(seq, 10, 64)
+	return n
+}
+
+// short is as much of a value as a history keeps: values may be large.
+func short(value string) string {
+	if len(value) > 40 {
+		return value[:40] + "..."
+	}
+	return value
+}
+
+// lostLocked checks how a key has come to its end.
+func (w *world) lostLocked(l *life) {
+	c := l.owner
+	if c == nil || c.p.dead.Load() {
+		return
+	}
+	t := c.terms[l.token]
+	c.bereft = c.bereft || l.fate != byRequest
+	switch {
+	case l.fate == byRequest && t != nil && t.expired && !c.p.m.Stopped() && !keptMargin(c.p, l.lease):
+		w.violateLocked("margin", "%s: the key of %s with token %d was deleted by a request of its own before the margin had passed", l.election, c.p.name, l.token)
+	case l.fate == byRequest && t != nil && !t.ended && t.l.Context().Err() == nil:
+		w.violateLocked("self-harm", "%s: the key of %s with token %d was deleted by a request of a process, while the term lasted", l.election, c.p.name, l.token)
+	case l.fate == byRequest && t == nil && c.waitsLocked(l):
+		w.violateLocked("self-harm", "%s: the key of %s with token %d was deleted by a request of a process, while it was waiting under it", l.election, c.p.name, l.token)
+	case t != nil && !t.ended && l.fate == byExpiry && !c.p.slow:
+		go w.checkExpired(t)
+	case t != nil && !t.ended && l.fate.excuses():
+		go w.checkTaken(t)
+	}
+}
+
+// keptMargin reports whether a margin has passed since the last known deadline of a lease, as the process's clocks count
+// that are never set.
+func keptMargin(p *process, lease int64) bool {
+	deadline, renewed := p.deadlines[lease]
+	return !renewed || !time.Now().Before(p.sentAt(deadline, p.w).Add(p.m.Real(p.w.ttl)-time.Millisecond))
+}
+
+// waitsLocked reports whether the candidate has no reason to give that key up: its campaign goes on, and its lease has not expired by
+// its clocks.
+func (c *call) waitsLocked(l *life) bool {
+	deadline, renewed := c.p.deadlines[l.lease]
+	return c.campaigning && !c.try && !c.bereft && c.newest == l.token && c.ctx.Err() == nil && !c.el.isClosed() &&
+		renewed && !passed(c.p.m.Now(), deadline)
+}
+
+// writtenLocked checks a write that a guard has let through.
+func (w *world) writtenLocked(key string, kv *mvccpb.KeyValue) {
+	election, what, _ := cutLast(strings.TrimPrefix(key, dataRoot))
+	w.result.Counts.Writes++
+	w.recordLocked(oracle.Entry{Kind: oracle.Event, Key: key, Rev: kv.ModRevision, Op: "put", Value: string(kv.Value), Token: kv.CreateRevision})
+	_, id, _ := strings.Cut(string(kv.Value), " ")
+	text, _, _ := strings.Cut(id, ":")
+	token, err := strconv.ParseInt(text, 10, 64)
+	first := w.first(election)
+	switch {
+	case err != nil:
+		w.violateLocked("guard", "%s of %s became %q, which nobody writes", what, election, kv.Value)
+	case first == nil:
+		w.violateLocked("guard", "%s: a write with token %d took effect when nobody was in the queue", election, token)
+	case first.token != token:
+		w.violateLocked("guard", "%s: a write with token %d took effect while %d was the oldest", election, token, first.token)
+	}
+}
+
+func cutLast(s string) (before, after string, found bool) {
+	i := strings.LastIndexByte(s, '/')
+	if i < 0 {
+		return s, "", false
+	}
+	return s[:i], s[i+1:], true
+}
