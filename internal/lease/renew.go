@@ -139,9 +139,11 @@ func (s *Session) renew(sent stamp, attempt time.Duration) ([]reading, error) {
 	return s.found(seen), s.extend(sent, answer.ttl)
 }
 
-// lacks reports whether the lease is gone, as an answer of this raft term (0: not known) has said before the read:
-// an etcd leader that was deposed does not know a lease that its successor has granted. A key that is still there
-// shows that the lease is, too; one that is not is lost, whoever is right about the lease.
+// lacks reports whether the read confirms an answer that there is no such lease, which was given before it in this
+// raft term (0: not known). An etcd leader that was deposed gives it too, of a lease that its successor has granted.
+//
+// If one of the lease's keys is there, so is the lease. If those that were put are gone, the terms on them are lost
+// whether the lease lives or not. If none was put yet, the raft terms must be the same.
 func (seen sighting) lacks(term uint64) bool {
 	lost := false
 	for i, k := range seen.keys {

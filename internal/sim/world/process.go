@@ -368,9 +368,9 @@ func (el *elector) hooks() leader.Hooks {
 		},
 		Elected: func(election string, l *leader.Leader, _ time.Duration) { w.elected(el, election, l) },
 		Ended:   func(election string, l *leader.Leader, cause error) { w.ended(el, election, l, cause) },
-		Renewed: func(id clientv3.LeaseID, took time.Duration, deadline time.Time) {
+		Renewed: func(id clientv3.LeaseID, _ time.Duration, deadline time.Time) {
 			if !p.dead.Load() {
-				w.renewed(p, id, took, deadline)
+				w.renewed(p, id, deadline)
 			}
 		},
 		RenewFailed: func(id clientv3.LeaseID, took time.Duration, err error) {

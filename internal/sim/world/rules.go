@@ -226,7 +226,7 @@ func (w *world) leaves(c *call, l *leader.Leader) {
 	c.lost = c.p.m.Now()
 }
 
-func (w *world) renewed(p *process, id clientv3.LeaseID, took time.Duration, deadline time.Time) {
+func (w *world) renewed(p *process, id clientv3.LeaseID, deadline time.Time) {
 	w.mu.Lock()
 	if p.deadlines[int64(id)].Before(deadline) {
 		p.deadlines[int64(id)] = deadline
@@ -240,7 +240,6 @@ func (w *world) renewed(p *process, id clientv3.LeaseID, took time.Duration, dea
 	})
 	w.mu.Unlock()
 	w.checkDeadline(p, int64(id), deadline)
-	_ = took
 }
 
 // sentAt is the true time at which the renewal was sent from which a deadline counts.
