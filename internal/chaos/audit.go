@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"example.com/leader/internal/oracle"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
@@ -57,7 +58,7 @@ func (a *audit) follow(ctx context.Context, s *system, m *member) {
 	for resp := range client.Watch(ctx, root, clientv3.WithPrefix(), clientv3.WithPrevKV(), clientv3.WithRev(a.recorded()+1)) {
 		if err := resp.Err(); err != nil {
 			if err == rpctypes.ErrCompacted && resp.CompactRevision > a.recorded()+1 { //nolint:errorlint // as clientv3 gives it
-				a.add(Entry{Kind: Failure, Err: fmt.Sprintf("the audit of %d is compacted at %d", a.recorded(), resp.CompactRevision)})
+				a.add(oracle.Entry{Kind: oracle.Failure, Err: fmt.Sprintf("the audit of %d is compacted at %d", a.recorded(), resp.CompactRevision)})
 			}
 			return
 		}
@@ -73,7 +74,7 @@ func (a *audit) record(events []*clientv3.Event) {
 		if ev.Kv.ModRevision <= known {
 			continue // another member was faster
 		}
-		e := Entry{T: t, Kind: Event, Op: "put", Rev: ev.Kv.ModRevision, Key: string(ev.Kv.Key), Token: ev.Kv.CreateRevision, Value: string(ev.Kv.Value), Lease: ev.Kv.Lease}
+		e := oracle.Entry{T: t, Kind: oracle.Event, Op: "put", Rev: ev.Kv.ModRevision, Key: string(ev.Kv.Key), Token: ev.Kv.CreateRevision, Value: string(ev.Kv.Value), Lease: ev.Kv.Lease}
 		if ev.Type == clientv3.EventTypeDelete {
 			e.Op = "delete"
 			if ev.PrevKv != nil {
@@ -102,5 +103,6 @@ func (a *audit) stop(rev int64) error {
 	if recorded := a.recorded(); recorded < rev {
 		return fmt.Errorf("the audit has come to revision %d of %d", recorded, rev)
 	}
+	a.add(oracle.Entry{Kind: oracle.AuditEnd, Rev: rev})
 	return nil
 }

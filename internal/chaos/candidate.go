@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"example.com/leader"
+	"example.com/leader/internal/oracle"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/concurrency"
 	"go.uber.org/goleak"
@@ -39,10 +40,12 @@ type worker struct {
 	Watches        string // the endpoint of watches, if they have one of their own
 	User, Password string
 	Resource       string   // unix socket
-	Run            []string // elections for Elector.Run, all over one Elector
-	Campaign       []string // elections for leader.Campaign, each over a lease of its own
+	Shared         []string // elections to lead over one Elector
+	Own            []string // elections to lead with a lease for each term
 	Stock          []string // elections for concurrency.Election
 	Observe        []string // elections to observe
+	Ask            []string // elections to ask about, and in which to evict leaders
+	Changes        bool     // it has the hook LeaderChanged
 }
 
 // A member of the elections, in its own process.
@@ -83,29 +86,21 @@ func (w worker) run(ctx context.Context) error {
 	}}
 	c.http = http.Client{Transport: transport, Timeout: requestTimeout}
 
-	var wg sync.WaitGroup
-	e, err := leader.New(client, append(c.options(), leader.WithPrefix(root))...)
-	if err != nil {
-		return err
-	}
-	for i, name := range w.Run {
-		wg.Go(func() { c.runElection(ctx, e, name, w.rand(i)) })
-	}
-	for i, name := range w.Campaign {
-		wg.Go(func() { c.campaign(ctx, name, w.rand(i+10)) })
+	alive := make(chan struct{})
+	var beside, wg sync.WaitGroup
+	beside.Go(func() { c.noticeStops(alive) })
+	ctx, leave := c.leaving(ctx)
+	defer leave()
+	wg.Go(func() { c.share(ctx) })
+	for i, name := range w.Own {
+		wg.Go(func() { c.lead(ctx, c.own(root+name), root+name, w.rand(i+10)) })
 	}
 	for i, name := range w.Stock {
 		wg.Go(func() { c.stock(ctx, name, w.rand(i+20)) })
 	}
-	for _, name := range w.Observe {
-		wg.Go(func() { c.observe(ctx, e, name) })
-	}
 	wg.Wait()
-	cctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
-	defer cancel()
-	if err := e.Close(cctx); err != nil {
-		c.fail("Close: %v", err)
-	}
+	close(alive)
+	beside.Wait()
 	if len(w.Stock) > 0 {
 		return nil // what stock leaves behind is its own affair
 	}
@@ -146,109 +141,263 @@ func (w worker) dial(ctx context.Context, endpoints []string, opts ...grpc.DialO
 func (w worker) rand(n int) *rand.Rand { return rand.New(rand.NewPCG(w.Seed, uint64(n))) }
 
 func (c *candidate) fail(format string, args ...any) {
-	c.add(Entry{Kind: Failure, Err: fmt.Sprintf(format, args...)})
+	c.add(oracle.Entry{Kind: oracle.Failure, Err: fmt.Sprintf(format, args...)})
+}
+
+// leaving returns a context that ends with ctx, when it has been told that all campaigns are given up then.
+func (c *candidate) leaving(ctx context.Context) (_ context.Context, leave func()) {
+	inner, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		c.add(oracle.Entry{Kind: oracle.GivingUp})
+		cancel()
+	})
+	return inner, func() { stop(); cancel() }
+}
+
+// noticeStops records when the process did not run.
+func (c *candidate) noticeStops(alive <-chan struct{}) {
+	ticker := time.NewTicker(oracle.PauseOf / 5)
+	defer ticker.Stop()
+	for last := now(); ; {
+		select {
+		case <-ticker.C:
+		case <-alive:
+			return
+		}
+		t := now()
+		if t-last > int64(oracle.PauseOf) {
+			c.add(oracle.Entry{T: t, From: last, Kind: oracle.Stopped})
+		}
+		last = t
+	}
 }
 
 func (c *candidate) options() []leader.Option {
-	return []leader.Option{
-		leader.WithTTL(c.TTL),
-		leader.WithMargin(c.Margin),
-		leader.WithLogger(slog.New(evictions{slog.NewTextHandler(os.Stderr, nil), c, ""})),
-		leader.WithHooks(leader.Hooks{
-			Ended: func(election string, l *leader.Leader, cause error) {
-				c.add(Entry{Kind: Ended, Election: election, Token: l.Token(), Err: cause.Error()})
-			},
-			Renewed: func(id clientv3.LeaseID, took time.Duration, deadline time.Time) {
-				left := time.Until(deadline)
-				at := now()
-				until := at + int64(left+c.Margin)
-				c.add(Entry{T: at, From: at - int64(took), Kind: Renewed, Lease: int64(id), Until: until})
-			},
-			RenewFailed: func(id clientv3.LeaseID, _ time.Duration, err error) {
-				if errors.Is(err, leader.ErrRefused) {
-					c.add(Entry{Kind: Refused, Lease: int64(id)})
-				}
-			},
-		}),
-	}
-}
-
-// evictions is a log handler that records which candidates lost their key to somebody else. The library reports that
-// to the log alone, as the candidate joins again.
-type evictions struct {
-	slog.Handler
-	c        *candidate
-	election string
-}
-
-func (h evictions) WithAttrs(attrs []slog.Attr) slog.Handler {
-	for _, a := range attrs {
-		if a.Key == "election" {
-			h.election = a.Value.String()
-		}
-	}
-	h.Handler = h.Handler.WithAttrs(attrs)
-	return h
-}
-
-func (h evictions) Handle(ctx context.Context, r slog.Record) error {
-	for a := range r.Attrs {
-		if a.Key == "error" && strings.Contains(a.Value.String(), leader.ErrEvicted.Error()) {
-			h.c.add(Entry{Kind: Evicted, Election: h.election, Err: a.Value.String()})
-		}
-	}
-	return h.Handler.Handle(ctx, r)
-}
-
-// runElection leads again and again with Elector.Run. A term that was not lost ends Run, so it is
-// called again.
-func (c *candidate) runElection(ctx context.Context, e *leader.Elector, name string, r *rand.Rand) {
-	for ctx.Err() == nil {
-		began, elected := now(), false
-		campaigning, stop := c.campaigning(ctx, name, r)
-		err := e.Run(campaigning, name, c.Name, func(ctx context.Context, l *leader.Leader) error {
-			stop()
-			elected = true
-			c.term(ctx, l, root+name, began, r)
-			began = now() // of the campaign after a lost term
-			return nil
-		})
-		stop()
-		switch {
-		case err == nil || ctx.Err() != nil && errors.Is(err, context.Canceled):
-		case campaigning.Err() != nil && errors.Is(err, context.Canceled):
-			if !elected {
-				c.add(Entry{Kind: GivenUp, From: began, Election: root + name})
+	hooks := leader.Hooks{
+		Campaigning: func(election string) { c.add(oracle.Entry{Kind: oracle.Campaigning, Election: election}) },
+		CampaignFailed: func(election string, err error) {
+			c.add(oracle.Entry{Kind: oracle.CampaignFailed, Election: election, Op: failureOf(err), Err: err.Error()})
+		},
+		Elected: func(election string, l *leader.Leader, _ time.Duration) {
+			c.add(oracle.Entry{Kind: oracle.Elected, Election: election, Token: l.Token()})
+		},
+		Ended: func(election string, l *leader.Leader, cause error) {
+			c.add(oracle.Entry{
+				Kind: oracle.Ended, Election: election, Token: l.Token(), Op: causeOf(cause), Err: cause.Error(),
+				Until: onClock(l.Deadline()),
+			})
+		},
+		Renewed: func(id clientv3.LeaseID, took time.Duration, deadline time.Time) {
+			at := now()
+			c.add(oracle.Entry{T: at, From: at - int64(took), Kind: oracle.Renewed, Lease: int64(id), Until: onClock(deadline)})
+		},
+		RenewFailed: func(id clientv3.LeaseID, _ time.Duration, err error) {
+			if errors.Is(err, leader.ErrRefused) {
+				c.add(oracle.Entry{Kind: oracle.Refused, Lease: int64(id)})
 			}
-		default:
-			c.fail("Run of %s: %v", name, err)
+		},
+	}
+	if c.Changes {
+		hooks.LeaderChanged = func(election string, leads leader.Candidate) {
+			c.add(asEntry(leads, oracle.Entry{Kind: oracle.Changed, Election: election}))
+		}
+	}
+	return []leader.Option{
+		leader.WithTTL(c.TTL), leader.WithMargin(c.Margin), leader.WithHooks(hooks),
+		leader.WithLogger(slog.New(slog.NewTextHandler(os.Stderr, nil))),
+	}
+}
+
+// onClock is a time on the clock of the history. Both clocks are asked at one moment.
+func onClock(t time.Time) int64 {
+	for {
+		before := now()
+		left := time.Until(t)
+		if now()-before < int64(time.Millisecond) {
+			return before + int64(left)
+		}
+	}
+}
+
+// asEntry says in an entry who leads.
+func asEntry(leads leader.Candidate, e oracle.Entry) oracle.Entry {
+	e.Token, e.Key, e.Value, e.Lease = leads.Token, leads.Key, leads.Value, int64(leads.Lease)
+	return e
+}
+
+// causeOf says which of the causes of a term's end that is, or "".
+func causeOf(err error) string {
+	switch {
+	case errors.Is(err, leader.ErrResigned):
+		return oracle.Resigned
+	case errors.Is(err, leader.ErrExpired):
+		return oracle.Expired
+	case errors.Is(err, leader.ErrEvicted):
+		return oracle.Evicted
+	}
+	return ""
+}
+
+// failureOf says which of the failures of a campaign that is, or "".
+func failureOf(err error) string {
+	switch {
+	case errors.Is(err, leader.ErrHeld):
+		return oracle.Held
+	case errors.Is(err, leader.ErrClosed):
+		return oracle.Shut
+	case errors.Is(err, context.Canceled):
+		return oracle.GaveUp
+	}
+	return ""
+}
+
+// share takes part in elections over one Elector, and closes it in the middle of that now and then.
+func (c *candidate) share(ctx context.Context) {
+	r := c.rand(0)
+	for life := 0; ctx.Err() == nil; life++ {
+		e, err := leader.New(c.client, append(c.options(), leader.WithPrefix(root))...)
+		if err != nil {
+			c.fail("New: %v", err)
 			return
 		}
-		c.pause(ctx, name, r)
+		var wg sync.WaitGroup
+		for i, name := range c.Shared {
+			wg.Go(func() { c.lead(ctx, c.over(e, name), root+name, c.rand(100*life+30+i)) })
+		}
+		for _, name := range c.Observe {
+			wg.Go(func() { c.observe(ctx, e, name) })
+		}
+		for i, name := range c.Ask {
+			wg.Go(func() { c.ask(ctx, e, name, c.rand(100*life+60+i)) })
+		}
+		if len(c.Shared) == 0 {
+			wg.Wait() // it is there until the end, when all others have left
+		} else {
+			sleep(ctx, r, 3*c.TTL, 12*c.TTL)
+		}
+		c.close(ctx, e)
+		wg.Wait()
+	}
+}
+
+// close closes an Elector. What that cannot revoke expires.
+func (c *candidate) close(ctx context.Context, e *leader.Elector) {
+	began := now()
+	for _, name := range c.Shared {
+		c.add(oracle.Entry{Kind: oracle.Closing, Election: root + name})
+	}
+	cctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	err := e.Close(cctx)
+	if err != nil && (ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded)) {
+		c.fail("Close: %v", err)
+	}
+	for _, name := range c.Shared {
+		closed := oracle.Entry{Kind: oracle.Closed, From: began, Election: root + name, Result: oracle.OK}
+		if err != nil {
+			closed.Result, closed.Err = oracle.Unknown, err.Error()
+		}
+		c.add(closed)
+	}
+}
+
+// ways are the calls by which a candidate leads an election.
+type ways struct {
+	run       func(ctx context.Context, lead func(context.Context, *leader.Leader) error) error
+	campaigns []func(ctx context.Context) (*leader.Leader, error)
+	closable  bool // they end when their Elector is closed
+}
+
+// over are those of an Elector.
+func (c *candidate) over(e *leader.Elector, name string) ways {
+	return ways{
+		run: func(ctx context.Context, lead func(context.Context, *leader.Leader) error) error {
+			return e.Run(ctx, name, c.Name, lead)
+		},
+		campaigns: []func(context.Context) (*leader.Leader, error){
+			func(ctx context.Context) (*leader.Leader, error) { return e.Campaign(ctx, name, c.Name) },
+			func(ctx context.Context) (*leader.Leader, error) {
+				tried := oracle.Entry{Kind: oracle.Tried, From: now(), Election: root + name}
+				defer func() { c.add(tried) }()
+				return e.TryCampaign(ctx, name, c.Name)
+			},
+		},
+		closable: true,
+	}
+}
+
+// own are those that take a lease for each term, or for each Run.
+func (c *candidate) own(election string) ways {
+	return ways{
+		run: func(ctx context.Context, lead func(context.Context, *leader.Leader) error) error {
+			return leader.Run(ctx, c.client, election, c.Name, lead, c.options()...)
+		},
+		campaigns: []func(context.Context) (*leader.Leader, error){func(ctx context.Context) (*leader.Leader, error) {
+			return leader.Campaign(ctx, c.client, election, c.Name, c.options()...)
+		}},
+	}
+}
+
+// lead leads again and again, in all ways, until ctx ends or the Elector is closed.
+func (c *candidate) lead(ctx context.Context, by ways, election string, r *rand.Rand) {
+	for ctx.Err() == nil {
+		began := now()
+		campaigning, stop, cancel := c.campaigning(ctx, election, r)
+		var err error
+		if n := r.IntN(2 * len(by.campaigns)); n < len(by.campaigns) {
+			var l *leader.Leader
+			if l, err = by.campaigns[n](campaigning); err == nil {
+				stop()
+				c.hold(ctx, l, election, began, r)
+			}
+		} else {
+			err = by.run(campaigning, func(ctx context.Context, l *leader.Leader) error {
+				stop()
+				c.term(ctx, l, true, election, began, r)
+				began = now() // of the campaign after a lost term
+				return nil
+			})
+		}
+		cancel()
+		switch why := failureOf(err); {
+		case why == oracle.Shut && by.closable:
+			return
+		case err != nil && why != oracle.GaveUp && why != oracle.Held:
+			c.fail("campaign in %s: %v", election, err)
+			return
+		}
+		if election != root+again && r.IntN(2) == 0 {
+			sleep(ctx, r, 0, 300*time.Millisecond)
+		}
 	}
 }
 
 // campaigning returns the context of a campaign. It may end before the candidate is elected: that gives the campaign
-// up. After stop it ends with ctx alone.
-func (c *candidate) campaigning(ctx context.Context, name string, r *rand.Rand) (_ context.Context, stop func()) {
-	campaigning, cancel := context.WithCancel(ctx)
+// up. After stop it ends with ctx and cancel alone.
+func (c *candidate) campaigning(ctx context.Context, election string, r *rand.Rand) (_ context.Context, stop, cancel func()) {
+	campaigning, end := context.WithCancel(ctx)
 	patience := time.Hour // as long as it takes
 	switch {
-	case name == again && r.IntN(4) != 0:
+	case election == root+again && r.IntN(4) != 0:
 		patience = between(r, 50*time.Millisecond, 500*time.Millisecond)
 	case r.IntN(4) == 0:
 		patience = between(r, 0, c.TTL/2)
 	}
-	timer := time.AfterFunc(patience, cancel)
-	stopImpulse := context.AfterFunc(c.impulses.next(), cancel)
-	return campaigning, func() { stopImpulse(); timer.Stop() }
-}
-
-// pause is that between a term or a campaign and the next campaign.
-func (c *candidate) pause(ctx context.Context, name string, r *rand.Rand) {
-	if name != again && r.IntN(2) == 0 {
-		sleep(ctx, r, 0, 300*time.Millisecond)
+	var once sync.Once
+	giveUp := func() {
+		once.Do(func() {
+			c.add(oracle.Entry{Kind: oracle.GivingUp, Election: election})
+			end()
+		})
 	}
+	timer := time.AfterFunc(patience, giveUp)
+	stopImpulse := context.AfterFunc(c.impulses.next(), giveUp)
+	stop = func() {
+		timer.Stop()
+		stopImpulse()
+		once.Do(func() {})
+	}
+	return campaigning, stop, func() { stop(); end() }
 }
 
 // giveUp is the signal that makes a worker give up all its campaigns. A process that does not handle it yet
@@ -295,52 +444,40 @@ func (i *impulses) close() {
 	i.cancel()
 }
 
-// campaign leads again and again with leader.Campaign, with a lease for each term.
-func (c *candidate) campaign(ctx context.Context, name string, r *rand.Rand) {
-	for ctx.Err() == nil {
-		began := now()
-		campaigning, stopCampaign := c.campaigning(ctx, name, r)
-		l, err := leader.Campaign(campaigning, c.client, root+name, c.Name, c.options()...)
-		stopCampaign()
-		switch {
-		case err == nil:
-		case campaigning.Err() != nil && errors.Is(err, context.Canceled):
-			if ctx.Err() == nil {
-				c.add(Entry{Kind: GivenUp, From: began, Election: root + name})
-			}
-			c.pause(ctx, name, r)
-			continue
-		default:
-			c.fail("Campaign in %s: %v", name, err)
-			return
-		}
-		tctx, cancel := context.WithCancel(ctx)
-		stop := context.AfterFunc(l.Context(), cancel)
-		c.term(tctx, l, root+name, began, r)
-		stop()
-		cancel()
-		rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
-		_ = l.Resign(rctx) // fails where etcd is out of reach; the lease takes care of it
-		cancel()
-		c.pause(ctx, name, r)
-	}
+// hold keeps a term for a while, and resigns.
+func (c *candidate) hold(ctx context.Context, l *leader.Leader, election string, began int64, r *rand.Rand) {
+	tctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(l.Context(), cancel)
+	c.term(tctx, l, false, election, began, r)
+	stop()
+	cancel()
+	rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	_ = l.Resign(rctx) // fails where etcd is out of reach; the lease takes care of it
 }
 
-// term records a term and works in it until ctx ends or the term has lasted long enough. The caller
-// resigns.
-func (c *candidate) term(ctx context.Context, l *leader.Leader, election string, began int64, r *rand.Rand) {
+// term records a term and works in it until ctx, which is that of Run if Run has called, ends, or the term has lasted
+// long enough. The caller resigns.
+func (c *candidate) term(ctx context.Context, l *leader.Leader, run bool, election string, began int64, r *rand.Rand) {
 	_, id, _ := strings.Cut(strings.TrimPrefix(l.Key(), election), "/")
 	lease, err := strconv.ParseInt(id, 16, 64)
 	if err != nil {
 		c.fail("key %q of a term of %s", l.Key(), election)
 	}
-	c.add(Entry{Kind: Term, From: began, Election: election, Token: l.Token(), Key: l.Key(), Lease: lease, Op: "leader"})
-	// One of both, for IsLeader ends the context by itself.
-	op, believes := "IsLeader", l.IsLeader
-	if r.IntN(2) == 0 {
-		op, believes = "Context", func() bool { return l.Context().Err() == nil }
+	c.add(oracle.Entry{
+		Kind: oracle.Term, From: began, Election: election, Token: l.Token(), Key: l.Key(), Lease: lease,
+		Until: onClock(l.Deadline()), Op: oracle.Ours, Value: map[bool]string{true: oracle.ByRun}[run],
+	})
+	// One of them, for IsLeader ends the contexts by itself.
+	op, believes := oracle.ByIsLeader, l.IsLeader
+	switch n := r.IntN(4); {
+	case n == 0:
+		op, believes = oracle.ByContext, func() bool { return l.Context().Err() == nil }
+	case n == 1 && run:
+		leading := ctx
+		op, believes = oracle.ByRun, func() bool { return leading.Err() == nil }
 	}
-	c.samplers.Go(func() { c.sample(Entry{Election: election, Token: l.Token(), Op: op}, believes) })
+	c.samplers.Go(func() { c.sample(oracle.Entry{Election: election, Token: l.Token(), Op: op}, believes) })
 	length := between(r, 300*time.Millisecond, 3*time.Second)
 	switch {
 	case election == root+again:
@@ -351,19 +488,24 @@ func (c *candidate) term(ctx context.Context, l *leader.Leader, election string,
 	ctx, cancel := context.WithTimeout(ctx, length)
 	defer cancel()
 	w := &work{candidate: c, election: election, token: l.Token(), guard: l.Guard(), rand: r, proclaim: func(string) {}}
+	c.samplers.Go(func() { w.read(context.WithoutCancel(ctx), "register") }) // shows who was in the queue as the term began
 	// Some never ask etcd whether they lead: their own watch alone can tell that the key is gone.
 	if r.IntN(2) == 0 {
 		w.proclaim = func(value string) {
 			pctx, cancel := context.WithTimeout(ctx, requestTimeout)
 			defer cancel()
-			err := l.Proclaim(pctx, value)
-			if errors.Is(err, leader.ErrNotLeader) && l.Context().Err() == nil {
-				c.fail("Proclaim in %s: %v, while the term holds", election, err)
+			e := oracle.Entry{Kind: oracle.Proclaimed, From: now(), Election: election, Token: l.Token(), Value: value, Result: oracle.OK}
+			if err := l.Proclaim(pctx, value); err != nil {
+				e.Result, e.Err = oracle.Unknown, err.Error()
+				if errors.Is(err, leader.ErrNotLeader) && l.Context().Err() == nil {
+					c.fail("Proclaim in %s: %v, while the term holds", election, err)
+				}
 			}
+			c.add(e)
 		}
 	}
 	w.do(ctx)
-	c.add(Entry{Kind: Resigning, Election: election, Token: l.Token()})
+	c.add(oracle.Entry{Kind: oracle.Resigning, Election: election, Token: l.Token()})
 }
 
 // sampleEvery is how often a leader asks itself, and pieceEvery how often it tells.
@@ -374,14 +516,14 @@ const (
 
 // sample asks believes until it says no, and records the time in which it certainly said yes: from
 // the first answer to the last question.
-func (c *candidate) sample(e Entry, believes func() bool) {
-	e.Kind = Belief
+func (c *candidate) sample(e oracle.Entry, believes func() bool) {
+	e.Kind = oracle.Belief
 	var answered, asked int64 // of the present piece: the first answer, the last question
 	for {
 		question := now()
 		yes := believes()
 		answer := now()
-		paused := answer-asked > int64(pauseOf) // between these, or within the last one
+		paused := answer-asked > int64(oracle.PauseOf) // between these, or within the last one
 		if answered != 0 && (!yes || paused || question-answered > int64(pieceEvery)) {
 			e.From, e.T = answered, asked
 			c.add(e)
@@ -441,36 +583,30 @@ func (w *work) value() string { return fmt.Sprintf("%d:%d", w.token, w.seq.Add(1
 // nobody has written meanwhile; the register's relies on the guard alone. It reports whether there
 // was an answer.
 func (w *work) write(ctx context.Context, what string) bool {
-	name := strings.TrimPrefix(w.election, root)
-	key := dataRoot + name + "/" + what
-	base := Entry{Kind: Read, From: now(), Election: w.election, Token: w.token, Op: what}
-	rctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	resp, err := w.client.Get(rctx, key)
-	cancel()
-	if err != nil {
+	key := data.DataKey(w.election, what)
+	base, rev, ok := w.read(ctx, what)
+	if !ok {
 		return true
 	}
-	base.T = now()
-	guards := []clientv3.Cmp{w.guard}
 	var n int64
-	if len(resp.Kvs) > 0 {
-		base.Value, base.Rev = string(resp.Kvs[0].Value), resp.Kvs[0].ModRevision
-		first, _, _ := strings.Cut(base.Value, " ")
+	if base != "" {
+		first, _, _ := strings.Cut(base, " ")
+		var err error
 		if n, err = strconv.ParseInt(first, 10, 64); err != nil {
-			w.fail("value %q of %q", base.Value, key)
+			w.fail("value %q of %q", base, key)
 			return false
 		}
 	}
-	w.add(base)
+	guards := []clientv3.Cmp{w.guard}
 	if what == "counter" {
-		guards = append(guards, clientv3.Compare(clientv3.ModRevision(key), "=", base.Rev))
+		guards = append(guards, clientv3.Compare(clientv3.ModRevision(key), "=", rev))
 	}
 	think := between(w.rand, 2*time.Millisecond, 20*time.Millisecond)
 	time.Sleep(think)
 
-	e := Entry{
-		Kind: Write, Election: w.election, Token: w.token, Op: what,
-		Base: base.Value, Value: fmt.Sprintf("%d %s", n+1, w.value()),
+	e := oracle.Entry{
+		Kind: oracle.Write, Election: w.election, Token: w.token, Op: what,
+		Base: base, Value: fmt.Sprintf("%d %s", n+1, w.value()),
 	}
 	wctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTimeout)
 	defer cancel()
@@ -479,19 +615,37 @@ func (w *work) write(ctx context.Context, what string) bool {
 	e.T = now()
 	switch {
 	case err != nil:
-		e.Result, e.Err = Unknown, err.Error()
+		e.Result, e.Err = oracle.Unknown, err.Error()
 	case txn.Succeeded:
-		e.Result, e.Rev = OK, txn.Header.Revision
+		e.Result, e.Rev = oracle.OK, txn.Header.Revision
 	default:
-		e.Result = Failed
+		e.Result = oracle.Failed
 	}
 	w.add(e)
-	return e.Result != Unknown
+	return e.Result != oracle.Unknown
+}
+
+// read reads a value in etcd. rev is that of its last change.
+func (w *work) read(ctx context.Context, what string) (value string, rev int64, ok bool) {
+	e := oracle.Entry{Kind: oracle.Read, From: now(), Election: w.election, Token: w.token, Op: what}
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	resp, err := w.client.Get(ctx, data.DataKey(w.election, what))
+	if err != nil {
+		return "", 0, false
+	}
+	e.T, e.Rev = now(), resp.Header.Revision
+	if len(resp.Kvs) > 0 {
+		value, rev = string(resp.Kvs[0].Value), resp.Kvs[0].ModRevision
+	}
+	e.Value = value
+	w.add(e)
+	return value, rev, true
 }
 
 // append writes to the resource outside etcd, which knows the token alone.
 func (w *work) append(ctx context.Context) {
-	e := Entry{Kind: Append, From: now(), Election: w.election, Token: w.token, Value: w.value()}
+	e := oracle.Entry{Kind: oracle.Append, From: now(), Election: w.election, Token: w.token, Value: w.value()}
 	form := url.Values{"election": {e.Election}, "token": {strconv.FormatInt(e.Token, 10)}, "value": {e.Value}}
 	req, err := http.NewRequestWithContext(context.WithoutCancel(ctx), http.MethodPost, "http://resource/", strings.NewReader(form.Encode()))
 	if err != nil {
@@ -503,11 +657,11 @@ func (w *work) append(ctx context.Context) {
 	e.T = now()
 	switch {
 	case err != nil:
-		e.Result, e.Err = Unknown, err.Error()
+		e.Result, e.Err = oracle.Unknown, err.Error()
 	case resp.StatusCode == http.StatusOK:
-		e.Result = OK
+		e.Result = oracle.OK
 	case resp.StatusCode == http.StatusConflict:
-		e.Result = Failed
+		e.Result = oracle.Failed
 	default:
 		w.fail("append: %s", resp.Status)
 	}
@@ -517,22 +671,82 @@ func (w *work) append(ctx context.Context) {
 	w.add(e)
 }
 
-// observe records who leads until ctx ends.
+// observe records who leads until ctx ends or the Elector is closed.
 func (c *candidate) observe(ctx context.Context, e *leader.Elector, name string) {
-	call := strconv.FormatInt(now(), 10)
+	call := oracle.Entry{Election: root + name, Op: strconv.FormatInt(now(), 10)}
+	tell := func(kind oracle.Kind, e oracle.Entry) {
+		e.Kind = kind
+		c.add(e)
+	}
+	tell(oracle.Observing, call)
 	for leads, err := range e.Observe(ctx, name) {
-		o := Entry{
-			Kind: Observed, Election: root + name, Op: call,
-			Token: leads.Token, Key: leads.Key, Value: leads.Value, Lease: int64(leads.Lease),
-		}
 		if err != nil {
-			o.Err = err.Error()
-			if ctx.Err() == nil {
+			call.Err = err.Error()
+			if ctx.Err() == nil && !errors.Is(err, leader.ErrClosed) {
 				c.fail("Observe of %s: %v", name, err)
 			}
+			continue
 		}
-		c.add(o)
+		tell(oracle.Observed, asEntry(leads, call))
 	}
+	tell(oracle.ObserveEnded, call)
+}
+
+// ask asks who leads and who waits, and evicts a leader now and then.
+func (c *candidate) ask(ctx context.Context, e *leader.Elector, name string, r *rand.Rand) {
+	for ctx.Err() == nil {
+		current := oracle.Entry{Kind: oracle.Current, From: now(), Election: root + name}
+		leads, err := e.Current(ctx, name)
+		if !errors.Is(err, leader.ErrNoLeader) {
+			c.answered(ctx, asEntry(leads, current), err)
+		} else {
+			c.answered(ctx, current, nil)
+		}
+		candidates := oracle.Entry{Kind: oracle.Candidates, From: now(), Election: root + name}
+		all, err := e.Candidates(ctx, name)
+		var tokens []string
+		for _, candidate := range all {
+			tokens = append(tokens, strconv.FormatInt(candidate.Token, 10))
+		}
+		candidates.Value = strings.Join(tokens, " ")
+		c.answered(ctx, candidates, err)
+		if name != again && r.IntN(200) == 0 {
+			c.evict(ctx, e, name, leads)
+		}
+		sleep(ctx, r, 100*time.Millisecond, 500*time.Millisecond)
+	}
+}
+
+// answered records an answer, unless it was the end of ctx.
+func (c *candidate) answered(ctx context.Context, e oracle.Entry, err error) {
+	switch {
+	case err == nil:
+	case ctx.Err() != nil:
+		return
+	default:
+		e.Err = err.Error()
+	}
+	c.add(e)
+}
+
+// evict takes the key of whoever leads, as an operator does. before led a moment ago.
+func (c *candidate) evict(ctx context.Context, e *leader.Elector, name string, before leader.Candidate) {
+	taken := oracle.Entry{Kind: oracle.Taken, Op: oracle.Evict, From: now(), Election: root + name, Token: before.Token, Result: oracle.OK}
+	err := e.Evict(ctx, name)
+	taken.T = now()
+	switch {
+	case err == nil:
+		rctx, cancel := context.WithTimeout(ctx, requestTimeout)
+		defer cancel()
+		if resp, err := c.client.Get(rctx, root); err == nil {
+			taken.Rev = resp.Header.Revision
+		}
+	case errors.Is(err, leader.ErrNoLeader):
+		taken.Result = oracle.Failed
+	default:
+		taken.Result, taken.Err = oracle.Unknown, err.Error()
+	}
+	c.add(taken)
 }
 
 // stock is a candidate by concurrency.Election, used as its documentation has it.
@@ -567,11 +781,11 @@ func (c *candidate) stockTerm(ctx context.Context, election string, r *rand.Rand
 	if e.Campaign(ctx, c.Name) != nil {
 		return
 	}
-	c.add(Entry{Kind: Term, From: began, Election: election, Token: e.Rev(), Key: e.Key(), Lease: int64(s.Lease()), Op: "stock"})
+	c.add(oracle.Entry{Kind: oracle.Term, From: began, Election: election, Token: e.Rev(), Key: e.Key(), Lease: int64(s.Lease()), Op: "stock"})
 	believes, stop := context.WithCancel(ctx)
 	var sampler sync.WaitGroup
 	sampler.Go(func() {
-		c.sample(Entry{Election: election, Token: e.Rev(), Op: "stock"}, func() bool { return believes.Err() == nil })
+		c.sample(oracle.Entry{Election: election, Token: e.Rev(), Op: "stock"}, func() bool { return believes.Err() == nil })
 	})
 	tctx, done := context.WithTimeout(ctx, between(r, 300*time.Millisecond, 2*time.Second))
 	defer done()
@@ -582,7 +796,7 @@ func (c *candidate) stockTerm(ctx context.Context, election string, r *rand.Rand
 	w.do(tctx)
 	stop()
 	sampler.Wait()
-	c.add(Entry{Kind: Resigning, Election: election, Token: e.Rev()})
+	c.add(oracle.Entry{Kind: oracle.Resigning, Election: election, Token: e.Rev()})
 	rctx, end := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer end()
 	_ = e.Resign(rctx) // else the key goes with the lease

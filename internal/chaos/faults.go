@@ -3,10 +3,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"iter"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -15,6 +17,7 @@ import (
 	"time"
 
 	"example.com/leader/internal/etcdtest"
+	"example.com/leader/internal/oracle"
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -65,7 +68,8 @@ func sorts() []sort {
 		{"link-dark-sending", onWorker, onLinks(func(l *etcdtest.Link) { l.PauseTx() }, 0.3, 1.8)},
 		{"link-dark-receiving", onWorker, onLinks(func(l *etcdtest.Link) { l.PauseRx() }, 0.3, 1.8)},
 		{"link-reset", onWorker, onLinks((*etcdtest.Link).Cut, 0.1, 0.7)},
-		{"link-slow", onWorker, slowLinks},
+		{"link-slow", onWorker, slowLinks(false)},
+		{"link-slow-given-up", onWorker, slowLinks(true)},
 		{"link-slow-dark", onWorker, slowThenDarkenLinks},
 		{"link-flapping", onWorker, flapLinks},
 		{"endpoint-dark", onWorker, darkEndpoint},
@@ -82,6 +86,7 @@ func sorts() []sort {
 		{"move-raft-leader", onMember, moveRaftLeader},
 		{"compact-defragment", onMember, compactAndDefragment},
 		{"operator-deletes-key", onData, deleteKey},
+		{"operator-deletes-two", onData, deleteTwo},
 		{"operator-revokes-lease", onData, revokeLease},
 		{"no-space", onSpace, noSpace},
 		{"auth", onAuth, enableAuth},
@@ -102,11 +107,16 @@ func (s sort) unfit(version string) string {
 
 // leaderProcess is the worker that leads an election, if that can be told.
 func (f *fault) leaderProcess(ctx context.Context, election string) *process {
-	leader, err := f.candidateOf(ctx, election, true)
+	queue, err := f.queue(ctx, election)
 	if err != nil {
 		return nil
 	}
-	name, _, _ := strings.Cut(leader.Value, "/") // what it proclaims goes on after a slash
+	return f.processOf(queue[0])
+}
+
+// processOf is the worker whose candidate that is, if it is one.
+func (f *fault) processOf(candidate oracle.Entry) *process {
+	name, _, _ := strings.Cut(candidate.Value, "/") // what it proclaims goes on after a slash
 	i := slices.IndexFunc(f.faulty, func(p *process) bool { return p.name == name })
 	if i < 0 {
 		return nil
@@ -114,25 +124,25 @@ func (f *fault) leaderProcess(ctx context.Context, election string) *process {
 	return f.faulty[i]
 }
 
-// candidateOf returns the first candidate of an election, or a random one.
-func (f *fault) candidateOf(ctx context.Context, election string, first bool) (Entry, error) {
-	var found Entry
-	err := f.ask(ctx, func(ctx context.Context) error {
-		resp, err := f.root.Get(ctx, root+election+"/", clientv3.WithPrefix(), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
+// queue returns the candidates of an election in their order: one at least.
+func (s *system) queue(ctx context.Context, election string) (queue []oracle.Entry, err error) {
+	err = s.ask(ctx, func(ctx context.Context) error {
+		resp, err := s.root.Get(ctx, root+election+"/", clientv3.WithPrefix(), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
 		if err != nil {
 			return err
 		}
 		if len(resp.Kvs) == 0 {
 			return fmt.Errorf("%s has no candidate", election)
 		}
-		kv := resp.Kvs[0]
-		if !first {
-			kv = resp.Kvs[f.rand.IntN(len(resp.Kvs))]
+		queue = nil
+		for _, kv := range resp.Kvs {
+			queue = append(queue, oracle.Entry{
+				Election: root + election, Token: kv.CreateRevision, Key: string(kv.Key), Lease: kv.Lease, Value: string(kv.Value),
+			})
 		}
-		found = Entry{Election: root + election, Token: kv.CreateRevision, Key: string(kv.Key), Lease: kv.Lease, Value: string(kv.Value)}
 		return nil
 	})
-	return found, err
+	return queue, err
 }
 
 func killCandidate(ctx context.Context, f *fault) error {
@@ -163,16 +173,35 @@ func onLinks(spoil func(*etcdtest.Link), from, to float64) func(context.Context,
 	}
 }
 
-func slowLinks(ctx context.Context, f *fault) error {
-	latency := between(f.rand, 50*time.Millisecond, 500*time.Millisecond)
-	f.victim += fmt.Sprintf(" %v", latency.Round(time.Millisecond))
-	for _, l := range f.links[f.worker] {
-		l.DelayTx(latency/2, latency/4)
-		l.DelayRx(latency/2, latency/4)
-		defer l.UndelayTx()
-		defer l.UndelayRx()
+// slowLinks lets everything come late that passes between a worker and etcd. The worker may give up its campaigns again
+// and again, whose requests then arrive when it has begun the next.
+func slowLinks(givenUp bool) func(context.Context, *fault) error {
+	return func(ctx context.Context, f *fault) error {
+		latency := between(f.rand, 50*time.Millisecond, 500*time.Millisecond)
+		f.victim += fmt.Sprintf(" %v", latency.Round(time.Millisecond))
+		for _, l := range f.links[f.worker] {
+			l.DelayTx(latency/2, latency/4)
+			l.DelayRx(latency/2, latency/4)
+			defer l.UndelayTx()
+			defer l.UndelayRx()
+		}
+		if givenUp {
+			return f.giveUp(ctx, f.p.TTL/2, 2*f.p.TTL)
+		}
+		f.hold(ctx, 0.5, 2)
+		return nil
 	}
-	f.hold(ctx, 0.5, 2)
+}
+
+// giveUp has a worker give up its campaigns again and again.
+func (f *fault) giveUp(ctx context.Context, from, to time.Duration) error {
+	until := time.Now().Add(between(f.rand, from, to))
+	for ctx.Err() == nil && time.Now().Before(until) {
+		sleep(ctx, f.rand, 50*time.Millisecond, 400*time.Millisecond)
+		if err := f.worker.signal(giveUp); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
@@ -232,12 +261,8 @@ func holdRequests(ctx context.Context, f *fault) error {
 	l.holder.hold()
 	spacing := between(f.rand, 2*time.Millisecond, 30*time.Millisecond)
 	defer func() { l.holder.release(spacing) }()
-	until := time.Now().Add(between(f.rand, f.p.TTL/3, f.p.TTL))
-	for ctx.Err() == nil && time.Now().Before(until) {
-		sleep(ctx, f.rand, 50*time.Millisecond, 400*time.Millisecond)
-		if err := f.worker.signal(giveUp); err != nil {
-			return err
-		}
+	if err := f.giveUp(ctx, f.p.TTL/3, f.p.TTL); err != nil {
+		return err
 	}
 	f.hold(ctx, 0.1, 0.5)
 	return nil
@@ -271,23 +296,23 @@ func (f *fault) restart(ctx context.Context, m *member) error {
 	return err
 }
 
-func stopMember(ctx context.Context, f *fault) error { return f.pause(ctx, f.anyMember()) }
+func stopMember(ctx context.Context, f *fault) error { return f.pauseAWhile(ctx, f.anyMember()) }
 
 func stopRaftLeader(ctx context.Context, f *fault) error {
 	m, err := f.raftLeader(ctx)
 	if err != nil {
 		return err
 	}
-	return f.pause(ctx, m)
+	return f.pauseAWhile(ctx, m)
 }
 
-func (f *fault) pause(ctx context.Context, m *member) error {
+func (f *fault) pauseAWhile(ctx context.Context, m *member) error {
 	f.victim = m.name
-	if err := m.signal(syscall.SIGSTOP); err != nil {
+	if err := f.pause(ctx, m); err != nil {
 		return err
 	}
 	f.hold(ctx, 0.4, 1.5)
-	return m.signal(syscall.SIGCONT)
+	return f.resume(m)
 }
 
 // deposeRaftLeader pauses etcd's leader for longer than an election, and lets it go on in a partition: for
@@ -322,11 +347,11 @@ func deposeRaftLeader(ctx context.Context, f *fault) error {
 	}
 	rejoin := f.partition(m, true, true)
 	defer rejoin()
-	if err := m.signal(syscall.SIGSTOP); err != nil {
+	if err := f.pause(ctx, m); err != nil {
 		return err
 	}
 	f.hold(ctx, 0.4, 0.45)
-	if err := m.signal(syscall.SIGCONT); err != nil {
+	if err := f.resume(m); err != nil {
 		return err
 	}
 	// It trusts itself from its first tick on, which comes with a heartbeat's interval.
@@ -399,11 +424,11 @@ func stopFollower(ctx context.Context, f *fault) error {
 		return err
 	}
 	for range 10 {
-		if err := m.signal(syscall.SIGSTOP); err != nil {
+		if err := f.pause(ctx, m); err != nil {
 			return err
 		}
 		sleep(ctx, f.rand, 100*time.Millisecond, 500*time.Millisecond)
-		if err := m.signal(syscall.SIGCONT); err != nil {
+		if err := f.resume(m); err != nil {
 			return err
 		}
 		sleep(ctx, f.rand, 50*time.Millisecond, 300*time.Millisecond)
@@ -457,7 +482,7 @@ func loseQuorum(from, to float64) func(context.Context, *fault) error {
 			if kill {
 				m.kill()
 			} else {
-				errs = append(errs, m.signal(syscall.SIGSTOP))
+				errs = append(errs, f.pause(ctx, m))
 			}
 		}
 		f.hold(ctx, from, to)
@@ -465,7 +490,7 @@ func loseQuorum(from, to float64) func(context.Context, *fault) error {
 			if kill {
 				errs = append(errs, m.start())
 			} else {
-				errs = append(errs, m.signal(syscall.SIGCONT))
+				errs = append(errs, f.resume(m))
 			}
 		}
 		for _, m := range lost {
@@ -503,45 +528,128 @@ func (f *fault) moveLeader(ctx context.Context, m *member) (to *member, err erro
 
 // deleteKey deletes the key of a candidate, the leader's for the most part.
 func deleteKey(ctx context.Context, f *fault) error {
-	return f.take(ctx, "delete", func(ctx context.Context, key Entry) error {
-		resp, err := f.root.Txn(ctx).
-			If(clientv3.Compare(clientv3.CreateRevision(key.Key), "=", key.Token)).
-			Then(clientv3.OpDelete(key.Key)).Commit()
-		if err == nil && !resp.Succeeded {
-			return errGone
+	queue, err := f.queue(ctx, f.lasting())
+	if err != nil {
+		return err
+	}
+	return f.take(ctx, oracle.Delete, queue[f.place(queue)])
+}
+
+// deleteTwo deletes the keys of the leader and of the candidate behind it together, whose process gives its
+// campaigns up in the same moment.
+func deleteTwo(ctx context.Context, f *fault) error {
+	queue, err := f.queue(ctx, f.lasting())
+	if err != nil {
+		return err
+	}
+	if len(queue) < 2 {
+		return fmt.Errorf("nobody waits in %s", queue[0].Election)
+	}
+	later := time.Duration(f.rand.Int64N(int64(2 * time.Millisecond)))
+	err = f.take(ctx, oracle.Delete, queue[:2]...)
+	if p := f.processOf(queue[1]); p != nil && err == nil {
+		time.Sleep(later)
+		err = p.signal(giveUp)
+	}
+	return err
+}
+
+// revokeLease revokes the lease of a candidate, the leader's for the most part, and so takes all keys on it.
+func revokeLease(ctx context.Context, f *fault) error {
+	queue, err := f.queue(ctx, f.lasting())
+	if err != nil {
+		return err
+	}
+	return f.take(ctx, oracle.Revoke, queue[f.place(queue)])
+}
+
+// lasting chooses an election.
+func (f *fault) lasting() string { return lasting[f.rand.IntN(len(lasting))] }
+
+// place chooses one in the queue: the first for the most part.
+func (f *fault) place(queue []oracle.Entry) int {
+	if f.rand.IntN(4) != 0 {
+		return 0
+	}
+	return f.rand.IntN(len(queue))
+}
+
+// take takes keys, or a lease, from candidates, and records that. It asks until there is an answer, so that no request
+// may have its effect later. The first answer that there is nothing to take may be that to a request that was sent again.
+func (f *fault) take(ctx context.Context, op string, victims ...oracle.Entry) error {
+	began, result, rev := now(), oracle.OK, int64(0)
+	for _, v := range victims {
+		f.victim = strings.TrimSpace(fmt.Sprintf("%s %s of %s", f.victim, v.Key, v.Value))
+	}
+	var answer error // to a request that was answered
+	err := f.insist(context.WithoutCancel(ctx), func(ctx context.Context) (err error) {
+		if op == oracle.Revoke {
+			rev, err = f.revoke(ctx, victims[0].Lease)
+		} else {
+			rev, err = f.delete(ctx, victims)
+		}
+		switch {
+		case errors.Is(err, errGone):
+			answer, err = err, nil
+			if result == oracle.OK && op == oracle.Delete {
+				result = oracle.Failed
+			} else {
+				result = oracle.Unknown
+			}
+		case err != nil:
+			result = oracle.Unknown
+		case result == oracle.Unknown:
+			result = oracle.OK
 		}
 		return err
 	})
-}
-
-func revokeLease(ctx context.Context, f *fault) error {
-	return f.take(ctx, "revoke", func(ctx context.Context, key Entry) error {
-		_, err := f.root.Revoke(ctx, clientv3.LeaseID(key.Lease))
-		return err
-	})
+	if err != nil {
+		rev = math.MaxInt64 // it may yet
+	}
+	for _, e := range victims {
+		e.Kind, e.Op, e.From, e.Result, e.Rev = oracle.Taken, op, began, result, rev
+		if err := cmp.Or(err, answer); err != nil {
+			e.Err = err.Error()
+		}
+		f.add(e)
+	}
+	return cmp.Or(err, answer)
 }
 
 var errGone = errors.New("the key is gone already")
 
-// take takes the key of a candidate away, and records it before anybody can notice and after.
-func (f *fault) take(ctx context.Context, op string, request func(context.Context, Entry) error) error {
-	victim, err := f.candidateOf(ctx, lasting[f.rand.IntN(len(lasting))], f.rand.IntN(4) != 0)
+// delete deletes the keys in one transaction, if all of them are there. It returns the revision of the answer.
+func (s *system) delete(ctx context.Context, victims []oracle.Entry) (rev int64, err error) {
+	var are []clientv3.Cmp
+	var deletes []clientv3.Op
+	for _, v := range victims {
+		are = append(are, clientv3.Compare(clientv3.CreateRevision(v.Key), "=", v.Token))
+		deletes = append(deletes, clientv3.OpDelete(v.Key))
+	}
+	resp, err := s.root.Txn(ctx).If(are...).Then(deletes...).Commit()
+	switch {
+	case err != nil:
+		return 0, err
+	case !resp.Succeeded:
+		return resp.Header.Revision, errGone
+	}
+	return resp.Header.Revision, nil
+}
+
+// revoke does that to a lease. clientv3 may have sent the request twice, so one that is gone may be so by this one.
+func (s *system) revoke(ctx context.Context, lease int64) (rev int64, err error) {
+	revoked, err := s.root.Revoke(ctx, clientv3.LeaseID(lease))
+	switch {
+	case err == nil:
+		return revoked.Header.Revision, nil
+	case !errors.Is(err, rpctypes.ErrLeaseNotFound):
+		return 0, err
+	}
+	resp, err := s.root.Get(ctx, root)
 	if err != nil {
-		return err
+		return 0, err
 	}
-	f.victim = fmt.Sprintf("%s of %s", victim.Key, victim.Value)
-	e := victim
-	e.Kind, e.Op, e.From = Taken, op, now()
-	err = f.ask(ctx, func(ctx context.Context) error { return request(ctx, victim) })
-	e.T, e.Result = now(), OK
-	if err != nil {
-		e.Result, e.Err = Unknown, err.Error()
-	}
-	if errors.Is(err, errGone) { // a lease that is not found may have gone by an answer that was lost
-		e.Result = Failed
-	}
-	f.add(e)
-	return err
+	return resp.Header.Revision, errGone
 }
 
 // compactAndDefragment forgets all that was, and then blocks a member for a moment.
@@ -641,7 +749,7 @@ func (s *schedule) round() []*fault {
 
 // strike runs one fault and records it.
 func (s *schedule) strike(ctx context.Context, f *fault) {
-	e := Entry{Kind: Fault, Op: f.sort.name, From: now()}
+	e := oracle.Entry{Kind: oracle.Fault, Op: f.sort.name, From: now()}
 	var err error
 	if f.sort.on == onWorker {
 		var leads []string
@@ -687,20 +795,21 @@ func (f *fault) pick(ctx context.Context, suits func(*process) bool, leads ...st
 	return p
 }
 
-// calm lets everybody recover, and then has an operator take away a leader's key: in a calm system
-// the leader must know at once.
+// calm lets everybody recover, and then has an operator take keys: in a calm system their leaders must know at once,
+// and others lead soon.
 func (s *schedule) calm(ctx context.Context) {
 	s.clean(ctx)
 	began := now()
-	sleep(ctx, s.rand, s.p.TTL+recoverTime, s.p.TTL+recoverTime)
+	sleep(ctx, s.rand, s.p.TTL+oracle.RecoverTime, s.p.TTL+oracle.RecoverTime)
 	for _, sort := range s.sorts {
 		if sort.on == onData && ctx.Err() == nil {
 			s.strike(ctx, &fault{schedule: s, sort: sort, rand: rand.New(rand.NewPCG(s.rand.Uint64(), 0))})
 			sleep(ctx, s.rand, time.Second, time.Second)
 		}
 	}
+	sleep(ctx, s.rand, oracle.RecoverTime, oracle.RecoverTime)
 	if s.clean(ctx) && ctx.Err() == nil {
-		s.add(Entry{Kind: Calm, From: began})
+		s.add(oracle.Entry{Kind: oracle.Calm, From: began})
 	}
 }
 

@@ -26,6 +26,7 @@ import (
 	"syscall"
 	"time"
 
+	"example.com/leader/internal/oracle"
 	"example.com/leader/internal/retry"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
@@ -218,7 +219,7 @@ func record(ctx context.Context, dir string, p Parameters, binary string, chosen
 	if err != nil {
 		return err
 	}
-	s.add(Entry{Kind: Run, Value: string(parameters)})
+	s.add(oracle.Entry{Kind: oracle.Run, Value: string(parameters)})
 
 	peers, stop := context.WithCancel(ctx)
 	defer stop()
@@ -245,7 +246,7 @@ func record(ctx context.Context, dir string, p Parameters, binary string, chosen
 func (s *system) end(ctx context.Context) error {
 	fail := func(err error) {
 		if err != nil {
-			s.add(Entry{Kind: Failure, Err: err.Error()})
+			s.add(oracle.Entry{Kind: oracle.Failure, Err: err.Error()})
 		}
 	}
 	var wg sync.WaitGroup
@@ -259,8 +260,8 @@ func (s *system) end(ctx context.Context) error {
 			return err
 		}
 		for _, kv := range resp.Kvs {
-			if !strings.HasPrefix(string(kv.Key), dataRoot) {
-				s.add(Entry{Kind: Left, Op: "key", Value: string(kv.Key)})
+			if !strings.HasPrefix(string(kv.Key), data.Data) {
+				s.add(oracle.Entry{Kind: oracle.Left, Op: "key", Value: string(kv.Key)})
 			}
 		}
 		return nil
@@ -268,14 +269,14 @@ func (s *system) end(ctx context.Context) error {
 	if err := s.insist(ctx, keys); err != nil {
 		return err
 	}
-	_ = retry.Sleep(ctx, recoverTime) // for observers to see the last
+	_ = retry.Sleep(ctx, oracle.RecoverTime) // for observers to see the last
 	for _, p := range s.watchers {
 		fail(p.stop(syscall.SIGTERM, 20*time.Second))
 	}
 	fail(s.resource.stop(syscall.SIGTERM, 20*time.Second))
 	// A grant whose answer was lost may have left a lease without keys, which expires.
 	var leases []string
-	deadline := time.Now().Add(s.p.TTL + recoverTime)
+	deadline := time.Now().Add(s.p.TTL + oracle.RecoverTime)
 	for {
 		err := s.insist(ctx, func(ctx context.Context) error {
 			resp, err := s.root.Leases(ctx)
@@ -303,7 +304,7 @@ func (s *system) end(ctx context.Context) error {
 		_ = retry.Sleep(ctx, 200*time.Millisecond)
 	}
 	for _, id := range leases {
-		s.add(Entry{Kind: Left, Op: "lease", Value: id})
+		s.add(oracle.Entry{Kind: oracle.Left, Op: "lease", Value: id})
 	}
 	// Revisions of what is not under root do not show in the audit; this one does.
 	var rev int64
@@ -332,16 +333,19 @@ func judge(dir string) error {
 		return err
 	}
 	p := parameters(history)
-	verdict := check(history)
+	if p.TTL == 0 {
+		return fmt.Errorf("the record in %s does not tell its parameters", dir)
+	}
+	verdict := oracle.Check(history, p.options())
 	report := filepath.Join(dir, "report.md")
 	if err := writeFile(report, func(f *os.File) error { return writeReport(f, history, verdict, p.command()) }); err != nil {
 		return err
 	}
-	if err := writeFile(filepath.Join(dir, "timeline.svg"), func(f *os.File) error { return writeTimeline(f, history, 0, 0) }); err != nil {
+	if err := writeFile(filepath.Join(dir, "timeline.svg"), func(f *os.File) error { return writeTimeline(f, history, verdict, 0, 0) }); err != nil {
 		return err
 	}
 	if m := mutationNamed(p.Mutation); m != nil {
-		if !slices.ContainsFunc(verdict.Violations, func(v Violation) bool { return v.Rule == m.rule }) {
+		if !slices.ContainsFunc(verdict.Violations, func(v oracle.Violation) bool { return v.Rule == m.rule }) {
 			return fmt.Errorf("mutation %s was not found out by the rule %q: it is not proven that %s", m.name, m.rule, m.safeguard)
 		}
 		fmt.Printf("mutation %s was found out: it matters that %s\n", m.name, m.safeguard)

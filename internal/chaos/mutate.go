@@ -12,6 +12,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"example.com/leader/internal/oracle"
 )
 
 // A mutation switches one safeguard of the library off, for a run that must find that out. It is a
@@ -29,53 +31,53 @@ type mutation struct {
 
 var mutations = []mutation{
 	{
-		name: "send-time", safeguard: "a renewal counts from when it was sent",
-		file:   "internal/lease/renew.go",
-		old:    "return s.found(seen), s.extend(sent, answer.ttl)",
-		new:    "return s.found(seen), s.extend(s.now(), answer.ttl)",
-		faults: []string{"link-slow-dark"}, rule: ruleMargin, ttl: 8 * time.Second, duration: 100 * time.Second,
-	},
-	{
 		name: "same-term", safeguard: "a renewal counts only if a read in the same raft term follows",
 		file:   "internal/lease/renew.go",
 		old:    "case answer.ttl == 0, seen.term != answer.term:",
 		new:    "case answer.ttl == 0:",
-		faults: []string{"depose-raft-leader"}, rule: ruleLease, ttl: 15 * time.Second, duration: 2 * time.Minute,
-	},
-	{
-		name: "margin", safeguard: "a term ends a margin before the lease can",
-		file:   "internal/lease/lease.go",
-		old:    "return s.ttl - s.margin - age",
-		new:    "return s.ttl - age",
-		faults: []string{"link-dark"}, rule: ruleMargin, ttl: 3 * time.Second, duration: time.Minute,
-	},
-	{
-		name: "own-key", safeguard: "a leader watches its own key",
-		file:   "leader.go",
-		old:    "l.deletion.Wait(); err == nil {",
-		new:    "func() error { l.deletion.Close(); <-ctx.Done(); return ctx.Err() }(); err == nil {",
-		faults: []string{"operator-deletes-key", "operator-revokes-lease"}, rule: ruleExclusion, ttl: 8 * time.Second, duration: time.Minute,
-	},
-	{
-		name: "guard", safeguard: "a guarded transaction fails once the term is over",
-		file:   "leader.go",
-		old:    `return clientv3.Compare(clientv3.CreateRevision(l.key), "=", l.token)`,
-		new:    `return clientv3.Compare(clientv3.CreateRevision(l.key), ">", -1)`,
-		faults: []string{"stop-candidate-long"}, rule: ruleGuard, ttl: 3 * time.Second, duration: time.Minute,
+		faults: []string{"depose-raft-leader"}, rule: oracle.RuleLease, ttl: 15 * time.Second, duration: 2 * time.Minute,
 	},
 	{
 		name: "old-event", safeguard: "an event counts only if it is newer than the key that it is about",
 		file:   "internal/queue/wait.go",
 		old:    "if ev.Kv.ModRevision <= w.rev {",
 		new:    "if ev.Kv.ModRevision < 0 {",
-		faults: []string{"slow-follower"}, rule: ruleExclusion, ttl: 3 * time.Second, duration: time.Minute,
+		faults: []string{"slow-follower"}, rule: oracle.RuleExclusion, ttl: 3 * time.Second, duration: time.Minute,
 	},
 	{
 		name: "late-deletion", safeguard: "a deletion names the create revision of what it deletes",
 		file:   "internal/queue/queue.go",
 		old:    "If(clientv3.Compare(clientv3.CreateRevision(key), \"=\", token)).\n\t\tThen(clientv3.OpDelete(key)).",
 		new:    "Then(clientv3.OpDelete(key)).",
-		faults: []string{"endpoint-late"}, rule: ruleLease, ttl: 3 * time.Second, duration: time.Minute,
+		faults: []string{"endpoint-late"}, rule: oracle.RuleLease, ttl: 3 * time.Second, duration: time.Minute,
+	},
+	{
+		name: "run-context", safeguard: "the context of the function that Run calls ends with the term",
+		file:   "elector.go",
+		old:    "stop := context.AfterFunc(l.ctx, func() { cancel(context.Cause(l.ctx)) })",
+		new:    "stop := func() bool { return true }",
+		faults: []string{"link-dark"}, rule: oracle.RuleDeadline, ttl: 3 * time.Second, duration: time.Minute,
+	},
+	{
+		name: "ended", safeguard: "the end of each term is told",
+		file:   "leader.go",
+		old:    "\t\t\tl.tell()\n",
+		new:    "\t\t\tl.claim.observing.Wait()\n\t\t\tl.tidying.Wait()\n",
+		faults: []string{"link-dark"}, rule: oracle.RuleEnded, ttl: 3 * time.Second, duration: 30 * time.Second,
+	},
+	{
+		name: "observe", safeguard: "Observe yields who leads",
+		file:   "elector.go",
+		old:    "return yield(Candidate(c), nil)",
+		new:    "return true",
+		faults: []string{"move-raft-leader"}, rule: oracle.RuleObserve, ttl: 3 * time.Second, duration: 30 * time.Second,
+	},
+	{
+		name: "given-up", safeguard: "a campaign that is given up deletes its key",
+		file:   "campaign.go",
+		old:    "return l.queue.Remove(ctx, l.key, l.token)",
+		new:    "return nil",
+		faults: []string{"link-slow-given-up"}, rule: oracle.RuleOrphan, ttl: 3 * time.Second, duration: time.Minute,
 	},
 }
 

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"example.com/leader/internal/oracle"
 )
 
 // sortMember is the sort of a process that is a member of etcd.
@@ -53,7 +55,7 @@ func (p *process) start() error {
 		return fmt.Errorf("start %s: %w", p.name, err)
 	}
 	p.cmd = cmd
-	p.recorder.add(Entry{Kind: Start, Proc: p.name, Op: p.sort})
+	p.recorder.add(oracle.Entry{Kind: oracle.Start, Proc: p.name, Op: p.sort})
 	p.asked, p.killed, p.exited = false, false, make(chan struct{})
 	go p.wait(p.cmd, p.exited)
 	return nil
@@ -65,12 +67,12 @@ func (p *process) wait(cmd *exec.Cmd, exited chan struct{}) {
 	err := cmd.Wait()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	e := Entry{Kind: Exit, Proc: p.name, Result: OK}
+	e := oracle.Entry{Kind: oracle.Exit, Proc: p.name, Result: oracle.OK}
 	if err != nil {
 		e.Err = err.Error()
 	}
 	if !p.killed && (!p.asked || err != nil) {
-		e.Result = Failed
+		e.Result = oracle.Failed
 		e.Err = fmt.Sprintf("%s, see %s.log", e.Err, p.name)
 	}
 	p.recorder.add(e)
@@ -80,9 +82,6 @@ func (p *process) wait(cmd *exec.Cmd, exited chan struct{}) {
 func (p *process) signal(s syscall.Signal) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if s == syscall.SIGCONT && p.sort == sortMember {
-		p.recorder.add(Entry{Kind: Resumed, Proc: p.name})
-	}
 	return p.cmd.Process.Signal(s)
 }
 

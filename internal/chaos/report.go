@@ -9,16 +9,19 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"slices"
 	"strings"
 	"time"
+
+	"example.com/leader/internal/oracle"
 )
 
 // Measures are what happened in a history, whether it was right or not.
 type Measures struct {
 	Faults   []FaultMeasure // by sort
 	Terms    map[string]int // by who won them: "leader", "stock", "etcdctl"
-	GivenUp  int
+	Failed   map[string]int // campaigns by reason
 	Renewed  int
 	Refused  int
 	Observed int
@@ -44,7 +47,7 @@ type span struct{ from, to int64 }
 func (s span) touches(other span) bool { return s.from <= other.to && other.from <= s.to }
 
 // believed returns when a [Belief] was held: a point, if all that there is of it is one answer.
-func believed(e Entry) span { return span{min(e.From, e.T), e.T} }
+func believed(e oracle.Entry) span { return span{min(e.From, e.T), e.T} }
 
 // merge joins the spans that are no further apart than slack. It sorts them in place.
 func merge(spans []span, slack time.Duration) []span {
@@ -76,43 +79,44 @@ func gaps(whole span, spans []span) []span {
 }
 
 // measure counts what happened in the history.
-func measure(history []Entry) Measures {
+func measure(history []oracle.Entry) Measures {
 	m := Measures{
 		Terms:   make(map[string]int),
+		Failed:  make(map[string]int),
 		Writes:  make(map[string]int),
 		Appends: make(map[string]int),
 		Started: make(map[string]int),
 		Killed:  make(map[string]int),
 	}
-	var faults []Entry
+	var faults []oracle.Entry
 	beliefs := make(map[string][]span) // by election
 	sortOf := make(map[string]string)  // process
 	for _, e := range history {
 		switch e.Kind {
-		case Term:
+		case oracle.Term:
 			m.Terms[e.Op]++
-		case GivenUp:
-			m.GivenUp++
-		case Belief:
+		case oracle.CampaignFailed:
+			m.Failed[e.Op]++
+		case oracle.Belief:
 			beliefs[e.Election] = append(beliefs[e.Election], believed(e))
-		case Renewed:
+		case oracle.Renewed:
 			m.Renewed++
-		case Refused:
+		case oracle.Refused:
 			m.Refused++
-		case Observed:
+		case oracle.Observed:
 			m.Observed++
-		case Write:
+		case oracle.Write:
 			m.Writes[e.Result]++
-		case Append:
+		case oracle.Append:
 			m.Appends[e.Result]++
-		case Fault:
+		case oracle.Fault:
 			faults = append(faults, e)
-		case Start:
+		case oracle.Start:
 			if e.Err == "" {
 				sortOf[e.Proc] = e.Op
 				m.Started[e.Op]++
 			}
-		case Exit:
+		case oracle.Exit:
 			if strings.Contains(e.Err, "killed") {
 				m.Killed[sortOf[e.Proc]]++
 			}
@@ -125,7 +129,7 @@ func measure(history []Entry) Measures {
 // leaderless returns, per election, when nobody believed that it led, in order. What comes before
 // the first leader of all and after the last is no part of the campaign.
 func leaderless(beliefs map[string][]span) [][]span {
-	whole := span{from: never}
+	whole := span{from: math.MaxInt64}
 	for _, spans := range beliefs {
 		for _, s := range spans {
 			whole = span{min(whole.from, s.from), max(whole.to, s.to)}
@@ -138,7 +142,7 @@ func leaderless(beliefs map[string][]span) [][]span {
 	return vacant
 }
 
-func measureFaults(faults []Entry, leaderless [][]span, ttl time.Duration) []FaultMeasure {
+func measureFaults(faults []oracle.Entry, leaderless [][]span, ttl time.Duration) []FaultMeasure {
 	measures := make(map[string]*FaultMeasure)
 	samples := make(map[string][]time.Duration)
 	for _, f := range faults {
@@ -152,7 +156,7 @@ func measureFaults(faults []Entry, leaderless [][]span, ttl time.Duration) []Fau
 			continue
 		}
 		m.Injected++
-		struck := span{f.From, f.T + int64(ttl+recoverTime)}
+		struck := span{f.From, f.T + int64(ttl+oracle.RecoverTime)}
 		for _, gaps := range leaderless {
 			samples[f.Op] = append(samples[f.Op], longest(gaps, struck))
 		}
@@ -190,7 +194,7 @@ func medianAndWorst(ds []time.Duration) (median, worst time.Duration) {
 }
 
 // parameters returns those that the run was started with, as far as the history has them.
-func parameters(history []Entry) Parameters {
+func parameters(history []oracle.Entry) Parameters {
 	var p Parameters
 	if i := slices.IndexFunc(history, isRun); i >= 0 {
 		// A report of a run that cannot say how it was started is better than none.
@@ -200,18 +204,18 @@ func parameters(history []Entry) Parameters {
 }
 
 // began is where times in a report count from.
-func began(history []Entry) int64 {
+func began(history []oracle.Entry) int64 {
 	if len(history) == 0 {
 		return 0
 	}
 	return history[max(0, slices.IndexFunc(history, isRun))].T
 }
 
-func isRun(e Entry) bool { return e.Kind == Run }
+func isRun(e oracle.Entry) bool { return e.Kind == oracle.Run }
 
 // writeReport writes in Markdown what a run was, what it did and whether that was right. The command
 // is the one that repeats it.
-func writeReport(w io.Writer, history []Entry, v Verdict, command string) error {
+func writeReport(w io.Writer, history []oracle.Entry, v oracle.Verdict, command string) error {
 	p, m := parameters(history), measure(history)
 	var b bytes.Buffer
 	fmt.Fprintf(&b, "# Fault campaign\n\n**%s**\n\nTo repeat it:\n\n    %s\n\n", verdict(v), command)
@@ -235,7 +239,7 @@ func writeReport(w io.Writer, history []Entry, v Verdict, command string) error 
 		fmt.Fprintf(&b, "Without leader is, of each fault and each election, the longest time without one that touches the time from\n"+
 			"the injection until %v after the healing. Several faults act at a time, so that what one has done is put down to\n"+
 			"others too, and every term ends by itself after a while: the figures are an upper limit of what a fault does.\n\n",
-			p.TTL+recoverTime)
+			p.TTL+oracle.RecoverTime)
 		var rows [][]any
 		for _, f := range m.Faults {
 			row := []any{f.Op, f.Injected, f.Refused, "", ""}
@@ -252,8 +256,8 @@ func writeReport(w io.Writer, history []Entry, v Verdict, command string) error 
 		counts("processes started: %s", m.Started),
 		counts("processes killed, at the end too: %s", m.Killed),
 		counts("terms of %s", m.Terms),
+		counts("campaigns without a term: %s", m.Failed),
 		[][]any{
-			{"campaigns given up", m.GivenUp},
 			{"renewals that counted", m.Renewed},
 			{"renewals acknowledged in vain", m.Refused},
 		},
@@ -272,17 +276,20 @@ func writeReport(w io.Writer, history []Entry, v Verdict, command string) error 
 const longestList = 20
 
 // checked writes how much there was to object to.
-func checked(b *bytes.Buffer, n Counts) {
+func checked(b *bytes.Buffer, n oracle.Counts) {
 	b.WriteString("## What was checked\n\n")
 	table(b, "What | how often", [][]any{
 		{"entries of the record", n.Entries},
 		{"changes in etcd", n.Events},
+		{"campaigns", n.Campaigns},
 		{"terms", n.Terms},
 		{"terms that were resigned", n.Resigned},
 		{"terms that expired", n.Expired},
 		{"terms that etcd ended before their lease could expire", n.Early},
 		{"terms that an operator ended", n.Taken},
-		{"candidates whose key somebody else deleted", n.Evicted},
+		{"keys of candidates that were not elected", n.Waited},
+		{"keys of those that somebody else took", n.Lost},
+		{"terms that a read shows to have begun in their turn", n.Oldest},
 		{"terms of peers", n.PeerTerms},
 		{"pieces of belief", n.Beliefs},
 		{"reads of data", n.Reads},
@@ -292,14 +299,15 @@ func checked(b *bytes.Buffer, n Counts) {
 		{"writes whose writer was killed before it could tell", n.Recovered},
 		{"appends outside etcd", n.Appends},
 		{"observations", n.Observations},
-		{"observers that were to know the last state", n.LastStates},
+		{"states that somebody had to be told of in time", n.Fresh},
+		{"questions who leads or waits", n.Asked},
 		{"times of calm", n.Calms},
 	})
 }
 
 // excused writes what would be a violation, had it not a cause that no client can do anything about.
-func excused(b *bytes.Buffer, v Verdict, history []Entry) {
-	overlaps := slices.SortedFunc(slices.Values(v.Overlaps), func(x, y Overlap) int { return cmp.Compare(y.Certain, x.Certain) })
+func excused(b *bytes.Buffer, v oracle.Verdict, history []oracle.Entry) {
+	overlaps := slices.SortedFunc(slices.Values(v.Overlaps), func(x, y oracle.Overlap) int { return cmp.Compare(y.Certain, x.Certain) })
 	var certain []time.Duration
 	var rows [][]any
 	for _, o := range overlaps {
@@ -313,14 +321,14 @@ func excused(b *bytes.Buffer, v Verdict, history []Entry) {
 	b.WriteString("## What is excused\n\n")
 	table(b, "What | how often | median | worst", [][]any{
 		{"two terms overlap, since an operator or etcd itself took the earlier key", len(overlaps), brief(median), brief(worst)},
-		{"a context is late, since its process was paused when its timer was to fire", len(v.LateContexts), "", ""},
+		{"a context is late, since its process was paused when its timer was to fire", len(v.Late), "", ""},
 	})
 	if len(rows) > 0 {
 		table(b, "Longest overlaps | for | from | why", rows[:min(len(rows), longestList)])
 	}
 }
 
-func violations(b *bytes.Buffer, violations []Violation) {
+func violations(b *bytes.Buffer, violations []oracle.Violation) {
 	if len(violations) == 0 {
 		return
 	}
@@ -338,7 +346,7 @@ func violations(b *bytes.Buffer, violations []Violation) {
 	}
 }
 
-func verdict(v Verdict) string {
+func verdict(v oracle.Verdict) string {
 	switch n := len(v.Violations); n {
 	case 0:
 		return "Passed: no violation."

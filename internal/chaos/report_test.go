@@ -15,13 +15,15 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"example.com/leader/internal/oracle"
 )
 
 // A story makes up a history as a run might have recorded it, in which no two lead at a time but
 // where an operator took the key.
 type story struct {
 	rand    *rand.Rand
-	history []Entry
+	history []oracle.Entry
 	token   int64
 }
 
@@ -38,7 +40,7 @@ var storyFaults = []string{
 }
 
 // tell returns a made-up history of that length.
-func tell(t testing.TB, seed uint64, length time.Duration) []Entry {
+func tell(t testing.TB, seed uint64, length time.Duration) []oracle.Entry {
 	t.Helper()
 	s := &story{rand: rand.New(rand.NewPCG(seed, 0))}
 	end := storyBegin + int64(length)
@@ -49,22 +51,22 @@ func tell(t testing.TB, seed uint64, length time.Duration) []Entry {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.add(Entry{T: storyBegin, Proc: "chaos", Kind: Run, Value: string(params)})
+	s.add(oracle.Entry{T: storyBegin, Proc: "chaos", Kind: oracle.Run, Value: string(params)})
 	candidates := []string{"c0", "c1", "c2", "c3", "c4"}
 	for _, proc := range slices.Concat(candidates, []string{"m0", "m1", "m2", "stock", "etcdctl"}) {
 		sort := map[byte]string{'c': "candidate", 'm': "member"}[proc[0]]
-		s.add(Entry{T: storyBegin + 1, Proc: proc, Kind: Start, Op: cmp.Or(sort, proc)})
+		s.add(oracle.Entry{T: storyBegin + 1, Proc: proc, Kind: oracle.Start, Op: cmp.Or(sort, proc)})
 	}
 	absent := s.strike(end, candidates)
 	for _, election := range []string{"e0", "e1", "e2"} {
 		s.elections(root+election, candidates, absent, end)
 	}
 	s.elections(root+mixed, append(candidates, "stock", "etcdctl"), absent, end)
-	slices.SortStableFunc(s.history, func(a, b Entry) int { return cmp.Compare(a.T, b.T) })
+	slices.SortStableFunc(s.history, func(a, b oracle.Entry) int { return cmp.Compare(a.T, b.T) })
 	return s.history
 }
 
-func (s *story) add(e Entry) { s.history = append(s.history, e) }
+func (s *story) add(e oracle.Entry) { s.history = append(s.history, e) }
 
 // between is a random time.
 func (s *story) between(from, to time.Duration) int64 {
@@ -72,11 +74,11 @@ func (s *story) between(from, to time.Duration) int64 {
 }
 
 // strike adds the faults, and returns when a candidate is paused or dead.
-func (s *story) strike(end int64, candidates []string) map[string][]Entry {
-	absent := make(map[string][]Entry)
+func (s *story) strike(end int64, candidates []string) map[string][]oracle.Entry {
+	absent := make(map[string][]oracle.Entry)
 	for at := storyBegin + int64(5*time.Second); at < end-int64(10*time.Second); at += s.between(time.Second, 6*time.Second) {
-		f := Entry{
-			From: at, T: at + s.between(500*time.Millisecond, 2*storyTTL), Proc: "chaos", Kind: Fault,
+		f := oracle.Entry{
+			From: at, T: at + s.between(500*time.Millisecond, 2*storyTTL), Proc: "chaos", Kind: oracle.Fault,
 			Op: storyFaults[s.rand.IntN(len(storyFaults))], Value: fmt.Sprintf("m%d", s.rand.IntN(3)),
 		}
 		if s.rand.IntN(20) == 0 {
@@ -85,8 +87,8 @@ func (s *story) strike(end int64, candidates []string) map[string][]Entry {
 			f.Value = candidates[s.rand.IntN(len(candidates))]
 			absent[f.Value] = append(absent[f.Value], f)
 			if f.Op == "kill-candidate" {
-				s.add(Entry{T: f.From, Proc: f.Value, Kind: Exit, Result: OK, Err: "signal: killed"})
-				s.add(Entry{T: f.T, Proc: f.Value, Kind: Start, Op: "candidate"})
+				s.add(oracle.Entry{T: f.From, Proc: f.Value, Kind: oracle.Exit, Result: oracle.OK, Err: "signal: killed"})
+				s.add(oracle.Entry{T: f.T, Proc: f.Value, Kind: oracle.Start, Op: "candidate"})
 			}
 		}
 		s.add(f)
@@ -95,16 +97,16 @@ func (s *story) strike(end int64, candidates []string) map[string][]Entry {
 }
 
 // elections adds term after term in one election.
-func (s *story) elections(election string, procs []string, absent map[string][]Entry, end int64) {
+func (s *story) elections(election string, procs []string, absent map[string][]oracle.Entry, end int64) {
 	at := storyBegin + int64(time.Second)
 	for at < end-int64(2*time.Second) {
 		proc := procs[s.rand.IntN(len(procs))]
-		if slices.ContainsFunc(absent[proc], func(f Entry) bool { return f.From <= at && at < f.T }) {
+		if slices.ContainsFunc(absent[proc], func(f oracle.Entry) bool { return f.From <= at && at < f.T }) {
 			at += int64(20 * time.Millisecond)
 			continue
 		}
 		s.token += s.between(3, 400)
-		e := Entry{Proc: proc, Election: election, Token: s.token, Op: "leader"}
+		e := oracle.Entry{Proc: proc, Election: election, Token: s.token, Op: "leader"}
 		if proc == "stock" || proc == "etcdctl" {
 			e.Op = proc
 		}
@@ -113,12 +115,12 @@ func (s *story) elections(election string, procs []string, absent map[string][]E
 }
 
 // term adds a term and returns when the next may begin.
-func (s *story) term(e Entry, at int64, absent []Entry) int64 {
-	e.Kind, e.T = Term, at
+func (s *story) term(e oracle.Entry, at int64, absent []oracle.Entry) int64 {
+	e.Kind, e.T = oracle.Term, at
 	e.Key, e.Lease = fmt.Sprintf("%s/%x", e.Election, e.Token), e.Token
 	s.add(e)
 	s.add(created(e.Election, e.Token, at))
-	if e.Kind = Belief; !isPeer(e.Op) {
+	if e.Kind = oracle.Belief; !isPeer(e.Op) {
 		e.Op = "IsLeader"
 	}
 	end := at + s.between(300*time.Millisecond, 3*time.Second)
@@ -126,7 +128,7 @@ func (s *story) term(e Entry, at int64, absent []Entry) int64 {
 	for at < end {
 		e.From, e.T = at, min(at+int64(100*time.Millisecond), end)
 		at = e.T
-		i := slices.IndexFunc(absent, func(f Entry) bool { return f.From < e.T && e.From < f.T })
+		i := slices.IndexFunc(absent, func(f oracle.Entry) bool { return f.From < e.T && e.From < f.T })
 		if i < 0 {
 			s.add(e)
 			continue
@@ -145,12 +147,12 @@ func (s *story) term(e Entry, at int64, absent []Entry) int64 {
 		s.add(taken(e.Election, e.Token, end-int64(3*time.Millisecond)))
 		s.add(deleted(e.Election, e.Token, end-int64(3*time.Millisecond)))
 		next = end - int64(time.Millisecond)
-		s.add(Entry{T: end + 1, Kind: Ended, Proc: e.Proc, Election: e.Election, Token: e.Token, Err: "leader: evicted"})
+		s.add(oracle.Entry{T: end + 1, Kind: oracle.Ended, Proc: e.Proc, Election: e.Election, Token: e.Token, Err: "leader: evicted"})
 	case 1:
 		if !isPeer(e.Op) {
 			next = end + s.between(500*time.Millisecond, 2*time.Second)
 		}
-		s.add(Entry{T: end + 1, Kind: Ended, Proc: e.Proc, Election: e.Election, Token: e.Token, Err: "leader: lease expired"})
+		s.add(oracle.Entry{T: end + 1, Kind: oracle.Ended, Proc: e.Proc, Election: e.Election, Token: e.Token, Err: "leader: lease expired"})
 	}
 	if isPeer(e.Op) && s.rand.IntN(3) == 0 {
 		next = end - s.between(time.Millisecond, 300*time.Millisecond)
@@ -159,29 +161,29 @@ func (s *story) term(e Entry, at int64, absent []Entry) int64 {
 }
 
 // created and deleted are what becomes of a candidate's key.
-func created(election string, token, t int64) Entry {
+func created(election string, token, t int64) oracle.Entry {
 	key := fmt.Sprintf("%s/%x", election, token)
-	return Entry{T: t, Proc: "audit", Kind: Event, Op: "put", Rev: token, Token: token, Key: key, Lease: token}
+	return oracle.Entry{T: t, Proc: "audit", Kind: oracle.Event, Op: "put", Rev: token, Token: token, Key: key, Lease: token}
 }
 
-func deleted(election string, token, t int64) Entry {
+func deleted(election string, token, t int64) oracle.Entry {
 	e := created(election, token, t)
 	e.Op, e.Rev, e.Lease = "delete", token+1, 0
 	return e
 }
 
 // taken is an operator's request to delete a key.
-func taken(election string, token, t int64) Entry {
-	return Entry{T: t, From: t - 1, Proc: "chaos", Kind: Taken, Op: "delete", Election: election, Token: token, Result: OK}
+func taken(election string, token, t int64) oracle.Entry {
+	return oracle.Entry{T: t, From: t - 1, Proc: "chaos", Kind: oracle.Taken, Op: "delete", Election: election, Token: token, Result: oracle.OK, Rev: token + 1}
 }
 
 // taking is an overlap of the terms 1 and 3, when an operator has asked for the key of one of them to
 // be deleted, with that result.
-func taking(token int64, result string) []Entry {
+func taking(token int64, result string) []oracle.Entry {
 	const election = root + "e0"
 	request := taken(election, token, moment(2))
 	request.Result = result
-	return []Entry{
+	return []oracle.Entry{
 		created(election, 1, moment(1)), request, deleted(election, 1, moment(2)), created(election, 3, moment(2)),
 		told("c0", 1, 1, 2.1), told("c1", 3, 2, 3),
 	}
@@ -191,24 +193,25 @@ func taking(token int64, result string) []Entry {
 func moment(seconds float64) int64 { return storyBegin + int64(seconds*float64(time.Second)) }
 
 // told is a piece of belief in a term.
-func told(proc string, token int64, from, to float64) Entry {
-	return Entry{T: moment(to), From: moment(from), Proc: proc, Kind: Belief, Election: root + "e0", Token: token, Op: "IsLeader"}
+func told(proc string, token int64, from, to float64) oracle.Entry {
+	return oracle.Entry{T: moment(to), From: moment(from), Proc: proc, Kind: oracle.Belief, Election: root + "e0", Token: token, Op: "IsLeader"}
 }
 
 func TestMeasureCounts(t *testing.T) {
-	m := measure([]Entry{
-		{Kind: Start, Proc: "c0", Op: "candidate"},
-		{Kind: Start, Proc: "m0", Op: "member"},
-		{Kind: Start, Proc: "etcdctl", Op: "etcdctl", Err: "not found"},
-		{Kind: Exit, Proc: "c0", Result: OK, Err: "signal: killed"},
-		{Kind: Exit, Proc: "m0", Result: OK},
-		{Kind: Term, Op: "leader"}, {Kind: Term, Op: "leader"}, {Kind: Term, Op: "stock"},
-		{Kind: Renewed}, {Kind: Renewed}, {Kind: Refused}, {Kind: Observed},
-		{Kind: Write, Result: OK}, {Kind: Write, Result: Unknown}, {Kind: Append, Result: Failed},
+	m := measure([]oracle.Entry{
+		{Kind: oracle.Start, Proc: "c0", Op: "candidate"},
+		{Kind: oracle.Start, Proc: "m0", Op: "member"},
+		{Kind: oracle.Start, Proc: "etcdctl", Op: "etcdctl", Err: "not found"},
+		{Kind: oracle.Exit, Proc: "c0", Result: oracle.OK, Err: "signal: killed"},
+		{Kind: oracle.Exit, Proc: "m0", Result: oracle.OK},
+		{Kind: oracle.Term, Op: "leader"}, {Kind: oracle.Term, Op: "leader"}, {Kind: oracle.Term, Op: "stock"},
+		{Kind: oracle.CampaignFailed, Op: oracle.Held}, {Kind: oracle.CampaignFailed, Op: oracle.Held},
+		{Kind: oracle.Renewed}, {Kind: oracle.Renewed}, {Kind: oracle.Refused}, {Kind: oracle.Observed},
+		{Kind: oracle.Write, Result: oracle.OK}, {Kind: oracle.Write, Result: oracle.Unknown}, {Kind: oracle.Append, Result: oracle.Failed},
 	})
 	want := Measures{
-		Terms: map[string]int{"leader": 2, "stock": 1}, Renewed: 2, Refused: 1, Observed: 1,
-		Writes: map[string]int{OK: 1, Unknown: 1}, Appends: map[string]int{Failed: 1},
+		Terms: map[string]int{"leader": 2, "stock": 1}, Failed: map[string]int{"held": 2}, Renewed: 2, Refused: 1, Observed: 1,
+		Writes: map[string]int{oracle.OK: 1, oracle.Unknown: 1}, Appends: map[string]int{oracle.Failed: 1},
 		Started: map[string]int{"candidate": 1, "member": 1}, Killed: map[string]int{"candidate": 1},
 	}
 	if !reflect.DeepEqual(m, want) {
@@ -218,16 +221,16 @@ func TestMeasureCounts(t *testing.T) {
 
 // Only a time without any leader counts, and only if it touches what the fault may have done.
 func TestMeasureLeaderlessTime(t *testing.T) {
-	fault := func(op string, from, to float64) Entry {
-		return Entry{T: moment(to), From: moment(from), Kind: Fault, Op: op}
+	fault := func(op string, from, to float64) oracle.Entry {
+		return oracle.Entry{T: moment(to), From: moment(from), Kind: oracle.Fault, Op: op}
 	}
-	history := []Entry{
-		{T: moment(0), Kind: Run, Value: `{"ttl":2000000000}`},
+	history := []oracle.Entry{
+		{T: moment(0), Kind: oracle.Run, Value: `{"ttl":2000000000}`},
 		told("c0", 1, 1, 10),
 		told("c1", 2, 12, 20), // 2 s after c0
 		told("c0", 3, 15, 30), // overlaps
-		{T: moment(33), From: moment(33.5), Proc: "c1", Kind: Belief, Election: root + "e0", Token: 4, Op: "Context"}, // one answer
-		{T: moment(60), From: moment(37), Proc: "stock", Kind: Belief, Election: root + "e0", Token: 5, Op: "stock"},  // 4 s after it
+		{T: moment(33), From: moment(33.5), Proc: "c1", Kind: oracle.Belief, Election: root + "e0", Token: 4, Op: "Context"}, // one answer
+		{T: moment(60), From: moment(37), Proc: "stock", Kind: oracle.Belief, Election: root + "e0", Token: 5, Op: "stock"},  // 4 s after it
 		fault("none", 13, 20),   // until 25: nobody was missed
 		fault("some", 11, 11.5), // 2 s
 		fault("some", 24, 24),   // until 29
@@ -235,7 +238,7 @@ func TestMeasureLeaderlessTime(t *testing.T) {
 		fault("more", 9, 30),    // 4 s
 		fault("before", 2, 3),   // until 8
 		fault("after", 61, 62),  // nobody leads any more, but the campaign is over
-		{Kind: Fault, Op: "refused", From: moment(2), T: moment(40), Err: "no"},
+		{Kind: oracle.Fault, Op: "refused", From: moment(2), T: moment(40), Err: "no"},
 	}
 	got := measure(history).Faults
 	want := []FaultMeasure{
@@ -255,20 +258,20 @@ func TestMeasureLeaderlessTime(t *testing.T) {
 func TestMeasureElectionThatStaysVacant(t *testing.T) {
 	other := told("c1", 2, 0, 60)
 	other.Election = root + "e1"
-	m := measure([]Entry{told("c0", 1, 0, 10), other, {Kind: Fault, Op: "f", From: moment(9), T: moment(9)}})
+	m := measure([]oracle.Entry{told("c0", 1, 0, 10), other, {Kind: oracle.Fault, Op: "f", From: moment(9), T: moment(9)}})
 	if got := m.Faults[0].Worst; got != 50*time.Second {
 		t.Errorf("worst time without leader: %v, want 50s", got)
 	}
 }
 
 func BenchmarkMillionBeliefs(b *testing.B) {
-	var history []Entry
+	var history []oracle.Entry
 	for i := range 1_000_000 {
 		e := told(fmt.Sprint("c", i/20%5), int64(i/20), float64(i/4)/10, float64(i/4)/10+0.099)
 		e.Election = fmt.Sprint("e", i%4)
 		history = append(history, e)
 		if i%1000 == 0 {
-			history = append(history, Entry{Kind: Fault, Op: storyFaults[i/1000%20], From: e.From, T: e.T})
+			history = append(history, oracle.Entry{Kind: oracle.Fault, Op: storyFaults[i/1000%20], From: e.From, T: e.T})
 		}
 	}
 	b.Run("measure", func(b *testing.B) {
@@ -278,7 +281,7 @@ func BenchmarkMillionBeliefs(b *testing.B) {
 	})
 	b.Run("timeline", func(b *testing.B) {
 		for b.Loop() {
-			if err := writeTimeline(io.Discard, history, 0, 0); err != nil {
+			if err := writeTimeline(io.Discard, history, oracle.Verdict{}, 0, 0); err != nil {
 				b.Fatal(err)
 			}
 		}
@@ -287,7 +290,7 @@ func BenchmarkMillionBeliefs(b *testing.B) {
 
 func TestReportNamesEachFaultOnce(t *testing.T) {
 	history := tell(t, 1, 10*time.Minute)
-	text := report(t, history, Verdict{})
+	text := report(t, history, oracle.Verdict{})
 	for _, f := range measure(history).Faults {
 		if n := strings.Count(text, "| "+f.Op+" |"); n != 1 {
 			t.Errorf("%s has %d rows in\n%s", f.Op, n, text)
@@ -301,14 +304,14 @@ func TestReportNamesEachFaultOnce(t *testing.T) {
 }
 
 func TestReportTellsWhatIsWrong(t *testing.T) {
-	history := []Entry{{T: moment(0), Kind: Run, Value: "{}"}}
-	v := Verdict{
-		Checked:      Counts{Terms: 4711},
-		LateContexts: make([]Entry, 7),
-		Violations:   []Violation{{Rule: ruleToken, What: "a|b won twice", Entries: []Entry{{Kind: Term, Token: 815}}}},
+	history := []oracle.Entry{{T: moment(0), Kind: oracle.Run, Value: "{}"}}
+	v := oracle.Verdict{
+		Checked:    oracle.Counts{Terms: 4711},
+		Late:       make([]oracle.Entry, 7),
+		Violations: []oracle.Violation{{Rule: oracle.RuleToken, What: "a|b won twice", Entries: []oracle.Entry{{Kind: oracle.Term, Token: 815}}}},
 	}
 	for _, certain := range []time.Duration{3, 1, 40} {
-		v.Overlaps = append(v.Overlaps, Overlap{
+		v.Overlaps = append(v.Overlaps, oracle.Overlap{
 			Election: root + "e0", Tokens: [2]int64{1, 2}, Procs: [2]string{"c0", "c1"}, Why: "an operator did it",
 			From: moment(12.5), Certain: certain * time.Millisecond,
 		})
@@ -331,9 +334,9 @@ func TestReportTellsWhatIsWrong(t *testing.T) {
 
 // Each row of a table has as many cells as its head.
 func TestReportTablesAreWhole(t *testing.T) {
-	history := append(tell(t, 1, time.Minute), Entry{Kind: Fault, Op: "a|b\nc", T: moment(30), From: moment(29)})
+	history := append(tell(t, 1, time.Minute), oracle.Entry{Kind: oracle.Fault, Op: "a|b\nc", T: moment(30), From: moment(29)})
 	columns := 0
-	for line := range strings.Lines(report(t, history, Verdict{})) {
+	for line := range strings.Lines(report(t, history, oracle.Verdict{})) {
 		cells := strings.Count(strings.ReplaceAll(line, `\|`, ""), "|")
 		if columns != 0 && cells != 0 && cells != columns {
 			t.Errorf("%d instead of %d bars in %q", cells, columns, line)
@@ -343,16 +346,16 @@ func TestReportTablesAreWhole(t *testing.T) {
 }
 
 func TestNothingToReport(t *testing.T) {
-	histories := map[string][]Entry{
+	histories := map[string][]oracle.Entry{
 		"empty":          nil,
-		"run only":       {{T: moment(0), Kind: Run, Value: "{}"}},
-		"broken run":     {{T: moment(0), Kind: Run, Value: "?"}},
+		"run only":       {{T: moment(0), Kind: oracle.Run, Value: "{}"}},
+		"broken run":     {{T: moment(0), Kind: oracle.Run, Value: "?"}},
 		"without faults": {told("c0", 1, 1, 2)},
-		"without terms":  {{Kind: Fault, Op: "f", T: moment(2), From: moment(1)}},
+		"without terms":  {{Kind: oracle.Fault, Op: "f", T: moment(2), From: moment(1)}},
 		"one moment":     {told("c0", 1, 1, 1)},
 	}
 	for name, history := range histories {
-		report(t, history, Verdict{})
+		report(t, history, oracle.Verdict{})
 		shapes(t, timeline(t, history, 0, 0))
 		if t.Failed() {
 			t.Fatalf("with a history that is %s", name)
@@ -360,7 +363,7 @@ func TestNothingToReport(t *testing.T) {
 	}
 }
 
-func report(t *testing.T, history []Entry, v Verdict) string {
+func report(t *testing.T, history []oracle.Entry, v oracle.Verdict) string {
 	t.Helper()
 	var b strings.Builder
 	if err := writeReport(&b, history, v, "go run . -seed 1"); err != nil {
@@ -369,10 +372,10 @@ func report(t *testing.T, history []Entry, v Verdict) string {
 	return b.String()
 }
 
-func timeline(t *testing.T, history []Entry, from, to int64) string {
+func timeline(t *testing.T, history []oracle.Entry, from, to int64) string {
 	t.Helper()
 	var b strings.Builder
-	if err := writeTimeline(&b, history, from, to); err != nil {
+	if err := writeTimeline(&b, history, oracle.Check(history, parameters(history).options()), from, to); err != nil {
 		t.Fatal(err)
 	}
 	return b.String()
@@ -406,10 +409,10 @@ func shapes(t *testing.T, svg string) map[string]int {
 func TestTimelineHasEachTerm(t *testing.T) {
 	history := tell(t, 2, 5*time.Minute)
 	window := span{moment(100), moment(130)}
-	terms := make(map[term]bool)
+	terms := make(map[termID]bool)
 	for _, e := range history {
-		if e.Kind == Belief && window.touches(believed(e)) {
-			terms[term{e.Election, e.Token}] = true
+		if e.Kind == oracle.Belief && window.touches(believed(e)) {
+			terms[termID{e.Election, e.Token}] = true
 		}
 	}
 	svg := timeline(t, history, window.from, window.to)
@@ -427,26 +430,26 @@ func TestTimelineHasEachTerm(t *testing.T) {
 func TestTimelineShowsOverlaps(t *testing.T) {
 	peer := told("stock", 9, 1, 5)
 	peer.Op = "stock"
-	once := func(asked, answered float64) Entry { return told("c1", 2, answered, asked) }
+	once := func(asked, answered float64) oracle.Entry { return told("c1", 2, answered, asked) }
 	elsewhere := told("c1", 2, 2, 3)
 	elsewhere.Election = root + "e1"
 	for name, test := range map[string]struct {
-		history          []Entry
+		history          []oracle.Entry
 		overlap, excused int
 	}{
-		"one after the other":              {[]Entry{told("c0", 1, 1, 2), told("c1", 2, 2, 3)}, 0, 0},
-		"two elections":                    {[]Entry{told("c0", 1, 1, 4), elsewhere}, 0, 0},
-		"pieces of one term":               {[]Entry{told("c0", 1, 1, 3), told("c0", 1, 2, 4)}, 0, 0},
-		"two at a time":                    {[]Entry{told("c0", 1, 1, 3), told("c1", 2, 2.999, 4)}, 1, 0},
-		"one within the other":             {[]Entry{told("c1", 2, 2, 3), told("c0", 1, 1, 4)}, 1, 0},
-		"two terms of one process":         {[]Entry{told("c0", 1, 1, 3), told("c0", 2, 2, 4)}, 1, 0},
-		"the key was taken":                {taking(1, OK), 0, 1},
-		"the key was not taken":            {taking(1, Failed), 1, 0},
-		"the later one was taken":          {taking(3, OK), 1, 0},
-		"a peer":                           {[]Entry{peer, told("c0", 1, 3, 8)}, 0, 1},
-		"an answer within":                 {[]Entry{told("c0", 1, 1, 4), once(2, 3)}, 1, 0},
-		"an answer that may be from later": {[]Entry{told("c0", 1, 1, 4), once(3, 5)}, 0, 0},
-		"an answer from before":            {[]Entry{once(0, 2), told("c0", 1, 1, 4)}, 0, 0},
+		"one after the other":              {[]oracle.Entry{told("c0", 1, 1, 2), told("c1", 2, 2, 3)}, 0, 0},
+		"two elections":                    {[]oracle.Entry{told("c0", 1, 1, 4), elsewhere}, 0, 0},
+		"pieces of one term":               {[]oracle.Entry{told("c0", 1, 1, 3), told("c0", 1, 2, 4)}, 0, 0},
+		"two at a time":                    {[]oracle.Entry{told("c0", 1, 1, 3), told("c1", 2, 2.999, 4)}, 1, 0},
+		"one within the other":             {[]oracle.Entry{told("c1", 2, 2, 3), told("c0", 1, 1, 4)}, 1, 0},
+		"two terms of one process":         {[]oracle.Entry{told("c0", 1, 1, 3), told("c0", 2, 2, 4)}, 1, 0},
+		"the key was taken":                {taking(1, oracle.OK), 0, 1},
+		"the key was not taken":            {taking(1, oracle.Failed), 1, 0},
+		"the later one was taken":          {taking(3, oracle.OK), 1, 0},
+		"a peer":                           {[]oracle.Entry{peer, told("c0", 1, 3, 8)}, 0, 1},
+		"an answer within":                 {[]oracle.Entry{told("c0", 1, 1, 4), once(2, 3)}, 1, 0},
+		"an answer that may be from later": {[]oracle.Entry{told("c0", 1, 1, 4), once(3, 5)}, 0, 0},
+		"an answer from before":            {[]oracle.Entry{once(0, 2), told("c0", 1, 1, 4)}, 0, 0},
 	} {
 		found := shapes(t, timeline(t, test.history, moment(0), moment(10)))
 		if got := found["overlap"] - 1; got != test.overlap { // one is in the legend
@@ -464,9 +467,9 @@ func TestTimelineShowsFaultsAndTakings(t *testing.T) {
 	var faults, taken int
 	for _, e := range history {
 		switch {
-		case e.Kind == Fault && e.Err == "" && window.touches(span{e.From, e.T}):
+		case e.Kind == oracle.Fault && e.Err == "" && window.touches(span{e.From, e.T}):
 			faults++
-		case e.Kind == Taken && window.touches(span{e.T, e.T}):
+		case e.Kind == oracle.Taken && window.touches(span{e.T, e.T}):
 			taken++
 		}
 	}
@@ -479,10 +482,10 @@ func TestTimelineShowsFaultsAndTakings(t *testing.T) {
 func TestTimelineEscapes(t *testing.T) {
 	e := told(`<c&"0'>`, 1, 1, 3)
 	e.Election = root + "a<b>&\x00"
-	svg := timeline(t, []Entry{
+	svg := timeline(t, []oracle.Entry{
 		e,
-		{T: moment(3), Kind: Ended, Proc: e.Proc, Election: e.Election, Token: 1, Err: "</title><script>"},
-		{T: moment(3), From: moment(2), Kind: Fault, Op: "<x>", Value: "a & b"},
+		{T: moment(3), Kind: oracle.Ended, Proc: e.Proc, Election: e.Election, Token: 1, Err: "</title><script>"},
+		{T: moment(3), From: moment(2), Kind: oracle.Fault, Op: "<x>", Value: "a & b"},
 	}, 0, 0)
 	shapes(t, svg)
 	for _, raw := range []string{"<script>", "<x>", "<c&"} {
@@ -494,15 +497,15 @@ func TestTimelineEscapes(t *testing.T) {
 
 // The window that is chosen has more sorts of faults in it than the begin of the run.
 func TestTimelineChoosesWhereMuchHappens(t *testing.T) {
-	history := []Entry{{T: moment(0), Kind: Run, Value: "{}"}, {T: moment(1000), Kind: Calm}}
+	history := []oracle.Entry{{T: moment(0), Kind: oracle.Run, Value: "{}"}, {T: moment(1000), Kind: oracle.Calm}}
 	for i := range 40 {
-		history = append(history, Entry{Kind: Fault, Op: "dull", From: moment(float64(i)), T: moment(float64(i) + 1)})
+		history = append(history, oracle.Entry{Kind: oracle.Fault, Op: "dull", From: moment(float64(i)), T: moment(float64(i) + 1)})
 	}
 	for i, op := range storyFaults[:5] {
 		from := 700 + float64(i)
-		history = append(history, Entry{Kind: Fault, Op: op, From: moment(from), T: moment(from + 1)})
+		history = append(history, oracle.Entry{Kind: oracle.Fault, Op: op, From: moment(from), T: moment(from + 1)})
 	}
-	slices.SortStableFunc(history, func(a, b Entry) int { return cmp.Compare(a.T, b.T) })
+	slices.SortStableFunc(history, func(a, b oracle.Entry) int { return cmp.Compare(a.T, b.T) })
 	svg := timeline(t, history, 0, 0)
 	for _, op := range storyFaults[:5] {
 		if !strings.Contains(svg, "<title>"+op) {

@@ -9,6 +9,8 @@ import (
 	"net/http"
 	"strconv"
 	"sync"
+
+	"example.com/leader/internal/oracle"
 )
 
 // resource is something outside etcd that leaders write to. It protects itself as the documentation
@@ -47,12 +49,12 @@ func (r *resource) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	result := OK
+	result := oracle.OK
 	if token < r.largest[election] {
-		result = Failed
+		result = oracle.Failed
 		w.WriteHeader(http.StatusConflict)
 	} else {
 		r.largest[election] = token
 	}
-	r.add(Entry{Kind: Accepted, Election: election, Token: token, Value: value, Result: result})
+	r.add(oracle.Entry{Kind: oracle.Accepted, Election: election, Token: token, Value: value, Result: result})
 }

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"example.com/leader/internal/etcdtest"
+	"example.com/leader/internal/oracle"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
@@ -41,6 +42,7 @@ const (
 type member struct {
 	*process
 	id           uint64
+	paused       oracle.Entry     // what to tell when it goes on
 	client, peer string           // addresses
 	peers        []*etcdtest.Link // by member, as this one dials it; nil for itself
 }
@@ -333,6 +335,25 @@ func (s *system) raftLeader(ctx context.Context) (*member, error) {
 	return leader, nil
 }
 
+// pause stops a member, and notes whether it leads.
+func (s *system) pause(ctx context.Context, m *member) error {
+	m.paused = oracle.Entry{Kind: oracle.Resumed, Proc: m.name}
+	sctx, cancel := context.WithTimeout(ctx, 300*time.Millisecond)
+	status, err := s.root.Status(sctx, m.client)
+	cancel()
+	if err == nil && status.Leader != 0 && status.Leader != m.id {
+		m.paused.Op = oracle.Follower
+	}
+	m.paused.From = now()
+	return m.signal(syscall.SIGSTOP)
+}
+
+// resume lets a member go on.
+func (s *system) resume(m *member) error {
+	s.add(m.paused)
+	return m.signal(syscall.SIGCONT)
+}
+
 // addUsers makes the users for when auth is enabled.
 func (s *system) addUsers(ctx context.Context) error {
 	role := "candidate"
@@ -450,18 +471,18 @@ func (s *system) startWorkers() error {
 		knows := all
 		switch i % 4 {
 		case 0: // one lease for all
-			w.Run, w.Observe = lasting, elections[:1]
+			w.Shared, w.Observe, w.Changes = lasting, elections[:1], true
 			if i > 0 { // and one member for watches
 				knows = func(w *worker, endpoints []string) { w.Endpoints, w.Watches = endpoints, endpoints[last] }
 			}
 		case 1: // a lease for each term, and one member for watches and nothing else
-			w.Campaign = []string{elections[0], mixed, again}
+			w.Own = []string{elections[0], mixed, again}
 			knows = func(w *worker, endpoints []string) { w.Endpoints, w.Watches = endpoints[:last], endpoints[last] }
 		case 2: // one lease for all, and all members but that one
-			w.Run, w.Observe = elections, elections[:1]
+			w.Shared, w.Observe = elections, elections[:1]
 			knows = func(w *worker, endpoints []string) { w.Endpoints = endpoints[:last] }
 		case 3: // one member
-			w.Run, w.Campaign = elections[1:2], elections[2:3]
+			w.Shared, w.Own, w.Changes = elections[1:2], elections[2:3], true
 			knows = func(w *worker, endpoints []string) { w.Endpoints = endpoints[:1] }
 		}
 		p, err := add("candidate", w, knows)
@@ -475,7 +496,7 @@ func (s *system) startWorkers() error {
 		return err
 	}
 	s.workers = append(s.workers, stock)
-	observer, err := add("observer", worker{Name: "observer", Observe: elections}, all)
+	observer, err := add("observer", worker{Name: "observer", Observe: elections, Ask: elections}, all)
 	if err != nil {
 		return err
 	}
@@ -490,7 +511,7 @@ const etcdctlTTL = time.Minute
 func (s *system) etcdctl(ctx context.Context, name string) {
 	path, err := exec.LookPath("etcdctl")
 	if err != nil {
-		s.add(Entry{Kind: Start, Proc: "etcdctl", Op: "etcdctl", Err: err.Error()})
+		s.add(oracle.Entry{Kind: oracle.Start, Proc: "etcdctl", Op: "etcdctl", Err: err.Error()})
 		return
 	}
 	for ctx.Err() == nil {
@@ -518,7 +539,7 @@ func (s *system) etcdctlTerm(ctx context.Context, path, election string) {
 	})
 	began := now()
 	if err := p.start(); err != nil {
-		s.add(Entry{Kind: Failure, Err: err.Error()})
+		s.add(oracle.Entry{Kind: oracle.Failure, Err: err.Error()})
 		return
 	}
 	p.disown()
@@ -572,7 +593,7 @@ func (s *system) etcdctlLeads(ctx context.Context, p *process, election, key str
 	if err != nil || token == 0 {
 		return
 	}
-	e := Entry{Proc: p.name, Kind: Term, From: began, Election: election, Token: token, Key: key, Lease: lease, Op: "etcdctl"}
+	e := oracle.Entry{Proc: p.name, Kind: oracle.Term, From: began, Election: election, Token: token, Key: key, Lease: lease, Op: "etcdctl"}
 	s.add(e)
 	last := now()
 	for range 10 {
@@ -583,7 +604,7 @@ func (s *system) etcdctlLeads(ctx context.Context, p *process, election, key str
 		case <-ctx.Done():
 			return
 		}
-		e.Kind, e.From, e.T = Belief, last, now()
+		e.Kind, e.From, e.T = oracle.Belief, last, now()
 		last = e.T
 		s.add(e)
 	}

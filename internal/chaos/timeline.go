@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"example.com/leader/internal/oracle"
 )
 
 // Sizes of the picture, in pixels.
@@ -65,24 +67,30 @@ type picture struct {
 	origin int64   // of the seconds
 	window span
 
-	faults []Entry // that struck, in the window
-	taken  []Entry
+	faults []oracle.Entry // that struck, in the window
+	taken  []oracle.Entry
 	// What is excused is not red, so that red is what the checker objects to.
 	excused map[excuse]bool
-	late    map[Entry]bool      // in a context whose timer was late
-	terms   []*heldTerm         // of all of the run, by election, proc and token
-	lives   map[string][]span   // of processes
-	colour  map[string]paint    // of those that led
-	procs   map[string][]string // that ever led, by election
+	late    map[oracle.Entry]bool // in a context whose timer was late
+	terms   []*heldTerm           // of all of the run, by election, proc and token
+	lives   map[string][]span     // of processes
+	colour  map[string]paint      // of those that led
+	procs   map[string][]string   // that ever led, by election
+}
+
+// A termID is what a term is known by.
+type termID struct {
+	election string
+	token    int64
 }
 
 // A heldTerm is a term as its holder told of it.
 type heldTerm struct {
-	term
+	termID
 	proc, op string
-	whole    span    // from the victory to the last belief
-	beliefs  []Entry // as far as the window shows them
-	end      string  // its cause, if the holder was told
+	whole    span           // from the victory to the last belief
+	beliefs  []oracle.Entry // as far as the window shows them
+	end      string         // its cause, if the holder was told
 }
 
 // An excuse is for an overlap of two terms, the earlier first.
@@ -99,8 +107,8 @@ func isPeer(op string) bool { return op == "stock" || op == "etcdctl" }
 
 // writeTimeline draws as an SVG who led when, under which faults, from..to (as in the history). If
 // both are 0 it is the minute and a half with the most sorts of faults.
-func writeTimeline(w io.Writer, history []Entry, from, to int64) error {
-	p := newPicture(history, from, to)
+func writeTimeline(w io.Writer, history []oracle.Entry, v oracle.Verdict, from, to int64) error {
+	p := newPicture(history, v, from, to)
 	p.head(parameters(history))
 	top := p.y
 	spans := p.faultLanes()
@@ -126,34 +134,32 @@ func writeTimeline(w io.Writer, history []Entry, from, to int64) error {
 	return err
 }
 
-func newPicture(history []Entry, from, to int64) *picture {
+func newPicture(history []oracle.Entry, v oracle.Verdict, from, to int64) *picture {
 	p := &picture{
 		excused: make(map[excuse]bool),
-		late:    make(map[Entry]bool),
+		late:    make(map[oracle.Entry]bool),
 		lives:   make(map[string][]span),
 		colour:  make(map[string]paint),
 		procs:   make(map[string][]string),
 	}
-	c := newChecker(history)
-	c.checkExclusion()
-	for _, o := range c.Overlaps {
+	for _, o := range v.Overlaps {
 		p.excused[excuse{o.Election, o.Tokens}] = true
 	}
-	for _, e := range c.LateContexts {
+	for _, e := range v.Late {
 		p.late[e] = true
 	}
 	p.origin = began(history)
 	run := span{p.origin, p.origin} // without what comes before it and after the last leader
 	for _, e := range history {
 		switch e.Kind {
-		case Fault:
+		case oracle.Fault:
 			run.to = max(run.to, e.T)
 			if e.Err == "" {
 				p.faults = append(p.faults, e)
 			}
-		case Belief:
+		case oracle.Belief:
 			run.to = max(run.to, e.T)
-		case Taken:
+		case oracle.Taken:
 			p.taken = append(p.taken, e)
 		}
 	}
@@ -161,16 +167,16 @@ func newPicture(history []Entry, from, to int64) *picture {
 	if from == 0 && to == 0 {
 		p.window = mostVaried(p.faults, run)
 	}
-	outside := func(e Entry) bool { return !p.window.touches(span{min(e.From, e.T), e.T}) }
+	outside := func(e oracle.Entry) bool { return !p.window.touches(span{min(e.From, e.T), e.T}) }
 	p.faults = slices.DeleteFunc(p.faults, outside)
-	slices.SortStableFunc(p.faults, func(a, b Entry) int { return cmp.Compare(a.From, b.From) })
+	slices.SortStableFunc(p.faults, func(a, b oracle.Entry) int { return cmp.Compare(a.From, b.From) })
 	p.readTerms(history)
 	p.readLives(history)
 	return p
 }
 
 // mostVaried chooses the part of the run in which the most sorts of faults were injected.
-func mostVaried(faults []Entry, run span) span {
+func mostVaried(faults []oracle.Entry, run span) span {
 	best := span{run.from, max(min(run.to, run.from+int64(defaultWindow)), run.from+1)}
 	var most int
 	for _, first := range faults {
@@ -191,34 +197,34 @@ func mostVaried(faults []Entry, run span) span {
 }
 
 // readTerms gathers who led, and chooses the colours.
-func (p *picture) readTerms(history []Entry) {
+func (p *picture) readTerms(history []oracle.Entry) {
 	type id struct {
-		term
+		termID
 		proc string // two may claim the same term, and are to be seen then
 	}
 	terms := make(map[id]*heldTerm)
 	for _, e := range history {
-		if e.Kind != Term && e.Kind != Belief && e.Kind != Ended {
+		if e.Kind != oracle.Term && e.Kind != oracle.Belief && e.Kind != oracle.Ended {
 			continue
 		}
-		key := id{termOf(&e), e.Proc}
+		key := id{termID{e.Election, e.Token}, e.Proc}
 		t := terms[key]
-		if e.Kind == Ended {
+		if e.Kind == oracle.Ended {
 			if t != nil {
-				t.end = e.Err
+				t.end = cmp.Or(e.Err, e.Op)
 			}
 			continue
 		}
 		seen := span{e.T, e.T}
-		if e.Kind == Belief {
+		if e.Kind == oracle.Belief {
 			seen = believed(e)
 		}
 		if t == nil {
-			t = &heldTerm{term: key.term, proc: e.Proc, op: e.Op, whole: seen}
+			t = &heldTerm{termID: key.termID, proc: e.Proc, op: e.Op, whole: seen}
 			terms[key] = t
 		}
 		t.whole = span{min(t.whole.from, seen.from), max(t.whole.to, seen.to)}
-		if e.Kind == Belief && p.window.touches(seen) {
+		if e.Kind == oracle.Belief && p.window.touches(seen) {
 			t.beliefs = append(t.beliefs, e)
 		}
 	}
@@ -246,13 +252,13 @@ func (p *picture) readTerms(history []Entry) {
 }
 
 // readLives gathers when there was a process to lead.
-func (p *picture) readLives(history []Entry) {
+func (p *picture) readLives(history []oracle.Entry) {
 	born := make(map[string]int64)
 	for _, e := range history {
 		switch e.Kind {
-		case Start:
+		case oracle.Start:
 			born[e.Proc] = e.T
-		case Exit:
+		case oracle.Exit:
 			if from, ok := born[e.Proc]; ok {
 				p.lives[e.Proc] = append(p.lives[e.Proc], span{from, e.T})
 				delete(born, e.Proc)
@@ -297,7 +303,7 @@ func (p *picture) head(params Parameters) {
 func (p *picture) faultLanes() []stretch {
 	const height, pitch, gap = 13.0, 16.0, 6.0
 	type placed struct {
-		fault      Entry
+		fault      oracle.Entry
 		bar, label stretch
 		lane       int
 		room       float64 // where the next one in its lane begins
@@ -339,7 +345,7 @@ func (p *picture) faultLanes() []stretch {
 	return bars
 }
 
-func (p *picture) describeFault(f Entry) string {
+func (p *picture) describeFault(f oracle.Entry) string {
 	return fmt.Sprintf("%s\n%s\n%s", f.Op, f.Value, p.times(span{f.From, f.T}))
 }
 
@@ -391,7 +397,7 @@ func (p *picture) election(name string) {
 			}
 		}
 	}
-	var beliefs []Entry
+	var beliefs []oracle.Entry
 	holder := make(map[int64]string) // of a token
 	for _, t := range p.terms {
 		if t.election == name {
@@ -403,7 +409,7 @@ func (p *picture) election(name string) {
 		}
 	}
 	for _, e := range p.taken {
-		if e.Election == name && e.Result != Failed && p.window.touches(span{e.T, e.T}) {
+		if e.Election == name && e.Result != oracle.Failed && p.window.touches(span{e.T, e.T}) {
 			waiting, _, _ := strings.Cut(e.Value, "/")
 			y, ok := row[cmp.Or(holder[e.Token], waiting)]
 			if !ok {
@@ -439,7 +445,7 @@ func (p *picture) term(t *heldTerm, lane, row float64) {
 	p.svg.WriteString(`<g class="term">` + tooltip(title))
 	p.still(paint, p.stretch(t.whole), row, rowHeight) // is to be seen between the pieces
 	var longest stretch
-	for _, s := range merge(held, pauseOf) {
+	for _, s := range merge(held, oracle.PauseOf) {
 		at := p.stretch(s)
 		p.painted(paint.solid, at, row, rowHeight)
 		p.painted(paint.solid, at, lane, rowHeight)
@@ -461,21 +467,21 @@ func (p *picture) term(t *heldTerm, lane, row float64) {
 // An overlap is a time in which two terms of an election were both believed in.
 type overlap struct {
 	span
-	a, b Entry
+	a, b oracle.Entry
 }
 
 // overlaps returns those of the beliefs. A single answer was given at some time between question and
 // answer, and overlaps only with what covers all of that.
-func overlaps(beliefs []Entry) []overlap {
-	sorted := slices.SortedFunc(slices.Values(beliefs), func(a, b Entry) int {
+func overlaps(beliefs []oracle.Entry) []overlap {
+	sorted := slices.SortedFunc(slices.Values(beliefs), func(a, b oracle.Entry) int {
 		return cmp.Compare(believed(a).from, believed(b).from)
 	})
 	var found []overlap
-	var open []Entry // that may not be over yet
+	var open []oracle.Entry // that may not be over yet
 	for _, b := range sorted {
 		from, to := min(b.From, b.T), max(b.From, b.T)
 		single := b.From > b.T
-		open = slices.DeleteFunc(open, func(a Entry) bool { return a.T <= from })
+		open = slices.DeleteFunc(open, func(a oracle.Entry) bool { return a.T <= from })
 		for _, a := range open {
 			if (a.Token != b.Token || a.Proc != b.Proc) && (!single || to <= a.T) {
 				found = append(found, overlap{span{from, min(to, a.T)}, a, b})
