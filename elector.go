@@ -120,7 +120,8 @@ func (e *Elector) TryCampaign(ctx context.Context, name, value string) (*Leader,
 //
 //   - lead returned while leading, or resigned itself: Run resigns and returns lead's error.
 //   - The term was lost: Run waits for lead, logs its error, campaigns again, with backoff, and
-//     calls lead again. If lead returned just as the term was lost, the loss counts.
+//     calls lead again. If lead returned just as the term was lost, the loss counts. For a term that is
+//     over before lead was called, as a hook has taken its time, it is not called.
 //   - ctx ended: Run waits for lead, resigns within 2 s, and returns ctx's error, joined with that
 //     of lead if lead's is another.
 //   - The Elector or its client is closed: the same, with [ErrClosed].
@@ -167,7 +168,9 @@ func (e *Elector) runTerm(ctx, bound context.Context, l *Leader, lead func(conte
 		cancel(nil)
 		l.letGo(ctx)
 	}()
-	err = lead(lctx, l)
+	if l.IsLeader() { // Hooks.Elected may have taken its time, or resigned
+		err = lead(lctx, l)
+	}
 	switch {
 	case bound.Err() != nil:
 		berr := boundError(ctx)

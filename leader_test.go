@@ -842,6 +842,32 @@ func TestRunReturnsWhatLeadReturns(t *testing.T) {
 	}
 }
 
+func TestRunCallsLeadForNoTermThatIsOver(t *testing.T) {
+	_, client := start(t)
+	operator := newElector(t, client)
+	var over []int64 // tokens
+	e := newElector(t, client, leader.WithHooks(leader.Hooks{Elected: func(_ string, l *leader.Leader, _ time.Duration) {
+		if len(over) == 2 {
+			return
+		}
+		over = append(over, l.Token())
+		if err := operator.Evict(t.Context(), "jobs"); err != nil {
+			t.Error(err)
+		}
+		<-l.Context().Done()
+	}}))
+	calls := 0
+	err := e.Run(t.Context(), "jobs", "", func(_ context.Context, l *leader.Leader) error {
+		if calls++; !l.IsLeader() || slices.Contains(over, l.Token()) {
+			t.Errorf("lead was called for the term %d, and those that are over are %v", l.Token(), over)
+		}
+		return nil
+	})
+	if err != nil || calls != 1 || len(over) != 2 {
+		t.Errorf("Run returned %v after %d calls of lead and %d terms that were over before, want nil, 1 and 2", err, calls, len(over))
+	}
+}
+
 func TestRunResignsBeforeAPanicGoesOn(t *testing.T) {
 	_, client := start(t)
 	func() {

@@ -125,10 +125,10 @@ func WithHooks(hooks Hooks) Option {
 // there. The other hooks are called in goroutines of the package, where a panic ends the program, as it
 // does in any goroutine.
 //
-// Hooks of different elections, and of the
-// lease, may be called at the same time, and so may LeaderChanged beside Campaigning and Elected.
-// One campaign's order is Campaigning, then either CampaignFailed or Elected and Ended; the next
-// campaign's Campaigning may come before Ended if it begins as soon as the term's context is done.
+// Hooks of different elections, and of the lease, may be called at the same time, and so may LeaderChanged
+// beside Campaigning and Elected. One campaign's order is Campaigning, then either CampaignFailed or Elected
+// and Ended. Another goroutine's campaign in the same election may begin a moment before CampaignFailed or
+// Ended is called, and its Campaigning come first.
 // A call that is refused at once, for its name or value, with [ErrCampaigning] or with [ErrClosed],
 // is no campaign.
 //

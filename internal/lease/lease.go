@@ -58,6 +58,9 @@ const maxAttempt = 3 * time.Second
 // clockCheck is how often the wall clock is asked, unless the deadline is nearer.
 const clockCheck = time.Second
 
+// maxArming is how late the timer may be because of the time that it took to set it.
+const maxArming = time.Millisecond
+
 // Config says how to keep a lease.
 type Config struct {
 	// TTL is asked of etcd in whole seconds, rounded up. etcd may grant more.
@@ -163,7 +166,8 @@ func Grant(ctx context.Context, client *clientv3.Client, cfg Config) (*Session, 
 	// The session outlives ctx, and ends in endLocked alone.
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(client.Ctx())) //nolint:contextcheck
 	s.mu.Lock()
-	s.timer = time.AfterFunc(s.untilCheck(), s.checkClocks)
+	s.timer = time.AfterFunc(clockCheck, s.checkClocks)
+	s.armLocked()
 	s.due = time.AfterFunc(s.untilDue(), s.renewal) //nolint:contextcheck
 	s.unhook = context.AfterFunc(client.Ctx(), func() { s.end(ErrClosed) })
 	s.mu.Unlock()
@@ -377,7 +381,19 @@ func (s *Session) checkClocks() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.cause == nil {
-		s.timer.Reset(s.untilCheck())
+		s.armLocked()
+	}
+}
+
+// armLocked sets the timer. If the process is stopped between a look at the clocks and the timer's start, the
+// timer is late by as much: so it is set anew as long as that took.
+func (s *Session) armLocked() {
+	for until := s.untilCheck(); ; {
+		s.timer.Reset(until)
+		before := until
+		if until = s.untilCheck(); before-until < maxArming {
+			return
+		}
 	}
 }
 
@@ -398,7 +414,7 @@ func (s *Session) extend(sent stamp, ttl int64) error {
 	if s.validLocked() {
 		s.sent = sent
 		s.setTTL(ttl)
-		s.timer.Reset(s.untilCheck())
+		s.armLocked()
 	}
 	return s.cause
 }

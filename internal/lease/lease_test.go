@@ -205,6 +205,31 @@ func TestDeadlineWinsOverARenewalThatIsAnsweredBeforeTheTimerFires(t *testing.T)
 	})
 }
 
+// The timer that ends the context counts from when it is set, not from the look at the clocks that said for how long.
+func TestContextEndsInTimeThoughTheProcessIsStoppedAsItsTimerIsSet(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		e.onRenew = func(ctx context.Context, _ int, _ *ack) (*ack, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+		looks := 0
+		s := start(t, e, Config{Wall: func() time.Time {
+			now := time.Now()
+			if e.at() == deadline-clockCheck {
+				if looks++; looks == 2 { // the first is of checkClocks, whose timer has fired
+					time.Sleep(clockCheck / 2)
+				}
+			}
+			return now
+		}})
+		e.wantEnd(s, deadline)
+		if looks != 2 {
+			t.Errorf("%d looks at the clocks as the timer fired, want 2", looks)
+		}
+	})
+}
+
 func TestRenewalsDoNotOverlap(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
