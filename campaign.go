@@ -47,21 +47,32 @@ func (e *Elector) claim(election string) (*claim, error) {
 		e.observers[election] = c
 		e.mu.Unlock()
 		e.watching.Go(func() {
-			defer c.observing.Done()
-			defer func() {
-				e.mu.Lock()
-				defer e.mu.Unlock()
-				if e.observers[election] == c {
-					delete(e.observers, election)
-				}
-			}()
 			if former != nil { // what it tells is older
 				former.observing.Wait()
 			}
-			c.observe(ctx)
+			c.report(ctx)
 		})
 	}
 	return c, nil
+}
+
+// report calls Hooks.LeaderChanged until ctx ends.
+func (c *claim) report(ctx context.Context) {
+	returned := false
+	defer func() {
+		if !returned && ctx.Err() == nil { // the hook has ended this goroutine
+			c.e.watching.Go(func() { c.report(ctx) })
+			return
+		}
+		c.e.mu.Lock()
+		if c.e.observers[c.election] == c {
+			delete(c.e.observers, c.election)
+		}
+		c.e.mu.Unlock()
+		c.observing.Done()
+	}()
+	c.observe(ctx)
+	returned = true
 }
 
 // release lets the next campaign in. It may be called again. Whoever calls it waits for observing then.
@@ -246,14 +257,15 @@ func (k *campaigning) stand() (*Leader, error) {
 
 // retry blocks for a pause after the end of a candidacy, and returns nil if another one is worth a try.
 func (k *campaigning) retry(err error) error {
+	if time.Since(k.stood) > k.e.opts.ttl {
+		k.again.OK() // what lasted that long is no streak
+	}
 	again := k.again
 	switch k.fresh = errors.Is(err, errAttached); {
 	case k.fresh:
 		again = k.loop
 	case !errors.Is(err, errLost):
 		return k.failure(err)
-	case time.Since(k.stood) > k.e.opts.ttl:
-		again.OK() // what lasted that long is no streak
 	}
 	if err := again.Again(k.bound, retry.Passing(err)); err != nil {
 		return k.failure(err)
@@ -272,7 +284,7 @@ func (k *campaigning) failure(err error) error {
 	case errors.Is(err, ErrClosed), errors.Is(err, ErrHeld):
 		return fmt.Errorf("%w: campaign in %q", err, election)
 	case over && last != nil:
-		return fmt.Errorf("leader: campaign in %q: %w (last failure: %w)", election, err, last)
+		return fmt.Errorf("leader: campaign in %q: %w", election, retry.WithLast(err, last))
 	default:
 		return fmt.Errorf("leader: campaign in %q: %w", election, err)
 	}

@@ -196,7 +196,7 @@ func (e *Elector) Current(ctx context.Context, name string) (Candidate, error) {
 		return retry.First(ctx, e.client, read)
 	})
 	if err != nil {
-		return Candidate{}, fmt.Errorf("leader: read who leads %q: %w", name, err)
+		return Candidate{}, fmt.Errorf("leader: read who leads %q: %w", name, e.orClosed(ctx, err))
 	}
 	if c == (queue.Candidate{}) {
 		return Candidate{}, ErrNoLeader
@@ -213,7 +213,7 @@ func (e *Elector) Candidates(ctx context.Context, name string) ([]Candidate, err
 	}
 	list, err := retry.First(ctx, e.client, q.List)
 	if err != nil {
-		return nil, fmt.Errorf("leader: read the candidates of %q: %w", name, err)
+		return nil, fmt.Errorf("leader: read the candidates of %q: %w", name, e.orClosed(ctx, err))
 	}
 	cs := make([]Candidate, len(list))
 	for i, c := range list {
@@ -274,7 +274,7 @@ func (e *Elector) Evict(ctx context.Context, name string) error {
 		})
 	}
 	if err != nil {
-		return fmt.Errorf("leader: evict %q from %q: %w", c.Key, name, err)
+		return fmt.Errorf("leader: evict %q from %q: %w", c.Key, name, e.orClosed(ctx, err))
 	}
 	return nil
 }
@@ -368,6 +368,14 @@ func boundError(ctx context.Context) error {
 		return fmt.Errorf("%w: %w", ctx.Err(), cause)
 	}
 	return ctx.Err()
+}
+
+// orClosed returns err, or ErrClosed if what has ended by it did so because the client is closed.
+func (e *Elector) orClosed(ctx context.Context, err error) error {
+	if ctx.Err() == nil && e.client.Ctx().Err() != nil {
+		return ErrClosed
+	}
+	return err
 }
 
 // queue returns the queue of the election name, if it is a name and the Elector is open.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -514,4 +515,58 @@ func TestTryCampaignIsNotHeldByAKeyOfItsOwn(t *testing.T) {
 		t.Errorf("the queue is %+v", cs)
 	}
 	resign(t, l)
+}
+
+// A fullKV answers the joins of an election as an etcd that fills up while the first is under way, which it carries
+// out and refuses.
+type fullKV struct {
+	clientv3.KV
+	prefix string
+	joins  atomic.Int64
+}
+
+func (kv *fullKV) Txn(ctx context.Context) clientv3.Txn { return &fullTxn{Txn: kv.KV.Txn(ctx), kv: kv} }
+
+type fullTxn struct {
+	clientv3.Txn
+	kv   *fullKV
+	join bool
+}
+
+func (x *fullTxn) If(cs ...clientv3.Cmp) clientv3.Txn   { x.Txn = x.Txn.If(cs...); return x }
+func (x *fullTxn) Else(ops ...clientv3.Op) clientv3.Txn { x.Txn = x.Txn.Else(ops...); return x }
+
+func (x *fullTxn) Then(ops ...clientv3.Op) clientv3.Txn {
+	x.join = ops[0].IsPut() && strings.HasPrefix(string(ops[0].KeyBytes()), x.kv.prefix)
+	x.Txn = x.Txn.Then(ops...)
+	return x
+}
+
+func (x *fullTxn) Commit() (*clientv3.TxnResponse, error) {
+	switch {
+	case !x.join:
+		return x.Txn.Commit()
+	case x.kv.joins.Add(1) == 1:
+		if _, err := x.Txn.Commit(); err != nil {
+			return nil, err
+		}
+	}
+	return nil, rpctypes.ErrNoSpace
+}
+
+func TestJoinThatIsCarriedOutAndRefusedForLackOfSpaceIsDeleted(t *testing.T) {
+	_, client := start(t)
+	full := wrapped(client)
+	full.KV = &fullKV{KV: client.KV, prefix: "jobs/"}
+	e := newElector(t, full)
+	keep := lead(t, e, "keep", "") // keeps the lease alive
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if _, err := e.Campaign(ctx, "jobs", ""); !errors.Is(err, rpctypes.ErrNoSpace) {
+		t.Fatalf("Campaign: %v", err)
+	}
+	resign(t, lead(t, newElector(t, client), "jobs", ""))
+	if !keep.IsLeader() {
+		t.Error("the other term was lost")
+	}
 }

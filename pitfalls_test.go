@@ -1545,6 +1545,31 @@ func TestCampaignIsBackSoonAfterALongOutage(t *testing.T) {
 	}
 }
 
+// The same for what has the time of a single request, by a client that hides each failure: it repeats by itself what
+// has failed for want of a connection.
+func TestQuestionAfterALongOutageIsAnswered(t *testing.T) {
+	m, _ := start(t)
+	link := etcdtest.NewLink(t, m)
+	patient := etcdtest.NewClientFrom(t, clientv3.Config{
+		Endpoints: []string{link.Endpoint}, BackoffWaitBetween: time.Minute, DialOptions: []grpc.DialOption{
+			grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: time.Minute, Multiplier: 1, MaxDelay: time.Minute}}),
+		},
+	})
+	e := newElector(t, patient)
+	if _, err := e.Current(t.Context(), "jobs"); !errors.Is(err, leader.ErrNoLeader) {
+		t.Fatal(err)
+	}
+	link.Cut()
+	for patient.ActiveConnection().GetState() != connectivity.TransientFailure {
+		patient.ActiveConnection().Connect()
+		time.Sleep(time.Millisecond)
+	}
+	link.Heal()
+	if _, err := e.Current(t.Context(), "jobs"); !errors.Is(err, leader.ErrNoLeader) {
+		t.Errorf("Current() = %v, want that nobody leads", err)
+	}
+}
+
 // Pitfall 29: A Lease that answers with neither response nor error: stock NewSession returns nil, nil.
 func TestEmptyAnswersAreErrors(t *testing.T) {
 	_, client := start(t)

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -534,4 +535,59 @@ func TestCloseThatHasNothingToDoReturnsNilWhateverItsCtx(t *testing.T) {
 			}
 		}
 	}
+}
+
+func TestGoexitInLeaderChangedLosesNoLaterChange(t *testing.T) {
+	_, client := start(t)
+	told := make(chan string, 10)
+	e := newElector(t, client, leader.WithHooks(leader.Hooks{LeaderChanged: func(_ string, c leader.Candidate) {
+		told <- c.Value
+		if c.Value == "first" {
+			runtime.Goexit()
+		}
+	}}))
+	l := lead(t, e, "jobs", "first")
+	for await(t, "LeaderChanged", told) != "first" {
+	}
+	if err := l.Proclaim(t.Context(), "second"); err != nil {
+		t.Fatal(err)
+	}
+	if got := await(t, "LeaderChanged, though an earlier call has ended its goroutine", told); got != "second" {
+		t.Errorf("told of %q, want %q", got, "second")
+	}
+	resign(t, l)
+}
+
+// A refusingLease refuses the first grant.
+type refusingLease struct {
+	clientv3.Lease
+	grants atomic.Int64
+}
+
+func (l *refusingLease) Grant(ctx context.Context, ttl int64) (*clientv3.LeaseGrantResponse, error) {
+	if l.grants.Add(1) == 1 {
+		return nil, rpctypes.ErrNoLeader
+	}
+	return l.Lease.Grant(ctx, ttl)
+}
+
+func TestLogHandlerThatIsToldOfAGrantAndBlocksHoldsUpNoOtherCampaign(t *testing.T) {
+	_, client := start(t)
+	c := wrapped(client)
+	c.Lease = &refusingLease{Lease: client.Lease}
+	reached, release := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	e := newElector(t, c, leader.WithLogger(slog.New(handler(func(r slog.Record) {
+		if r.Message == "campaign is being retried" {
+			once.Do(func() {
+				close(reached)
+				<-release
+			})
+		}
+	}))))
+	held := campaign(t.Context(), e, "a", "")
+	await(t, "the log handler", reached)
+	resign(t, lead(t, e, "b", ""))
+	close(release)
+	resign(t, awaitLeader(t, held))
 }

@@ -49,7 +49,7 @@ type Key struct {
 	// Guarded by s.mu.
 	rev        int64 // create revision; 0 until known
 	unanswered int   // attempts to join without an answer
-	put        bool  // an attempt was answered: it has put the key or found it
+	put        bool  // an attempt was answered: it has put the key or found it, or may have
 	unheard    int   // attempts that were answered so when nobody waited any more
 	abandoned  bool
 	read       int64 // the number of the read that was the last to read it
@@ -104,6 +104,9 @@ func Attempt[T any](ctx context.Context, k *Key, request func(context.Context) (
 		if err == nil || retry.Refused(err) {
 			k.s.mu.Lock()
 			k.unanswered--
+			if errors.Is(err, rpctypes.ErrNoSpace) {
+				k.put = true // it may have: etcd carries out what it then refuses, if it has just filled up (quotaApplierV3)
+			}
 			if err == nil {
 				k.put = true
 				k.unheard++ // before Drop can find it neither unanswered nor unheard

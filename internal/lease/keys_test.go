@@ -54,7 +54,7 @@ func TestNameIsLentAgainIfNoJoinIsUnanswered(t *testing.T) {
 	for name, join := range map[string]func(t *testing.T, k *Key){
 		"none was sent": func(*testing.T, *Key) {},
 		"it was refused": func(t *testing.T, k *Key) {
-			for _, refusal := range []error{rpctypes.ErrPermissionDenied, rpctypes.ErrNoSpace, rpctypes.ErrLeaseNotFound} {
+			for _, refusal := range []error{rpctypes.ErrPermissionDenied, rpctypes.ErrTooManyRequests, rpctypes.ErrLeaseNotFound} {
 				_, err := Attempt(t.Context(), k, func(context.Context) (int, error) { return 0, refusal })
 				if !errors.Is(err, refusal) {
 					t.Errorf("Attempt() = %v, want %v", err, refusal)
@@ -81,6 +81,33 @@ func TestNameIsLentAgainIfNoJoinIsUnanswered(t *testing.T) {
 			}
 			if again := lend(t, p, "k"); again == nil || again.Session() != k.Session() {
 				t.Error("the name was not lent again on the same lease")
+			}
+		})
+	}
+}
+
+// An etcd that has just filled up carries a join out and refuses it.
+func TestKeyWhoseJoinWasRefusedForLackOfSpaceIsLookedFor(t *testing.T) {
+	for name, put := range map[string]bool{"it was put": true, "it was not": false} {
+		bubble(t, name, func(t *testing.T) {
+			e := newEtcd(t)
+			p := newPool(e)
+			lend(t, p, "other")
+			k := lend(t, p, "k")
+			_, err := Attempt(t.Context(), k, func(context.Context) (int64, error) { return 0, rpctypes.ErrNoSpace })
+			if !errors.Is(err, rpctypes.ErrNoSpace) {
+				t.Fatal(err)
+			}
+			if put {
+				e.put(k.Name(), 7)
+			}
+			k.Drop()
+			if !k.Abandoned() {
+				t.Error("forgotten although it may be in etcd")
+			}
+			e.waitUntil(third + 1)
+			if e.revision(k.Name()) != 0 || k.Abandoned() {
+				t.Errorf("create revision %d, Abandoned() = %v after a renewal, want 0 and false", e.revision(k.Name()), k.Abandoned())
 			}
 		})
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"runtime"
 	"slices"
 	"strconv"
@@ -483,6 +484,8 @@ func TestElectionsShareOneStockSessionThatEndsWithTheirs(t *testing.T) {
 func TestLeaseThatIsGoneAtTheDeadlineOrLaterHasExpired(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
+		e.ttl = 16 // no look at the clocks comes with a renewal
+		const ttl = 16 * time.Second
 		var paused atomic.Int64 // for how long, as the wall clock alone has noticed
 		e.onRenew = func(context.Context, int, *ack) (*ack, error) {
 			paused.Store(int64(ttl))
@@ -490,7 +493,7 @@ func TestLeaseThatIsGoneAtTheDeadlineOrLaterHasExpired(t *testing.T) {
 			return nil, rpctypes.ErrLeaseNotFound
 		}
 		s := start(t, e, Config{Wall: func() time.Time { return time.Now().Add(time.Duration(paused.Load())) }})
-		e.wantEnd(s, third)
+		e.wantEnd(s, ttl/3)
 		if !errors.Is(s.Cause(), ErrExpired) || !s.Gone() {
 			t.Errorf("Cause() = %v, Gone() = %v, want %v and true", s.Cause(), s.Gone(), ErrExpired)
 		}
@@ -555,29 +558,72 @@ func TestLeaseThatCannotBeLookedForExpires(t *testing.T) {
 }
 
 func TestWhatShowsThatALeaseIsGone(t *testing.T) {
-	held, joining := reading{rev: 7}, reading{}
+	held := func() *Key { return &Key{rev: 7} }
+	joining := func() *Key { return &Key{} }
+	abandoned := func() *Key { return &Key{abandoned: true} }
+	type keys = []*Key
 	for name, test := range map[string]struct {
-		keys       []reading
+		keys       keys // that were read
 		revs       []int64
 		read, term uint64
+		unread     keys
 		want       bool
 	}{
-		"its key is there":                    {[]reading{held}, []int64{7}, 2, 2, false},
-		"its key is not there":                {[]reading{held}, []int64{0}, 2, 2, true},
-		"another key is in its place":         {[]reading{held}, []int64{8}, 2, 2, true},
-		"one of its keys is there":            {[]reading{held, held}, []int64{0, 7}, 2, 2, false},
-		"its key is not there, term unknown":  {[]reading{held}, []int64{0}, 2, 0, true},
-		"its key is not there, another term":  {[]reading{held}, []int64{0}, 2, 1, true},
-		"nothing was put yet":                 {[]reading{joining}, []int64{0}, 2, 2, true},
-		"nothing was put yet, another term":   {[]reading{joining}, []int64{0}, 2, 1, false},
-		"nothing was put yet, term unknown":   {[]reading{joining}, []int64{0}, 2, 0, false},
-		"a join has arrived, not its answer":  {[]reading{joining}, []int64{9}, 2, 1, false},
-		"an abandoned key, of a term unknown": {[]reading{{rev: 0, abandoned: true}}, []int64{0}, 2, 0, false},
+		"its key is there":                    {keys{held()}, []int64{7}, 2, 2, nil, false},
+		"its key is not there":                {keys{held()}, []int64{0}, 2, 2, nil, true},
+		"another key is in its place":         {keys{held()}, []int64{8}, 2, 2, nil, true},
+		"one of its keys is there":            {keys{held(), held()}, []int64{0, 7}, 2, 2, nil, false},
+		"its key is not there, term unknown":  {keys{held()}, []int64{0}, 2, 0, nil, true},
+		"its key is not there, another term":  {keys{held()}, []int64{0}, 2, 1, nil, true},
+		"one was not read":                    {keys{held()}, []int64{0}, 2, 2, keys{held()}, true},
+		"one was not read, another term":      {keys{held()}, []int64{0}, 2, 1, keys{held()}, false},
+		"one is being put, another term":      {keys{held()}, []int64{0}, 2, 1, keys{joining()}, false},
+		"one is being looked for":             {keys{held()}, []int64{0}, 2, 1, keys{abandoned()}, true},
+		"nothing was put yet":                 {keys{joining()}, []int64{0}, 2, 2, nil, true},
+		"nothing was put yet, another term":   {keys{joining()}, []int64{0}, 2, 1, nil, false},
+		"nothing was put yet, term unknown":   {keys{joining()}, []int64{0}, 2, 0, nil, false},
+		"a join has arrived, not its answer":  {keys{joining()}, []int64{9}, 2, 1, nil, false},
+		"an abandoned key, of a term unknown": {keys{abandoned()}, []int64{0}, 2, 0, nil, false},
 	} {
-		if got := (sighting{test.read, test.keys, test.revs}).lacks(test.term); got != test.want {
+		s := &Session{keys: make(map[string]*Key)}
+		seen := sighting{term: test.read, revs: test.revs}
+		for i, k := range append(slices.Clone(test.keys), test.unread...) {
+			s.keys[fmt.Sprint(i)] = k
+		}
+		for _, k := range test.keys {
+			seen.keys = append(seen.keys, reading{Key: k, rev: k.rev, abandoned: k.abandoned})
+		}
+		if got := s.lacks(seen, test.term); got != test.want {
 			t.Errorf("%s: %v, want %v", name, got, test.want)
 		}
 	}
+}
+
+// One key of the lease was resigned, another one put, and neither answer has come yet. A leader of etcd that was
+// deposed says that there is no such lease.
+func TestLeaseWhoseOnlyKeyIsBeingPutIsNotTakenForGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		e.onRenew = func(_ context.Context, n int, a *ack) (*ack, error) {
+			if n == 1 {
+				return nil, rpctypes.ErrLeaseNotFound
+			}
+			return a, nil
+		}
+		s := grant(t, e, Config{})
+		resigned := e.track(s, "x", 1)
+		joining := s.track("y", func() {})
+		e.waitUntil(third - 1)
+		e.put("x", 0)
+		e.put("y", 2)
+		e.waitUntil(third)
+		resigned.Drop()
+		joining.Joined(2)
+		e.waitUntil(third + attempt)
+		if !s.Valid() || s.Gone() {
+			t.Errorf("Cause() = %v, Gone() = %v of a lease that has a key", s.Cause(), s.Gone())
+		}
+	})
 }
 
 func TestWallClockThatIsSetForwardEndsTheSession(t *testing.T) {

@@ -50,12 +50,25 @@ func NewPool(client *clientv3.Client, cfg Config) *Pool {
 }
 
 // Track returns a key of a session that can have it: of one that the pool has, unless fresh is set, or
-// else of a new one. name is the name of the key under a lease. It blocks for the grant, one at a time,
-// which is asked for in loop and bounded by ctx.
+// else of a new one. name is the name of the key under a lease. It blocks for the grant, which is asked for in
+// loop and bounded by ctx.
 //
 // gone is called, at most a few times and without locks held, when a renewal finds that the key with
 // the revision given to [Key.Joined] does not exist.
 func (p *Pool) Track(ctx context.Context, loop *retry.Loop, name func(clientv3.LeaseID) string, gone func(), fresh bool) (*Key, error) {
+	for {
+		k, err := p.track(ctx, loop, name, gone, fresh)
+		if err == nil || errors.Is(err, ErrCrowded) {
+			return k, err
+		}
+		if err := loop.Again(ctx, err); err != nil { // it calls the user's code, which may block: not in track
+			return nil, err
+		}
+	}
+}
+
+// track is one attempt at Track. There is one at a time, as the others are to have the session that it is granted.
+func (p *Pool) track(ctx context.Context, loop *retry.Loop, name func(clientv3.LeaseID) string, gone func(), fresh bool) (*Key, error) {
 	select {
 	case p.granting <- struct{}{}:
 		defer func() { <-p.granting }()
@@ -69,10 +82,15 @@ func (p *Pool) Track(ctx context.Context, loop *retry.Loop, name func(clientv3.L
 	if !room {
 		return nil, ErrCrowded
 	}
-	s, err := p.grant(ctx, loop)
+	sent := time.Now()
+	s, err := p.grant(ctx)
 	if err != nil {
+		if ctx.Err() != nil {
+			loop.Unanswered(sent)
+		}
 		return nil, err
 	}
+	loop.OK()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s.users = 1
@@ -98,8 +116,8 @@ func (p *Pool) lend(name func(clientv3.LeaseID) string, gone func(), fresh bool)
 }
 
 // grant asks for a lease, and again while the first request has no answer. A lease that is granted when
-// it is not wanted any more, as ctx has ended or another one came first, is revoked.
-func (p *Pool) grant(ctx context.Context, loop *retry.Loop) (granted *Session, _ error) {
+// it is not wanted any more, as ctx has ended or another answer came first, is revoked.
+func (p *Pool) grant(ctx context.Context) (granted *Session, _ error) {
 	var taken atomic.Pointer[Session]
 	revoke := func(s *Session, err error) {
 		if err == nil {
@@ -109,11 +127,11 @@ func (p *Pool) grant(ctx context.Context, loop *retry.Loop) (granted *Session, _
 		}
 	}
 	defer func() {
-		if s := taken.Load(); s != nil && s != granted { // the logger has panicked, or ended this goroutine
+		if s := taken.Load(); s != nil && s != granted {
 			p.late.Go(func() { revoke(s, nil) })
 		}
 	}()
-	return retry.Do(ctx, loop, func(ctx context.Context) (*Session, error) {
+	return retry.First(ctx, p.client, func(ctx context.Context) (*Session, error) {
 		s, err := retry.Outlive(ctx, &p.late, func(ctx context.Context) (*Session, error) {
 			return Grant(ctx, p.client, p.cfg)
 		}, revoke)
@@ -197,16 +215,14 @@ func (s *Session) Finish(ctx context.Context) error {
 	if !unused {
 		return nil
 	}
-	if err := s.Close(ctx); err != nil {
-		return err
-	}
+	err := s.Close(ctx)
 	s.pool.mu.Lock()
 	defer s.pool.mu.Unlock()
 	if !s.Gone() && errors.Is(s.Cause(), ErrExpired) && s.pool.ctx.Err() == nil && !s.revoking {
 		s.revoking = true
 		s.pool.late.Go(s.revokeLate)
 	}
-	return nil
+	return err
 }
 
 // revokeLate revokes the lease of an expired session when the margin has passed by both clocks. It

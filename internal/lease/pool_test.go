@@ -577,3 +577,33 @@ func cleanUp(t *testing.T, k *Key) {
 		<-k.s.done
 	})
 }
+
+// Its last user may give an expired session back when the margin has passed, as it was stopped or has tried to delete
+// its key, and in an outage still.
+func TestLeaseThatIsGivenBackLateIsRevokedAfterTheOutage(t *testing.T) {
+	for name, givenBack := range map[string]time.Duration{"in the margin": ttl - time.Second, "after it": ttl + time.Second} {
+		bubble(t, name, func(t *testing.T) {
+			e := newEtcd(t)
+			e.onRenew = hangs
+			const outage = time.Minute
+			e.onRevoke = func(context.Context, int) error {
+				if e.at() < outage {
+					return rpctypes.ErrNoLeader
+				}
+				return nil
+			}
+			k := lend(t, newPool(e), "k")
+			e.wantEnd(k.Session(), deadline)
+			e.waitUntil(givenBack)
+			k.Drop()
+			k.Release()
+			ctx, cancel := retry.Cleanup(t.Context())
+			defer cancel()
+			_ = k.Session().Finish(ctx)
+			e.waitUntil(2 * outage)
+			if !k.Session().Gone() {
+				t.Errorf("the lease was not revoked, by %d requests", len(e.log().revoked))
+			}
+		})
+	}
+}

@@ -130,7 +130,7 @@ func (s *Session) renew(sent stamp, attempt time.Duration) ([]reading, error) {
 		return nil, s.Cause()
 	case err != nil:
 		return nil, err
-	case answer.ttl == 0 && seen.lacks(answer.term):
+	case answer.ttl == 0 && s.lacks(seen, answer.term):
 		s.Revoked()
 		return nil, rpctypes.ErrLeaseNotFound
 	case answer.ttl == 0, seen.term != answer.term:
@@ -139,20 +139,32 @@ func (s *Session) renew(sent stamp, attempt time.Duration) ([]reading, error) {
 	return s.found(seen), s.extend(sent, answer.ttl)
 }
 
-// lacks reports whether the read confirms an answer that there is no such lease, which was given before it in this
+// lacks reports whether a read confirms an answer that there is no such lease, which was given before it in this
 // raft term (0: not known). An etcd leader that was deposed gives it too, of a lease that its successor has granted.
 //
-// If one of the lease's keys is there, so is the lease. If those that were put are gone, the terms on them are lost
-// whether the lease lives or not. If none was put yet, the raft terms must be the same.
-func (seen sighting) lacks(term uint64) bool {
-	lost := false
+// If one of the lease's keys is there, so is the lease. If all that have an owner were put and are gone, the terms on
+// them are lost whether the lease lives or not. Else the raft terms must be the same.
+func (s *Session) lacks(seen sighting, term uint64) bool {
+	gone := make(map[*Key]bool)
 	for i, k := range seen.keys {
 		if k.rev != 0 && k.rev == seen.revs[i] {
 			return false
 		}
-		lost = lost || k.rev != 0
+		gone[k.Key] = k.rev != 0
 	}
-	return lost || seen.term == term
+	if seen.term == term {
+		return true
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	lost := false
+	for _, k := range s.keys {
+		if !k.abandoned && !gone[k] {
+			return false
+		}
+		lost = lost || !k.abandoned
+	}
+	return lost
 }
 
 // An acknowledgement is etcd's answer to a renewal.

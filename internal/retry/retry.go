@@ -189,8 +189,12 @@ func (a *asking) sendNext() bool {
 	if !a.send() {
 		return false
 	}
-	if a.waiting > 1 && len(a.client.Endpoints()) > 1 {
-		a.send()
+	if a.waiting > 1 {
+		// The silence may be clientv3's, which repeats by itself what fails for want of a connection.
+		Reconnect(a.client)
+		if len(a.client.Endpoints()) > 1 {
+			a.send()
+		}
 	}
 	return true
 }
@@ -279,6 +283,15 @@ func First[T any](ctx context.Context, client *clientv3.Client, request func(con
 	return a.value, a.err
 }
 
+// WithLast adds the last failure to err, which says why nothing more is asked. A silence, which matches
+// [context.DeadlineExceeded], does not make err that.
+func WithLast(err, last error) error {
+	if errors.Is(last, context.DeadlineExceeded) && !errors.Is(err, context.DeadlineExceeded) {
+		last = Passing(last)
+	}
+	return fmt.Errorf("%w (last failure: %w)", err, last)
+}
+
 // Persist is [Ask] for what tidies up: ctx must have a deadline, and the error tells the last failure.
 func Persist(ctx context.Context, client *clientv3.Client, request func(context.Context) error) error {
 	var last error
@@ -286,7 +299,7 @@ func Persist(ctx context.Context, client *clientv3.Client, request func(context.
 		return struct{}{}, request(ctx)
 	})
 	if err != nil && last != nil && !Permanent(err) {
-		return fmt.Errorf("%w (last failure: %w)", err, last)
+		return WithLast(err, last)
 	}
 	return err
 }
@@ -396,8 +409,8 @@ func Permanent(err error) bool {
 	return false
 }
 
-// Refused reports whether err says that etcd will not carry out the request, now or later. After any other
-// error it may still do so.
+// Refused reports whether err says that etcd will not carry out the request later. After any other error it may
+// still do so. (If it lacked space it may have done so already.)
 func Refused(err error) bool {
 	err = etcds(err)
 	for _, refusal := range []error{
@@ -530,10 +543,18 @@ func Do[T any](ctx context.Context, l *Loop, request func(context.Context) (T, e
 		l.OK()
 	case ctx.Err() == nil:
 		l.last = err
-	case l.last == nil:
-		l.last = Silence(l.Client, time.Since(sent))
+	default:
+		l.Unanswered(sent)
 	}
 	return value, err
+}
+
+// Unanswered notes that nothing was heard of a request, if nothing has failed before: that is why one that was
+// sent then is given up.
+func (l *Loop) Unanswered(sent time.Time) {
+	if l.last == nil {
+		l.last = Silence(l.Client, time.Since(sent))
+	}
 }
 
 // Silence is the error of a request that has ended without an answer, whose own error says no more than that:

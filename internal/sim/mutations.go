@@ -188,7 +188,7 @@ var mutations = []mutation{
 		{renewal, "		s.Revoked()\n		return nil, rpctypes.ErrLeaseNotFound\n", "		return nil, rpctypes.ErrLeaseNotFound\n"},
 	}, adjust: calm(15 * time.Second)},
 	{name: "lease-gone-read", safeguard: "a lease is gone only if a read confirms it", changes: []change{
-		{renewal, "case answer.ttl == 0 && seen.lacks(answer.term):", "case answer.ttl == 0:"},
+		{renewal, "case answer.ttl == 0 && s.lacks(seen, answer.term):", "case answer.ttl == 0:"},
 		{renewal, "case answer.ttl == 0, seen.term != answer.term:", "case seen.term != answer.term:"},
 	}, adjust: only("depose-raft-leader")},
 	{name: "join-on-lost-lease", safeguard: "who learns from a join that its lease is gone takes another", changes: []change{
