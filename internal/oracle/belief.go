@@ -15,6 +15,8 @@ const (
 	PauseOf = 50 * time.Millisecond
 	// lateTimer is how late a timer may fire after its process was stopped.
 	lateTimer = 100 * time.Millisecond
+	// unknown is a deadline that nobody has told of: later than all others, and something may be added.
+	unknown = never / 2
 )
 
 // A piece of belief.
@@ -39,9 +41,9 @@ type renewal struct {
 // readRenewals reads those that counted, by lease. The hook that tells of one may be late, and so may be what it says
 // of when the renewal was sent. A deadline that is later than that allows is not believed.
 func (c *checker) readRenewals() map[int64][]*renewal {
-	lasts := int64(c.TTL - c.Margin)
 	renewed := make(map[int64][]*renewal)
 	for _, e := range c.by[Renewed] {
+		lasts := c.lasts(e.Proc)
 		if e.Until > e.From+lasts+c.slack(clockLag) {
 			c.violate(RuleDeadline, []*Entry{e}, "%s renewed the lease %x at %s, with a deadline at %s", e.Proc, e.Lease, c.at(e.From), c.at(e.Until))
 		}
@@ -55,10 +57,13 @@ func (c *checker) readRenewals() map[int64][]*renewal {
 	return renewed
 }
 
-// bought is the deadline that renewals have bought which were sent by then; 0 if there were none.
+// bought is the deadline that renewals have bought which were sent by then; 0 if there were none, [unknown] if that was not told.
 func (c *checker) bought(lease, by int64) int64 {
 	renewals := c.renewed[lease]
 	i, _ := slices.BinarySearchFunc(renewals, by+1, func(r *renewal, t int64) int { return cmp.Compare(r.sent, t) })
+	if len(renewals) > 0 && i == len(renewals) && c.untold[renewals[0].Proc] != 0 {
+		return unknown
+	}
 	if i == 0 {
 		return 0
 	}
@@ -71,7 +76,7 @@ func (c *checker) firstDeadline(t *term) int64 {
 	if l := c.lives[t.termID]; l != nil {
 		granted = l.since.to
 	}
-	return max(granted+int64(c.TTL-c.Margin), c.bought(t.won.Lease, t.won.T))
+	return max(granted+c.lasts(t.proc()), c.bought(t.won.Lease, t.won.T))
 }
 
 // deadline is until when a term may be believed in, as far as renewals go that were sent by then.
@@ -85,7 +90,8 @@ func (c *checker) checkBeliefs() {
 		if t.won == nil || t.won.Op != Ours {
 			continue
 		}
-		if t.won.Until > c.firstDeadline(t)+c.slack(clockLag) {
+		// What is told of a term that is over already is when that was noticed.
+		if t.won.Until > c.firstDeadline(t)+c.slack(clockLag) && t.won.Until > t.won.T {
 			c.violate(RuleDeadline, []*Entry{t.won}, "%s won %s at %s with a deadline at %s", t.proc(), t.termID, c.at(t.won.T), c.at(t.won.Until))
 		}
 		for _, p := range t.pieces {
@@ -109,11 +115,14 @@ func (c *checker) checkBeliefs() {
 				c.checkBelief(t, c.lateUntil(t.proc(), told), true, "it must have known, without faults, that its key was gone", l.deleted)
 			}
 			// No renewal counts once the key is gone.
-			c.checkBelief(t, l.gone.to+int64(c.TTL-c.Margin), true, "no renewal could count any longer", l.deleted)
+			c.checkBelief(t, l.gone.to+c.lasts(t.proc()), true, "no renewal could count any longer", l.deleted)
 		case resigned:
-			c.checkBelief(t, l.gone.to, false, "it had deleted its key", l.deleted)
+			// It may have been stopped before it could, until the lease had expired.
+			lasted := c.deadline(t, l.gone.to)
+			alone := lasted >= unknown || l.gone.to >= lasted+c.margin(t.proc())
+			c.checkBelief(t, l.gone.to, alone, "it had deleted its key", l.deleted)
 		case expired:
-			c.checkBelief(t, l.gone.to-int64(c.Margin), true, "the margin before its lease expired had begun", l.deleted)
+			c.checkBelief(t, l.gone.to-c.margin(t.proc())+c.slack(rounding), true, "the margin before its lease expired had begun", l.deleted)
 		}
 	}
 }
@@ -249,6 +258,10 @@ func (c *checker) excuse(o *Overlap) (why string, entries []*Entry, excused bool
 	case operator:
 		why := fmt.Sprintf("an operator took the earlier key (%s, from %s)", because.Op, c.at(because.From))
 		return why, entries, true
+	case expired:
+		if c.slow(o.Procs[0]) {
+			return "the clocks of its holder are slower than the margin covers", entries, true
+		}
 	case early:
 		return "etcd deleted the earlier key before its lease could expire", entries, o.Certain <= overlapAllowed && c.deposed(l.gone.to)
 	}

@@ -14,7 +14,7 @@ func (c *checker) checkLiveness() {
 		for _, e := range c.calms {
 			settled := e.From + int64(c.TTL+RecoverTime)
 			for _, s := range gaps(span{e.From, e.T}, led) {
-				if s.to > max(settled, s.from+int64(RecoverTime)) {
+				if s.to > max(settled, s.from+int64(RecoverTime))+int64(c.Patience) {
 					c.violate(RuleLiveness, []*Entry{e}, "%s had no leader from %s to %s, though it was calm since %s",
 						election, c.at(s.from), c.at(s.to), c.at(e.From))
 				}

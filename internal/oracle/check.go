@@ -73,6 +73,8 @@ const (
 	deposedFor = 2 * time.Second
 	// auditLag is how late an event may be seen: etcd itself may have to elect a leader first.
 	auditLag = RecoverTime
+	// rounding is what the times of clocks that run at another rate are wrong by.
+	rounding = time.Microsecond
 	// clockLag is how far apart two looks at the clock may be that are meant to be one.
 	clockLag = 5 * time.Millisecond
 	// giveUpTime is how long a campaign that is given up may try to delete its key.
@@ -96,9 +98,11 @@ type Options struct {
 	Require []Kind
 	// DeposedAfter is for how long a leader of etcd must pause for another one to be elected.
 	DeposedAfter time.Duration
-	// Exact says that the times of entries are the very times of what they tell, and that timers fire in
-	// time: so it is in a simulation.
+	// Exact says that the times of entries are the very times of what they tell, that timers fire in time, and that
+	// all that somebody else than its owner has taken is told: so it is in a simulation.
 	Exact bool
+	// Patience is what a watch may take to be created beside what anything takes, where it has to authenticate.
+	Patience time.Duration
 }
 
 // DataKey is the key of a value in etcd that leaders of an election write.
@@ -110,7 +114,7 @@ func (o Options) late() int64 { return int64(max(lateRequest, 2*o.TTL)) }
 // slack is what an entry may be wrong by, where it may be.
 func (o Options) slack(d time.Duration) int64 {
 	if o.Exact {
-		return 0
+		return int64(min(d, rounding))
 	}
 	return int64(d)
 }
@@ -170,6 +174,7 @@ type checker struct {
 	patience time.Duration // with each check for linearizability
 
 	by map[Kind][]*Entry
+	*clocks
 	*processes
 	*audited
 	renewed map[int64][]*renewal // by lease, in the order of T
@@ -190,6 +195,7 @@ func newChecker(history []Entry, o Options) *checker {
 	for _, e := range c.by[Run] {
 		c.began = e.T
 	}
+	c.clocks = c.readClocks()
 	c.renewed = c.readRenewals()
 	for _, e := range c.by[Taken] {
 		c.takings[targetOf(e)] = append(c.takings[targetOf(e)], e)

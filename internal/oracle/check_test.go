@@ -488,7 +488,7 @@ func TestExactTimesNeedNoSlack(t *testing.T) {
 	expires := func(extra ...any) scene { return scene{gone: 6000, cause: Expired, extra: join(extra...)} }
 	testScenes(t, map[string]sceneTest{
 		"all in time":                        {expires(beliefOf("c1", 10, ByContext, 11, 5600)), good},
-		"a timer that is late":               {expires(beliefOf("c1", 10, ByContext, 11, 5601)), violated(RuleDeadline, RuleMargin)},
+		"a timer that is late":               {expires(beliefOf("c1", 10, ByContext, 11, 5602)), violated(RuleDeadline, RuleMargin)},
 		"IsLeader that is late":              {expires(beliefOf("c1", 10, ByIsLeader, 11, 5601)), violated(RuleDeadline, RuleMargin)},
 		"a timer as the process goes on":     {expires(beliefOf("c1", 10, ByContext, 11, 6050), Entry{T: 6050, From: 5600, Proc: "c1", Kind: Stopped}), late(1)},
 		"a timer that is late after that":    {expires(beliefOf("c1", 10, ByContext, 11, 6051), Entry{T: 6050, From: 5600, Proc: "c1", Kind: Stopped}), violated(RuleDeadline, RuleMargin)},

@@ -24,7 +24,7 @@ type Kind string
 const (
 	// Campaigning, Elected, CampaignFailed, Changed and Ended are told by the hooks of the library.
 
-	// Campaigning is a campaign that begins. Election.
+	// Campaigning is a campaign that begins. Election, Value (the call that it is of, where that is known).
 	Campaigning Kind = "campaigning"
 	// CampaignFailed is a campaign that ends without a term. Election, Op (why: [GaveUp], [Held] or
 	// [Shut]), Err.
@@ -89,8 +89,12 @@ const (
 	Current    Kind = "current"
 	Candidates Kind = "candidates"
 
-	// Stopped is a time From..T in which the process did not run, as it has noticed by itself.
+	// Stopped is a time From..T in which the process did not run, or a part of it. Op ([Suspended] if the monotonic clock
+	// stood still meanwhile).
 	Stopped Kind = "stopped"
+	// Busy is a time From..T for which the user's code has kept the library waiting, in a hook. Op ([Renewed] if renewals are
+	// not told meanwhile).
+	Busy Kind = "busy"
 	// Failure is something that must not happen: an API call that returns what it should not, a
 	// goroutine that is left. Err.
 	Failure Kind = "failure"
@@ -100,11 +104,15 @@ const (
 const (
 	// Run is the first entry. Value is what the recorder likes.
 	Run Kind = "run"
-	// Start is a process that was started. Op (which sort).
+	// Start is a process that was started. Op (which sort), Value (the process that it is a part of, which it stops
+	// and ends with; none if it is one by itself).
 	Start Kind = "start"
 	// Exit is a process that has ended. Result ([OK] as it was meant to, also if it was to be killed),
 	// Err (if it was killed or has failed).
 	Exit Kind = "exit"
+	// Clock is what is wrong with the clocks of a process. Op ([Rate]: they run Value times as fast as those of the
+	// history, from the beginning on; [Set]: the wall clock was set forward at T).
+	Clock Kind = "clock"
 	// Fault is one fault, From its injection until T, when it was healed. Op (which sort), Value (whom
 	// it struck), Err if it could not be injected.
 	Fault Kind = "fault"
@@ -163,6 +171,12 @@ const (
 	Evict  = "evict"
 
 	Follower = "follower" // of Resumed
+
+	Suspended = "suspended" // of Stopped
+
+	// Of Clock.
+	Rate = "rate"
+	Set  = "set"
 )
 
 // An Entry is one line of a history. Times are nanoseconds.

@@ -32,13 +32,18 @@ func (c *checker) endingOf(l *life, by int64) (ending, *Entry) {
 	case t != nil && t.first() != nil:
 		// Whoever has lost a term says that it resigns, too: so the cause counts that it was told.
 		given := c.given(t)
-		if given != nil && given.T <= l.gone.to && (t.cause() == Resigned || t.cause() == "" && l.gone.to < expiry) {
+		bySelf := l.gone.to < expiry || c.Exact && l.deleted.Proc == c.host(l.owner)
+		if given != nil && given.T <= l.gone.to && (t.cause() == Resigned || t.cause() == "" && bySelf) {
 			return resigned, nil
 		}
 	case c.withdrawn(l):
 		return resigned, nil
 	default:
-		expiry -= int64(c.Margin) // when its session is over a candidate may delete its key
+		// When its session is over a candidate may delete its key.
+		if c.set(l.owner, expiry-int64(c.TTL), l.gone.to) {
+			return resigned, nil
+		}
+		expiry -= max(0, c.margin(l.owner))
 	}
 	if l.gone.to < expiry {
 		return early, nil
@@ -65,6 +70,9 @@ func targetOf(e *Entry) target {
 // taking is the request by which an operator took a key, or may have taken it.
 func (c *checker) taking(l *life) *Entry {
 	for _, at := range []target{{Delete, l.election, l.token}, {Revoke, "", l.lease}, {Evict, l.election, 0}} {
+		if c.Exact && at.op == Evict {
+			continue // the deletion is told as well
+		}
 		for _, e := range c.takings[at] {
 			if e.Result != Failed && c.took(e, l) {
 				return e
@@ -103,7 +111,7 @@ func (c *checker) took(e *Entry, l *life) bool {
 func (c *checker) withdrawn(l *life) bool {
 	campaigns := c.campaignsOf(l)
 	for _, k := range campaigns {
-		if len(k.stops) > 0 && k.stops[0].T <= l.gone.to || k.until <= l.gone.to || k.end != nil && k.end.Op == Held {
+		if len(k.stops) > 0 && k.stops[0].T <= l.gone.to || k.until <= l.gone.to || k.tries || k.end != nil && k.end.Op == Held {
 			return true
 		}
 	}
@@ -114,9 +122,13 @@ func (c *checker) withdrawn(l *life) bool {
 // and that its process has looked for. What shows that it may be is another key of the campaign beside it. Without one it
 // is so unless the campaign joins again under the same name, which it does not do where that may be taken.
 func (c *checker) stray(l *life, k *campaign) bool {
+	if k.began.Value != "" && l.created.Value != k.began.Value {
+		return true // it has the value of another call
+	}
 	at := place{l.owner, l.election}
 	lives := c.of[at]
 	i, _ := slices.BinarySearchFunc(lives, l.token, func(l *life, token int64) int { return cmp.Compare(l.token, token) })
+	var copied bool // a join of the campaign may have arrived twice
 	for _, older := range slices.Backward(lives[:i]) {
 		if older.since.to < k.began.T {
 			break
@@ -124,6 +136,7 @@ func (c *checker) stray(l *life, k *campaign) bool {
 		if older.gone.to >= l.gone.from {
 			return true
 		}
+		copied = copied || older.key == l.key
 	}
 	for _, newer := range lives[i+1:] {
 		if newer.since.from > l.gone.to {
@@ -136,11 +149,14 @@ func (c *checker) stray(l *life, k *campaign) bool {
 			return true
 		}
 	}
+	if copied {
+		return true
+	}
 	for _, before := range slices.Backward(c.campaigns[at]) {
 		if before.until < l.since.to-c.late() {
 			break
 		}
-		if before.began.T < k.began.T && before.end != nil && before.end.Kind == CampaignFailed {
+		if before.began.T < k.began.T && before.end != nil && (before.end.Kind == CampaignFailed || before.began.Value != "") {
 			return true
 		}
 	}
@@ -162,7 +178,7 @@ func (c *checker) campaignsOf(l *life) []*campaign {
 // deposed. It revokes what has expired by its own count: etcd-io/etcd#15247, which the leadership check of 3.5.10 and
 // later does not prevent in one that was paused.
 func (c *checker) deposed(at int64) bool {
-	return slices.ContainsFunc(c.by[Resumed], func(e *Entry) bool {
+	return !c.Exact && slices.ContainsFunc(c.by[Resumed], func(e *Entry) bool {
 		return e.Op != Follower && e.T-e.From >= int64(c.DeposedAfter) && e.T <= at && at <= e.T+int64(deposedFor)
 	})
 }
@@ -180,9 +196,9 @@ func (c *checker) counted(lease, by int64) *renewal {
 // expiry is a time before which etcd must not let a lease expire, as far as renewals go that had counted by then.
 func (c *checker) expiry(lease, by int64) int64 {
 	if r := c.counted(lease, by); r != nil {
-		return r.sent + int64(c.TTL)
+		return r.sent + c.ttl(r.Proc)
 	}
-	return c.granted(lease) + int64(c.TTL)
+	return c.granted(lease) + c.ttl(c.leased[lease][0].owner)
 }
 
 // granted is a time before which a lease cannot have been asked for: when its process began to campaign without a key.
@@ -329,12 +345,31 @@ func (c *checker) checkRenewals() {
 			if _, ok := touches(used, when); ok {
 				continue
 			}
-			if _, ok := touches(c.joining[r.Proc], when); !ok {
+			if _, ok := touches(c.joining[r.Proc], when); !ok && !c.lapsed(r) {
 				c.violate(RuleOrphan, []*Entry{r.Entry}, "%s renewed the lease %x at %s, which had no key any more", r.Proc, lease, c.at(r.sent))
 				break
 			}
 		}
 	}
+}
+
+// lapsed reports whether a campaign may need the lease that was renewed, as its time with the one that its key is on was over by
+// then. It takes another lease before it puts another key.
+func (c *checker) lapsed(r *renewal) bool {
+	for _, election := range sortedKeys(c.queues, cmp.Compare[string]) {
+		at := place{r.Proc, election}
+		lives := c.of[at]
+		for _, k := range c.campaigns[at] {
+			if k.began.T > r.T || k.until < r.sent {
+				continue
+			}
+			i, _ := slices.BinarySearchFunc(lives, r.T+1, func(l *life, t int64) int { return cmp.Compare(l.since.to, t) })
+			if i == 0 || lives[i-1].since.to < k.began.T || lives[i-1].lease != r.Lease && !c.trusted(lives[i-1], r.T) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // checkClosed objects to a key that is there when all were said to be gone. A lease that cannot be trusted any more is
@@ -345,12 +380,18 @@ func (c *checker) checkClosed() {
 			continue
 		}
 		for _, l := range c.of[placeOf(e)] {
-			if l.since.to <= e.T && l.gone.from > e.T && c.expiry(l.lease, e.T)-int64(c.Margin) > e.T {
+			if l.since.to <= e.T && l.gone.from > e.T && c.trusted(l, e.T) {
 				c.violate(RuleOrphan, []*Entry{l.created, e, l.deleted}, "%s with token %d was there until %s, though %s had closed all at %s",
 					l.key, l.token, c.at(l.gone.to), e.Proc, c.at(e.T))
 			}
 		}
 	}
+}
+
+// trusted reports whether the owner of a key may take its lease for alive: its term is not over, by both clocks.
+func (c *checker) trusted(l *life, at int64) bool {
+	expiry := c.expiry(l.lease, at)
+	return expiry-c.margin(l.owner) > at+c.slack(rounding) && !c.set(l.owner, expiry-int64(c.TTL), at)
 }
 
 // readReads returns what the holder of each term read first in it.

@@ -43,7 +43,7 @@ func (c *checker) streams() []*stream {
 	}
 	for _, e := range c.by[Observing] {
 		open := span{e.T, never}
-		if exit := firstAfter(c.exits[e.Proc], e.T); exit != nil {
+		if exit := firstAfter(c.exits[c.host(e.Proc)], e.T); exit != nil {
 			open.to = exit.T
 		}
 		s := of(e)
@@ -118,7 +118,7 @@ func (c *checker) checkFresh(s *stream, open span) {
 		to := min(open.to, e.T)
 		first, _ := slices.BinarySearchFunc(states, from+1, func(s state, t int64) int { return cmp.Compare(s.since.to, t) })
 		for i := first - 1; i < len(states); i++ {
-			due := c.lateUntil(s.proc, max(from, states[i].since.to)+int64(seesIn))
+			due := c.within(s.proc, max(from, states[i].since.to), seesIn)
 			if due > to {
 				break
 			}

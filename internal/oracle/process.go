@@ -5,12 +5,12 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 )
 
 // What processes have told, by process, campaign and term.
 type processes struct {
 	exits     map[string][]*Entry
-	stops     map[string][]*Entry
 	campaigns map[place][]*campaign // in their order
 	closings  map[place][]*Entry
 	terms     map[termID]*term
@@ -95,8 +95,7 @@ func (c *checker) ours(proc string) bool { return c.joining[proc] != nil }
 // readProcesses follows what was told, in the order of time.
 func (c *checker) readProcesses(history []Entry) *processes {
 	p := &processes{
-		exits: make(map[string][]*Entry), stops: make(map[string][]*Entry),
-		campaigns: make(map[place][]*campaign), closings: make(map[place][]*Entry),
+		exits: make(map[string][]*Entry), campaigns: make(map[place][]*campaign), closings: make(map[place][]*Entry),
 		terms: make(map[termID]*term), keyless: make(map[place][]span), joining: make(map[string][]span),
 	}
 	open := make(map[place]*campaign)
@@ -106,14 +105,12 @@ func (c *checker) readProcesses(history []Entry) *processes {
 		case Exit:
 			p.exits[e.Proc] = append(p.exits[e.Proc], e)
 			for at, k := range open {
-				if at.proc == e.Proc {
+				if c.host(at.proc) == e.Proc {
 					k.until = e.T
 					delete(open, at)
 				}
 			}
-			maps.DeleteFunc(stopping, func(at place, _ []*Entry) bool { return at.proc == e.Proc })
-		case Stopped:
-			p.stops[e.Proc] = append(p.stops[e.Proc], e)
+			maps.DeleteFunc(stopping, func(at place, _ []*Entry) bool { return c.host(at.proc) == e.Proc })
 		case Campaigning:
 			at := placeOf(e)
 			if k := open[at]; k != nil {
@@ -173,7 +170,7 @@ func (c *checker) readProcesses(history []Entry) *processes {
 		t.exit = never
 		if first := t.first(); first != nil {
 			t.last = first.T
-			if exit := firstAfter(p.exits[first.Proc], first.T); exit != nil {
+			if exit := firstAfter(p.exits[c.host(first.Proc)], first.T); exit != nil {
 				t.exit, t.killed = exit.T, exit.Err != ""
 			}
 		}
@@ -240,19 +237,6 @@ func touches(spans []span, s span) (span, bool) {
 	return span{}, false
 }
 
-// lateUntil is until when what a process was to do at t may be late because it was stopped then.
-func (c *checker) lateUntil(proc string, t int64) int64 {
-	stops, late := c.stops[proc], c.slack(lateTimer)
-	i, _ := slices.BinarySearchFunc(stops, t-late, func(e *Entry, t int64) int { return cmp.Compare(e.T, t) })
-	for _, e := range stops[i:] {
-		if e.From > t {
-			break
-		}
-		t = e.T + late
-	}
-	return t
-}
-
 // checkCampaigns objects to campaigns that end for no reason, or late, and to what else they must not do.
 func (c *checker) checkCampaigns() {
 	for _, at := range c.places() {
@@ -274,15 +258,14 @@ func (c *checker) checkCampaigns() {
 			if stop == nil {
 				continue
 			}
-			limit := stop.T + int64(giveUpTime) + c.slack(RecoverTime)
-			if e.T > c.lateUntil(at.proc, limit) {
+			if e.T > c.within(at.proc, stop.T, giveUpTime+time.Duration(c.slack(RecoverTime))) {
 				c.violate(RuleCampaign, []*Entry{stop, e}, "campaign of %s in %s that was to end at %s did so at %s",
 					at.proc, at.election, c.at(stop.T), c.at(e.T))
 			}
 		}
 	}
 	for _, e := range c.by[Tried] {
-		if c.inCalm(e.From, e.T) && e.T > c.lateUntil(e.Proc, e.From+int64(RecoverTime)) {
+		if c.inCalm(e.From, e.T) && e.T > c.within(e.Proc, e.From, RecoverTime) {
 			c.violate(RuleCampaign, []*Entry{e}, "%s was not to wait in %s, and did from %s to %s", e.Proc, e.Election, c.at(e.From), c.at(e.T))
 		}
 	}
@@ -298,7 +281,7 @@ func (c *checker) checkJoins(at place) {
 				break
 			}
 			from := max(s.from, e.From+int64(c.TTL))
-			if to := min(s.to, e.T); to > c.lateUntil(at.proc, from+int64(RecoverTime)) {
+			if to := min(s.to, e.T); to > c.within(at.proc, from, RecoverTime) {
 				c.violate(RuleCampaign, []*Entry{e}, "%s campaigned in %s without a key from %s to %s", at.proc, at.election, c.at(from), c.at(to))
 				return
 			}
@@ -315,8 +298,11 @@ func (c *checker) checkPauses(at place) {
 			continue
 		}
 		t, next := c.terms[idOf(k.end)], campaigns[i+1].began
+		if next.Value != k.began.Value {
+			continue // it is another call's
+		}
 		lost := t.cause() == Expired || t.cause() == Evicted
-		if t.won == nil || t.won.Value != ByRun || !lost || t.resigning == nil || next.T >= t.resigning.T+int64(pauseOfRun) {
+		if t.won == nil || t.won.Value != ByRun || !lost || t.resigning == nil || next.T+c.slack(rounding) >= t.resigning.T+c.real(at.proc, pauseOfRun) {
 			continue
 		}
 		closed := firstAfter(c.closings[at], k.began.T)
@@ -366,8 +352,8 @@ func sortedKeys[K comparable, V any](m map[K]V, compare func(a, b K) int) []K {
 
 // tries reports whether a campaign may have been one that was not to wait. Its process may be killed before it can tell.
 func (c *checker) tries(at place, k *campaign) bool {
-	exit := firstAfter(c.exits[at.proc], k.until)
-	return k.tries || exit != nil && exit.Err != "" && exit.T <= c.lateUntil(at.proc, k.until+int64(tellTime))
+	exit := firstAfter(c.exits[c.host(at.proc)], k.until)
+	return k.tries || exit != nil && exit.Err != "" && exit.T <= c.within(at.proc, k.until, tellTime)
 }
 
 // held reports whether somebody else may have been in the queue during a campaign. Under faults that may be a key of its
@@ -392,7 +378,8 @@ func (c *checker) checkChanged() {
 		busy[at] = merge(busy[at])
 	}
 	for _, e := range c.by[Changed] {
-		if _, ok := touches(busy[placeOf(e)], span{e.T, e.T}); !ok {
+		// What it is told comes beside what is told of the campaign, which may be held up.
+		if _, ok := touches(busy[placeOf(e)], span{e.T, c.within(e.Proc, e.T, 0)}); !ok {
 			c.violate(RuleCampaign, []*Entry{e}, "%s was told at %s who leads %s, when it neither campaigned nor led",
 				e.Proc, c.at(e.T), e.Election)
 		}
@@ -428,11 +415,11 @@ func (c *checker) checkEnds() {
 		case t.won != nil && t.elected.T > c.lateUntil(t.proc(), c.deadline(t, t.elected.T)+c.slack(c.Margin/4)):
 			c.violate(RuleDeadline, []*Entry{t.elected, t.won}, "%s was elected in %s at %s, after its deadline at %s",
 				t.proc(), t.termID, c.at(t.elected.T), c.at(c.deadline(t, t.elected.T)))
-		case t.won == nil && !t.cutShort(c.lateUntil(t.proc(), t.elected.T+int64(tellTime))):
+		case t.won == nil && !t.cutShort(c.within(t.proc(), t.elected.T, tellTime)):
 			c.violate(RuleCampaign, []*Entry{t.elected}, "%s of %s was told and not won", t.termID, t.proc())
 		}
 		// The holder may be killed before it can tell.
-		limit := c.lateUntil(t.proc(), t.last+int64(tellTime))
+		limit := c.within(t.proc(), t.last, tellTime)
 		switch n := len(t.ended); {
 		case n == 0 && !t.cutShort(limit):
 			c.violate(RuleEnded, []*Entry{t.won}, "the end of %s of %s was not told by %s, though nobody believed in it after %s",
@@ -473,7 +460,7 @@ func (c *checker) checkCause(t *term, ended *Entry) {
 			wrong("though nobody has resigned", given)
 		}
 	case Expired:
-		if deadline := c.deadline(t, ended.T); ended.T < deadline-c.slack(clockLag) {
+		if deadline := c.deadline(t, ended.T); deadline < unknown && ended.T < deadline-c.slack(clockLag) && !c.set(t.proc(), deadline-c.lasts(t.proc()), ended.T) {
 			wrong(fmt.Sprintf("though the deadline was %s", c.at(deadline)))
 		}
 	case Evicted:
@@ -481,6 +468,7 @@ func (c *checker) checkCause(t *term, ended *Entry) {
 			return // it is wrong anyway
 		}
 		switch how, because := c.endingOf(l, never); {
+		case how == expired && c.slow(t.proc()):
 		case how != operator && how != early:
 			wrong(fmt.Sprintf("though the end of its key is: %s", how), because)
 		case l.gone.from > ended.T:

@@ -778,7 +778,8 @@ func TestNoKeyAndNoLeaseOutlivesItsUse(t *testing.T) {
 		"renewed for a campaign of another":       {waiting(6000, gaveUp(3000), renewed("c3", 3, 8001), Entry{T: 7000, Proc: "c4", Kind: Campaigning}), orphan},
 		"renewed for a campaign that is over":     {waiting(4000, gaveUp(3000), renewed("c3", 3, 8001), tell(5000, Campaigning, ""), tell(5001, CampaignFailed, Held), with(tried, func(e *Entry) { e.From = 5000 })), orphan},
 		"renewed before a campaign":               {waiting(4000, gaveUp(3000), renewed("c3", 3, 8001), tell(5000, Campaigning, ""), tell(5001, CampaignFailed, Held), with(tried, func(e *Entry) { e.From, e.T = 5000, 5002 }), tell(8900, Campaigning, ""), event(8950, 8950, "chaos/a/4", "c3")), orphan},
-		"renewed for a campaign that has its key": {waiting(4000, gaveUp(3000), renewed("c3", 3, 8001), tell(5000, Campaigning, ""), event(5500, 5500, "chaos/a/4", "c3")), orphan},
+		"renewed for a campaign that has its key": {waiting(4000, gaveUp(3000), renewed("c3", 3, 8001), tell(5000, Campaigning, ""), event(5500, 5500, "chaos/a/4", "c3"), renewed("c3", 4, 7900)), orphan},
+		"renewed for one whose lease has lapsed":  {waiting(4000, gaveUp(3000), renewed("c3", 3, 8001), tell(5000, Campaigning, ""), event(5500, 5500, "chaos/a/4", "c3")), good},
 		"renewed for one that has lost its key":   {waiting(4000, gaveUp(3000), renewed("c3", 3, 9950), tell(5000, Campaigning, ""), event(5500, 5500, "chaos/a/4", "c3"), event(7600, 5500, "chaos/a/4", "")), good},
 		"renewed, and never had a key":            {waiting(6000, gaveUp(3000), renewed("c3", 7, 8001)), orphan},
 	})

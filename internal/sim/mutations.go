@@ -47,6 +47,14 @@ func restless(faults ...string) func(*world.Config) {
 	}
 }
 
+// crowd is only, with long queues.
+func crowd(faults ...string) func(*world.Config) {
+	return func(c *world.Config) {
+		c.Faults, c.Processes, c.Unprobed = faults, 5, true
+		c.TTL, c.Every, c.Length = 3*time.Second, 500*time.Millisecond, time.Minute
+	}
+}
+
 // calm returns what makes simulations short, for what their probes show.
 func calm(ttl time.Duration) func(*world.Config) {
 	return func(c *world.Config) { c.Length, c.TTL = 10*time.Second, ttl }
@@ -75,6 +83,9 @@ var mutations = []mutation{
 	{name: "clock-check", safeguard: "a context ends though the monotonic clock has stood still", changes: []change{
 		{session, "const clockCheck = time.Second", "const clockCheck = time.Hour"},
 	}, adjust: only("suspend")},
+	{name: "arming", safeguard: "the timer that ends a context is set anew if it was set late", changes: []change{
+		{session, "if until = s.untilCheck(); before-until < maxArming {", "if until = s.untilCheck(); before-until < time.Hour {"},
+	}},
 	{name: "is-leader-clocks", safeguard: "IsLeader asks the clocks and does not wait for a timer", changes: []change{
 		{term, "if l.ctx.Err() == nil && !l.session.Valid() {", "if l.ctx.Err() == nil && l.session.Cause() != nil {"},
 	}},
@@ -106,6 +117,9 @@ var mutations = []mutation{
 	{name: "run-lets-go-last", safeguard: "Run resigns after the function has returned", changes: []change{
 		{elector, "	err = lead(lctx, l)\n", "	defer context.AfterFunc(lctx, func() { l.letGo(ctx) })()\n	err = lead(lctx, l)\n"},
 	}},
+	{name: "run-live", safeguard: "Run calls its function only while the term lasts", changes: []change{
+		{elector, "	if l.IsLeader() { // Hooks", "	if true { // Hooks"},
+	}},
 	{name: "run-context", safeguard: "the context of Run's function ends with the term", changes: []change{
 		{elector, "stop := context.AfterFunc(l.ctx, func() { cancel(context.Cause(l.ctx)) })", "stop := func() bool { return true }"},
 	}},
@@ -128,7 +142,7 @@ var mutations = []mutation{
 	}},
 	{name: "own-key-behind", safeguard: "who reads its place finds out that its own key is gone", changes: []change{
 		{queue, "if len(newest) == 0 || newest[0].CreateRevision != token {\n		return Place{}, ErrGone", "if len(newest) == 0 {\n		return Place{}, ErrGone"},
-	}, adjust: restless("operator-deletes-two", "watch-deaf", "slow-follower")},
+	}, adjust: crowd("operator-deletes-two")},
 	{name: "read-when-watched", safeguard: "the key is read once the watch exists", changes: []change{
 		{wait, "		s.stopLooking() // a read that is under way may have found the key before it was watched\n		s.lookAside()\n", ""},
 	}, adjust: calm(8 * time.Second)},
@@ -149,19 +163,16 @@ var mutations = []mutation{
 	}, adjust: restless("endpoint-late", "link-lossy", "give-up")},
 	{name: "late-sweep", safeguard: "the deletion of an orphan names its create revision", changes: []change{
 		{keys, "If(clientv3.Compare(clientv3.CreateRevision(o.name), \"=\", o.rev)).\n			Then(clientv3.OpDelete(o.name)).", "Then(clientv3.OpDelete(o.name))."},
-	}, adjust: restless("endpoint-late", "link-lossy", "give-up")},
+	}, adjust: restless("leave-election", "endpoint-late", "give-up")},
 	{name: "late-proclaim", safeguard: "a late Proclaim does not replace a later value", changes: []change{
 		{term, "guarded := lease.WithGuard(ctx, clientv3.Compare(clientv3.ModRevision(l.key), \"=\", modified))", "guarded := lease.WithGuard(ctx, clientv3.Compare(clientv3.ModRevision(l.key), \">\", modified-modified))"},
 	}, adjust: only("link-lossy", "link-slow", "endpoint-late", "link-flapping")},
-	{name: "name-reuse", safeguard: "a name is not used again while a join of it has no answer", changes: []change{
-		{keys, "	if _, used := s.keys[name]; used {\n		return nil\n	}\n", ""},
-	}, adjust: restless("endpoint-late", "link-lossy", "give-up")},
 	{name: "unanswered-join", safeguard: "a key whose join has no answer is looked for", changes: []change{
 		{keys, "	if k.unanswered > 0 || k.unheard > 0 || k.put && k.rev == 0 {\n		k.abandoned = true\n		return\n	}\n	k.dropLocked()", "	k.dropLocked()"},
-	}, adjust: restless("endpoint-late", "link-lossy", "give-up")},
+	}, adjust: restless("leave-election")},
 	{name: "sweep", safeguard: "renewals delete keys that nobody owns", changes: []change{
 		{renewal, "s.sweep(orphans, attempt)", "_ = orphans"},
-	}},
+	}, adjust: restless("leave-election")},
 	{name: "withdraw", safeguard: "a campaign that fails deletes its key", changes: []change{
 		{campaign, "if l.token != 0 && !l.session.Gone() {", "if l.token < 0 {"},
 	}, adjust: calm(0)},
@@ -199,6 +210,9 @@ var mutations = []mutation{
 	{name: "asks-again", safeguard: "what has no answer is sent again, to another endpoint", changes: []change{
 		{retry, "				next.Reset(beside.next())\n", "				next.Reset(time.Hour)\n"},
 	}, adjust: calm(0)},
+	{name: "two-at-once", safeguard: "what is sent again is sent to two endpoints", changes: []change{
+		{retry, "	if a.waiting > 1 && len(a.client.Endpoints()) > 1 {\n		a.send()\n	}\n", ""},
+	}, adjust: calm(4 * time.Second)},
 	{name: "other-stream", safeguard: "a watch that is not created in time is tried on another stream", changes: []change{
 		{wait, "		case idle >= patience:\n			cancel()\n", "		case idle >= patience:\n"},
 	}, adjust: calm(0)},

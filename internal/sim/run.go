@@ -176,7 +176,7 @@ func simulate(ctx context.Context, binary string, j world.Job) (_ *world.Result,
 	defer r.Close()
 	ctx, cancel := context.WithTimeout(ctx, maxTime)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, binary, "-test.run=^TestJob$", "-test.timeout=0", "-job="+string(text))
+	cmd := exec.CommandContext(ctx, binary, "-test.run=^TestJob$", "-test.timeout="+(maxTime+time.Minute).String(), "-job="+string(text))
 	cmd.ExtraFiles = []*os.File{w}
 	cmd.Env = append(os.Environ(), "GOMAXPROCS=1") // from the first moment: a sync.Pool has a part for each P
 	var output bytes.Buffer

@@ -43,6 +43,7 @@ type Cluster struct {
 	peers     [][]*peer // from, to
 	processes []*Process
 	state     *machine
+	full      bool              // the alarm that was ordered last
 	entries   map[uint64]*entry // that not all members have applied
 	ids       uint64
 	calls     uint64
@@ -365,7 +366,12 @@ func (c *Cluster) MoveLeader(to int) {
 
 // NoSpace raises or ends the alarm of a full database, as soon as there is a leader.
 func (c *Cluster) NoSpace(full bool) {
-	c.do(0, func(*member) { c.decree(alarm{full: full}) })
+	c.do(0, func(*member) { c.noSpaceLocked(full) })
+}
+
+func (c *Cluster) noSpaceLocked(full bool) {
+	c.full = full
+	c.decree(alarm{full: full})
 }
 
 // Refuse makes a member refuse that part of the requests as too many.
@@ -395,6 +401,9 @@ func (c *Cluster) ExpireTokens() {
 
 // decree has an entry committed, by whichever leader there is. Until then it is tried again.
 func (c *Cluster) decree(request proto.Message) {
+	if a, ok := request.(alarm); ok && a.full != c.full {
+		return // it was ended meanwhile, or raised
+	}
 	again := func() { c.after(c.cfg.TickInterval, func() { c.decree(request) }) }
 	leader, _ := c.leader()
 	if leader == nil || leader.paused {
@@ -423,8 +432,8 @@ func (c *Cluster) Heal() {
 				l.healLocked()
 			}
 		}
-		if c.state.full {
-			c.decree(alarm{})
+		if c.full || c.state.full { // what was to end it may have gone with a member that was killed
+			c.noSpaceLocked(false)
 		}
 	})
 }

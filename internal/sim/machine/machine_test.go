@@ -141,23 +141,27 @@ func TestClocksRunAtTheirRateAndMayBeSet(t *testing.T) {
 }
 
 func TestSuspendedMachineHoldsItsMonotonicClockAndItsTimers(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		m := newMachine(1)
-		began, bubble := m.Now(), time.Now()
-		fired := make(chan time.Duration, 1)
-		m.AfterFunc(10*time.Second, func() { fired <- time.Since(bubble) })
-		time.Sleep(3 * time.Second)
-		m.Suspend()
-		time.Sleep(time.Hour)
-		m.Resume()
-		now := m.Now()
-		if mono, wall := now.Sub(began), now.Round(0).Sub(began.Round(0)); mono != 3*time.Second || wall != time.Hour+3*time.Second {
-			t.Errorf("after an hour's suspension the clocks have counted %v and %v", mono, wall)
-		}
-		if at := <-fired; at != time.Hour+10*time.Second {
-			t.Errorf("the timer has fired after %v", at)
-		}
-	})
+	for _, rate := range []float64{1, 0.5, 2} {
+		synctest.Test(t, func(t *testing.T) {
+			counted := func(d time.Duration) time.Duration { return time.Duration(rate * float64(d)) }
+			m := newMachine(rate)
+			began, bubble := m.Now(), time.Now()
+			fired := make(chan time.Duration, 1)
+			m.AfterFunc(counted(10*time.Second), func() { fired <- time.Since(bubble) })
+			time.Sleep(3 * time.Second)
+			m.Suspend()
+			time.Sleep(time.Hour)
+			m.Resume()
+			now := m.Now()
+			mono, wall := now.Sub(began), now.Round(0).Sub(began.Round(0))
+			if mono != counted(3*time.Second) || wall != counted(time.Hour+3*time.Second) {
+				t.Errorf("after an hour's suspension the clocks of rate %v have counted %v and %v", rate, mono, wall)
+			}
+			if at := <-fired; at != time.Hour+10*time.Second {
+				t.Errorf("the timer has fired after %v", at)
+			}
+		})
+	}
 }
 
 func TestTimerThatIsStoppedWhileItsMachineIsDoesNotFire(t *testing.T) {

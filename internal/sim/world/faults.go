@@ -2,6 +2,7 @@ package world
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"time"
 
@@ -35,6 +36,7 @@ var sorts = []sortOf{
 	{"wall-forward", (*strike).setForward},
 	{"wall-back", (*strike).setBack},
 	{"give-up", (*strike).giveUp},
+	{"leave-election", (*strike).leaveElection},
 	{"close-client", (*strike).closeClient},
 	{"watch-deaf", (*strike).deafen},
 
@@ -163,14 +165,33 @@ func (s *strike) killProcess() {
 		w.mu.Unlock()
 		return
 	}
-	p.dead.Store(true)
-	w.noteLocked("%s is killed", p.name)
 	for _, name := range w.names {
-		w.terms[name] = slices.DeleteFunc(w.terms[name], func(t *term) bool { return t.p == p })
+		for _, t := range w.terms[name] {
+			if t.p == p && t.told && t.l.Context().Err() == nil {
+				t.lastsLocked()
+			}
+		}
+	}
+	for _, el := range p.electors {
+		if el.telling != 0 {
+			w.tellLocked(el, oracle.Entry{Kind: oracle.Busy, From: el.telling, Op: string(oracle.Renewed)})
+		}
+	}
+	p.dead.Store(true)
+	w.recordLocked(oracle.Entry{Kind: oracle.Exit, Proc: p.name, Result: oracle.OK, Err: "killed"})
+	var live []*term
+	for _, name := range w.names {
+		w.terms[name] = slices.DeleteFunc(w.terms[name], func(t *term) bool {
+			if t.p == p {
+				live = append(live, t)
+			}
+			return t.p == p
+		})
 	}
 	w.mu.Unlock()
 	p.net.Kill()
 	p.goOn(true)
+	w.untold(live)
 	p.cancel()
 	s.last(s.ttl(0, 1.2))
 	// What is left of the program ends, without effect.
@@ -189,6 +210,28 @@ func (s *strike) killProcess() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.procs[p.place] = next
+}
+
+// untold records renewals that had counted when their process was killed, before its hook could tell.
+func (w *world) untold(terms []*term) {
+	for _, t := range terms {
+		var deadline time.Time
+		var leads bool
+		t.p.shadow.Do(func() { deadline, leads = t.l.Deadline(), t.l.IsLeader() })
+		sent, until := t.p.counts(deadline)
+		w.mu.Lock()
+		told := t.p.deadlines[t.lease]
+		switch {
+		case !leads || t.call.el.telling != 0 || !told.Before(deadline):
+		case deadline.Sub(told) > w.ttl/2: // more than one was not told
+			w.recordLocked(oracle.Entry{Kind: oracle.Busy, Proc: t.call.el.name, From: w.now(), Op: string(oracle.Renewed)})
+		default:
+			w.recordLocked(oracle.Entry{
+				Kind: oracle.Renewed, Proc: t.call.el.name, From: int64(sent.Sub(w.began)), Lease: t.lease, Until: int64(until.Sub(w.began)),
+			})
+		}
+		w.mu.Unlock()
+	}
 }
 
 func (s *strike) suspend() {
@@ -213,6 +256,9 @@ func (p *process) setWall(forward time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.resumed = time.Now()
+	if forward > 0 {
+		p.w.record(oracle.Entry{Kind: oracle.Clock, Proc: p.name, Op: oracle.Set})
+	}
 	p.m.SetWall(forward)
 }
 
@@ -222,6 +268,40 @@ func (s *strike) giveUp() {
 		s.p.giveUp()
 		s.last(s.between(0, 300*time.Millisecond))
 	}
+}
+
+// leaveElection lets the process leave an election for a while, or for good if it is calm then.
+func (s *strike) leaveElection() {
+	if s.leave() {
+		s.last(s.ttl(0.5, 2))
+		if !s.w.calm.Load() {
+			s.p.leaves(s.election, false)
+		}
+	}
+}
+
+// leave lets the process leave an election as it has asked something of members that are dark then. What that does when
+// they are not dark any more is in the way of others, for as long as the process keeps the lease for other elections.
+// The first two processes stay.
+func (s *strike) leave() bool {
+	if s.p.place < 2 {
+		return false
+	}
+	dark := s.w.rng.Perm(3)[:1+s.w.rng.IntN(3)]
+	darken := func(yes bool) {
+		for _, member := range dark {
+			s.p.net.Link(member).Dark(yes, yes)
+		}
+	}
+	s.p.giveUp() // it joins again
+	s.last(s.between(0, 50*time.Millisecond))
+	darken(true)
+	s.last(s.between(0, 500*time.Millisecond))
+	s.p.leaves(s.election, true)
+	s.p.giveUp()
+	s.last(s.between(0, time.Second))
+	darken(false)
+	return true
 }
 
 func (s *strike) closeClient() {
@@ -336,14 +416,15 @@ func (s *strike) leader() int {
 }
 
 func (s *strike) pause(member int) {
+	paused := s.w.now()
 	s.w.cluster.Pause(member)
 	s.last(s.ttl(0.2, 2))
-	s.resume(member)
+	s.resume(member, paused)
 }
 
-func (s *strike) resume(member int) {
+func (s *strike) resume(member int, paused int64) {
 	s.w.cluster.Resume(member)
-	s.w.record(oracle.Entry{Kind: oracle.Resumed, Proc: "world"})
+	s.w.record(oracle.Entry{Kind: oracle.Resumed, Proc: fmt.Sprint("m", member), From: paused})
 }
 
 func (s *strike) killMember() {
@@ -359,7 +440,7 @@ func (s *strike) killMember() {
 // depose pauses etcd's leader until it is deposed, and lets it go on in a partition with one process: for a moment
 // it takes itself for the leader still.
 func (s *strike) depose() {
-	c, m := s.w.cluster, s.leader()
+	c, m, paused := s.w.cluster, s.leader(), s.w.now()
 	c.Pause(m)
 	s.last(s.between(2*time.Second, 3*time.Second) + s.ttl(0, 0.7))
 	for i := range 3 {
@@ -369,7 +450,7 @@ func (s *strike) depose() {
 			s.p.net.Link(i).Dark(true, true)
 		}
 	}
-	s.resume(m)
+	s.resume(m, paused)
 	s.last(s.between(100*time.Millisecond, 2*time.Second))
 	for i := range 3 {
 		if i != m {
@@ -407,9 +488,10 @@ func (s *strike) partition() {
 func (s *strike) pauseFollower() {
 	m := (s.leader() + 1 + s.w.rng.IntN(2)) % 3
 	for range 10 {
+		paused := s.w.now()
 		s.w.cluster.Pause(m)
 		s.last(s.between(100*time.Millisecond, 500*time.Millisecond))
-		s.resume(m)
+		s.resume(m, paused)
 		s.last(s.between(50*time.Millisecond, 300*time.Millisecond))
 	}
 }
@@ -437,7 +519,7 @@ func (s *strike) lag() {
 
 func (s *strike) loseQuorum(from, to float64) {
 	c, m, o := s.w.cluster, s.member, (s.member+1)%3
-	kill := s.w.rng.IntN(2) == 0
+	kill, paused := s.w.rng.IntN(2) == 0, s.w.now()
 	for _, m := range []int{m, o} {
 		if kill {
 			c.Kill(m)
@@ -450,7 +532,7 @@ func (s *strike) loseQuorum(from, to float64) {
 		if kill {
 			c.Start(m)
 		} else {
-			s.resume(m)
+			s.resume(m, paused)
 		}
 		s.last(s.between(0, time.Second))
 	}
@@ -526,10 +608,19 @@ func (s *strike) deleteTwo() {
 	if len(q) > 2 && s.w.rng.IntN(2) == 0 {
 		q = q[1:] // of two who wait
 	}
+	deaf := q[1].owner != nil && s.w.rng.IntN(4) == 0 // it learns of both by reads
+	if deaf {
+		q[1].owner.p.net.Deafen()
+	}
 	s.operate(func(ctx context.Context, o fake.Operator) error {
 		_, err := o.Delete(ctx, q[0].key, q[1].key)
 		return err
 	})
+	if deaf {
+		s.last(s.ttl(0.5, 1.5))
+		q[1].owner.p.net.Undeafen()
+		return
+	}
 	if c := q[1].owner; c != nil && s.w.rng.IntN(3) != 0 {
 		s.last(s.between(0, 2*time.Millisecond))
 		c.p.giveUp()

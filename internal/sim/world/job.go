@@ -34,22 +34,16 @@ func (j Job) Do(out io.Writer, bubble func(func())) error {
 	return json.NewEncoder(out).Encode(result)
 }
 
-// judged are the rules that are the oracle's to judge. For the others the simulation has rules of its own, which are
-// exact, as it knows the truth.
-var judged = []string{oracle.RuleData, oracle.RuleFencing, oracle.RuleGuard, oracle.RuleOrder}
-
 // Judge adds what the oracle objects to in the history, unless a rule of the simulation's own has cut it short.
 func (r *Result) Judge() {
 	if len(r.Violations) > 0 {
 		return
 	}
+	oracle.Sort(r.History)
 	verdict := oracle.Check(r.History, r.Options)
 	for _, v := range verdict.Violations {
-		if !slices.Contains(judged, v.Rule) {
+		if r.excludes(v) {
 			continue
-		}
-		if r.Doubled && v.Rule == oracle.RuleData {
-			continue // the answer to a request that was carried out twice may be that to the second time
 		}
 		at := r.Simulated
 		if len(v.Entries) > 0 {
@@ -57,6 +51,19 @@ func (r *Result) Judge() {
 		}
 		r.Violations = append(r.Violations, Violation{at, "oracle: " + v.Rule, v.What})
 	}
+}
+
+// excludes reports whether the oracle cannot judge that of this simulation.
+func (r *Result) excludes(v oracle.Violation) bool {
+	switch v.Rule {
+	case oracle.RuleNothing:
+		// One simulation of many may have nothing to object to: the program counts over all.
+		return true
+	case oracle.RuleData:
+		// The answer to a write that was carried out twice may be that to the second time. Those of Proclaim are true.
+		return r.Doubled && !slices.ContainsFunc(v.Entries, func(e oracle.Entry) bool { return e.Kind == oracle.Proclaimed })
+	}
+	return false
 }
 
 // Format is an entry of a history for readers.

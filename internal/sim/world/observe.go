@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"example.com/leader"
@@ -18,24 +19,8 @@ func contextCause(l *leader.Leader) error { return context.Cause(l.Context()) }
 
 // A sight is what somebody was told of an election last.
 type sight struct {
-	next  int // of w.states
 	token int64
 	value string
-	at    time.Time
-}
-
-// seen notes that somebody was told who leads. What is told are states that were, in their order.
-func (w *world) seenLocked(who, election string, s *sight, c leader.Candidate) {
-	w.result.Counts.Observed++
-	s.token, s.value, s.at = c.Token, c.Value, time.Now()
-	states := w.states[election]
-	for i := s.next; i < len(states); i++ {
-		if states[i].token == c.Token && states[i].value == c.Value {
-			s.next = i
-			return
-		}
-	}
-	w.violateLocked("observe", "%s: %s was told that %d leads with %q, which was not so after the state that it was told before", election, who, c.Token, short(c.Value))
 }
 
 // changed is the hook LeaderChanged.
@@ -45,12 +30,23 @@ func (w *world) changed(el *elector, election string, c leader.Candidate) {
 	if el.p.dead.Load() {
 		return
 	}
-	s := el.changes[election]
-	if s == nil {
-		s = new(sight)
-		el.changes[election] = s
+	w.result.Counts.Observed++
+	w.tellLocked(el, asEntry(c, oracle.Entry{Kind: oracle.Changed, Election: election}))
+}
+
+// asEntry says in an entry who leads.
+func asEntry(c leader.Candidate, e oracle.Entry) oracle.Entry {
+	e.Token, e.Key, e.Value, e.Lease = c.Token, c.Key, short(c.Value), int64(c.Lease)
+	return e
+}
+
+// tokensOf is a queue as a history has it.
+func tokensOf(all []leader.Candidate) string {
+	var tokens []string
+	for _, c := range all {
+		tokens = append(tokens, strconv.FormatInt(c.Token, 10))
 	}
-	w.seenLocked(el.p.name+" (LeaderChanged)", election, s, c)
+	return strings.Join(tokens, " ")
 }
 
 // observe follows an election for a while, again and again, as a consumer that is slow at times.
@@ -102,29 +98,34 @@ func (p *process) follow(ctx context.Context, el *elector, election, id string, 
 	w.mu.Lock()
 	w.observers = append(w.observers, observer{s, p, election})
 	w.mu.Unlock()
+	call := oracle.Entry{Proc: p.name, Election: election, Op: id}
+	tell := func(kind oracle.Kind, e oracle.Entry) {
+		e.Kind = kind
+		p.tell(e)
+	}
+	tell(oracle.Observing, call)
+	left := call
+	left.Err = "enough was seen"
+	defer func() { tell(oracle.ObserveEnded, left) }()
 	for c, err := range el.e.Observe(ctx, election) {
-		e := oracle.Entry{
-			Kind: oracle.Observed, Proc: p.name, Election: election, Op: id,
-			Token: c.Token, Key: c.Key, Value: short(c.Value), Lease: int64(c.Lease),
-		}
+		left.Err = ""
 		if err != nil {
-			e.Err = err.Error()
+			left.Err = err.Error()
 			if ctx.Err() == nil && !errors.Is(err, leader.ErrClosed) && !p.dead.Load() {
 				w.violate("error", "%s: %s: Observe: %v", election, p.name, err)
 			}
-			p.tell(e)
 			return
 		}
+		tell(oracle.Observed, asEntry(c, call))
 		w.mu.Lock()
-		if !p.dead.Load() {
-			w.recordLocked(e)
-			w.seenLocked(p.name+" (Observe)", election, s, c)
-		}
+		w.result.Counts.Observed++
+		s.token, s.value = c.Token, c.Value
 		w.mu.Unlock()
 		if p.rng.IntN(8) == 0 && !w.calm.Load() {
-			p.sleep(ctx, p.about(w.ttl/2))
+			p.sleep(ctx, min(p.about(w.ttl/2), w.ttl))
 		}
 		if p.rng.IntN(50) == 0 && !w.calm.Load() {
+			left.Err = "enough was seen"
 			return
 		}
 	}
@@ -163,9 +164,21 @@ func (w *world) newEvictor() *evictor {
 func (v *evictor) evict(election string) {
 	ctx, cancel := context.WithTimeout(v.w.ctx, 10*time.Second)
 	defer cancel()
-	if err := v.e.Evict(ctx, election); err != nil {
-		v.w.note("evict %s: %v", election, err)
+	w := v.w
+	w.mu.Lock()
+	e := oracle.Entry{Kind: oracle.Taken, Proc: evictorName, Op: oracle.Evict, From: w.now(), Election: election, Result: oracle.OK}
+	if l := w.first(election); l != nil {
+		e.Token = l.token
 	}
+	w.mu.Unlock()
+	switch err := v.e.Evict(ctx, election); {
+	case err == nil:
+	case errors.Is(err, leader.ErrNoLeader):
+		e.Result = oracle.Failed
+	default:
+		e.Result, e.Err = oracle.Unknown, err.Error()
+	}
+	w.record(e)
 }
 
 func (v *evictor) close() { _ = v.client.Close() }

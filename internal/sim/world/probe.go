@@ -20,6 +20,8 @@ const (
 	sweepWithin = 1500 * time.Millisecond
 	// authPatience is how long a watch may take that has to authenticate, before it is tried on another stream.
 	authPatience = 5 * time.Second
+	// slowLink is how much longer a message takes on a slow link.
+	slowLink = 100 * time.Millisecond
 	// maxPause is the library's longest pause after a request that has failed.
 	maxPause = 2 * time.Second
 	// maxPace is how many reads and transactions a process may ask for in a second for each election that it takes part in.
@@ -247,7 +249,7 @@ func (w *world) deafen() {
 
 // slowLinks lets everything take longer. Nothing is lost by it but time.
 func (w *world) slowLinks() {
-	if w.ttl < 5*time.Second {
+	if attempt := (w.ttl - w.margin - w.ttl/3) / 3; attempt < 4*slowLink { // of a renewal, which has a way there and back, and as much to spare
 		return
 	}
 	w.note("probe: links are slow")
@@ -257,7 +259,7 @@ func (w *world) slowLinks() {
 	w.keeps("slow links", func() {
 		for _, p := range w.processes() {
 			for i := range 3 {
-				p.net.Link(i).Slow(100 * time.Millisecond)
+				p.net.Link(i).Slow(slowLink)
 			}
 		}
 		w.sleep(8 * w.ttl)

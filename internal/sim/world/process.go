@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -34,25 +35,27 @@ type process struct {
 	cancel context.CancelFunc
 	ended  chan struct{}
 	dead   atomic.Bool // it was killed
-	left   atomic.Bool // it has left the election that it leaves
 
 	slow      bool // its clocks are slower than the bound
 	set       bool // its wall clock is set at times; such a machine is not suspended
 	shares    bool // one Elector for all elections
 	restless  bool // it holds no term for long, and is back at once
 	slowHooks bool
-	leaves    string  // an election that it leaves when others do
+	dense     bool    // its client repeats what is refused at once as often as it does by default, every 25 ms: that takes most of the time
+	changes   bool    // its Electors have the hook LeaderChanged
 	stops     float64 // the probability that it stops at a gate
 	holds     float64 // the probability that a goroutine is held up at a gate
 
 	mu        sync.Mutex
-	until     time.Time // when it goes on; zero while it runs
-	resumed   time.Time // when it went on last, or its wall clock was set
+	halted    oracle.Entry // when it was stopped last
+	until     time.Time    // when it goes on; zero while it runs
+	resumed   time.Time    // when it went on last, or its wall clock was set
 	client    *clientv3.Client
 	clients   []*clientv3.Client // all that were made
 	impulse   context.Context    // ends when all campaigns are given up
 	giveUpNow context.CancelFunc
 	steps     []*step
+	away      map[string]bool // elections that it has left
 
 	deadlines map[int64]time.Time // as last told; guarded by w.mu
 	electors  []*elector          // in use; guarded by w.mu
@@ -70,7 +73,7 @@ type step struct {
 func (w *world) newProcess(place, incarnation int) *process {
 	p := &process{
 		w: w, place: place, name: fmt.Sprintf("p%d.%d", place, incarnation),
-		ended: make(chan struct{}), rng: w.rng, deadlines: make(map[int64]time.Time),
+		ended: make(chan struct{}), rng: w.rng, deadlines: make(map[int64]time.Time), away: make(map[string]bool),
 	}
 	p.ctx, p.cancel = context.WithCancel(w.ctx)
 	p.impulse, p.giveUpNow = context.WithCancel(p.ctx)
@@ -85,15 +88,6 @@ func (w *world) newProcess(place, incarnation int) *process {
 	if !machineClocks {
 		rate = 1
 	}
-	if rate < 1 {
-		w.mu.Lock()
-		w.result.Options.Margin = 0 // a clock that is slow takes what it needs of it
-		w.mu.Unlock()
-	} else {
-		w.mu.Lock()
-		w.result.Options.Margin = min(w.result.Options.Margin, time.Duration(float64(w.margin)/rate)) // and by one that is fast it is shorter
-		w.mu.Unlock()
-	}
 	if w.drift && place == 0 {
 		p.slow, rate = true, bound*(0.5+0.49*w.rng.Float64())
 	}
@@ -104,9 +98,8 @@ func (w *world) newProcess(place, incarnation int) *process {
 		p.shares, p.restless = true, true
 	}
 	p.slowHooks = w.rng.IntN(4) == 0
-	if place > 1 && w.rng.IntN(2) == 0 { // two stay
-		p.leaves = w.names[w.rng.IntN(len(w.names))]
-	}
+	p.dense = w.rng.IntN(4) == 0
+	p.changes = w.rng.IntN(2) == 0
 	switch w.rng.IntN(4) {
 	case 0:
 		p.holds = 0.01
@@ -118,6 +111,8 @@ func (w *world) newProcess(place, incarnation int) *process {
 	p.m = machine.New(p.name, w.rng, rate, p.whim)
 	p.shadow = p.m.Shadow()
 	p.net = w.cluster.Process(p.name, p.m.Gate)
+	w.record(oracle.Entry{Kind: oracle.Start, Proc: p.name, Op: "process"})
+	w.record(oracle.Entry{Kind: oracle.Clock, Proc: p.name, Op: oracle.Rate, Value: strconv.FormatFloat(rate, 'g', -1, 64)})
 	w.note("%s starts: clock %.3f, shares %t, restless %t, slow hooks %t, stops %v, holds %v", p.name, rate, p.shares, p.restless, p.slowHooks, p.stops, p.holds)
 	p.m.Go(func() {
 		defer close(p.ended)
@@ -137,7 +132,10 @@ func (p *process) whim() time.Duration {
 		p.halt(time.Duration(p.rng.ExpFloat64()*float64(p.w.ttl)/2), false)
 	}
 	if p.holds > 0 && p.rng.Float64() < p.holds {
-		return time.Duration(p.rng.Int64N(int64(5 * time.Millisecond)))
+		d := time.Duration(p.rng.Int64N(int64(5 * time.Millisecond)))
+		now := p.w.now()
+		p.w.record(oracle.Entry{Kind: oracle.Stopped, Proc: p.name, From: now, T: now + int64(d)})
+		return d
 	}
 	return 0
 }
@@ -165,9 +163,10 @@ func (p *process) halt(d time.Duration, suspend bool) {
 	if !p.until.IsZero() || p.w.calm.Load() || p.dead.Load() {
 		return
 	}
-	p.until = time.Now().Add(d)
+	p.halted, p.until = oracle.Entry{Kind: oracle.Stopped, Proc: p.name, From: p.w.now()}, time.Now().Add(d)
 	p.w.note("%s stops for %v", p.name, d)
 	if suspend {
+		p.halted.Op = oracle.Suspended
 		p.m.Suspend()
 	} else {
 		p.m.Stop()
@@ -183,7 +182,7 @@ func (p *process) goOn(now bool) {
 		return
 	}
 	p.until = time.Time{}
-	p.w.note("%s goes on", p.name)
+	p.w.record(p.halted)
 	p.m.Resume()
 	p.resumed = time.Now()
 	p.mu.Unlock()
@@ -207,6 +206,19 @@ func (p *process) giveUp() {
 	end()
 }
 
+// leaves says whether the process takes part in an election no more, or again. It does not end a campaign.
+func (p *process) leaves(election string, yes bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.away[election] = yes
+}
+
+func (p *process) isAway(election string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.away[election]
+}
+
 // current is the client to use.
 func (p *process) current() *clientv3.Client {
 	p.mu.Lock()
@@ -219,6 +231,9 @@ func (p *process) connect() *clientv3.Client {
 	cfg := fake.ClientConfig{Alter: func(c *clientv3.Config) {
 		c.DialKeepAliveTime, c.DialKeepAliveTimeout = 10*time.Second, 2*time.Second
 		c.DialTimeout = 10 * time.Second // New authenticates, and the request or its answer may be lost
+		if !p.dense {
+			c.BackoffWaitBetween = 250 * time.Millisecond
+		}
 		c.Logger = zap.NewNop()
 	}}
 	if p.w.auth {
@@ -299,19 +314,29 @@ func (p *process) live() {
 // An elector is a leader.Elector with its hooks.
 type elector struct {
 	p       *process
+	name    string // in the history
 	e       *leader.Elector
 	client  *clientv3.Client
 	closed  atomic.Bool // Close was called
 	options []leader.Option
-	current map[string][]*call // calls under way, by election; guarded by w.mu
-	changes map[string]*sight  // what LeaderChanged has told, by election; guarded by w.mu
+
+	// Guarded by w.mu.
+	current map[string][]*call // calls under way, by election
+	used    []string           // elections that it was used in
+	gone    bool               // it is used no more
+	closing time.Time          // when it was first told that it is to be closed, or its client was
+	telling int64              // since when a hook keeps renewals from being told; 0 if none does
 }
 
 // An oops is what a hook or lead panics with on purpose.
 type oops struct{}
 
 func (p *process) newElector() *elector {
-	el := &elector{p: p, client: p.current(), current: make(map[string][]*call), changes: make(map[string]*sight)}
+	el := &elector{p: p, client: p.current(), current: make(map[string][]*call)}
+	p.w.mu.Lock()
+	p.w.sequence++
+	el.name = fmt.Sprintf("%s.%d", p.name, p.w.sequence)
+	p.w.mu.Unlock()
 	el.options = []leader.Option{leader.WithTTL(p.w.ttl), leader.WithMargin(p.w.margin), leader.WithHooks(el.hooks())}
 	if p.slowHooks {
 		el.options = append(el.options, leader.WithHooks(el.mischief()))
@@ -324,14 +349,14 @@ func (p *process) newElector() *elector {
 		panic(err)
 	}
 	el.e = e
-	p.w.mu.Lock()
-	defer p.w.mu.Unlock()
-	p.electors = append(slices.DeleteFunc(p.electors, (*elector).isIdleLocked), el)
 	return el
 }
 
-// isIdleLocked reports whether no call of the Elector is under way. w.mu is held.
+// isIdleLocked reports whether the Elector is not used any more. w.mu is held.
 func (el *elector) isIdleLocked() bool {
+	if !el.gone {
+		return false
+	}
 	for _, calls := range el.current {
 		if len(calls) > 0 {
 			return false
@@ -345,16 +370,48 @@ func (el *elector) isClosed() bool { return el.closed.Load() || el.client.Ctx().
 
 // close closes the Elector, within a time.
 func (el *elector) close(ctx context.Context, within time.Duration) {
+	w := el.p.w
+	began := w.now()
+	w.mu.Lock()
 	el.closed.Store(true)
-	quiet := el.p.w.quiet.Load()
-	el.p.w.mu.Lock()
-	el.p.w.resignAllLocked(func(t *term) bool { return t.call.el == el })
-	el.p.w.mu.Unlock()
+	el.closingLocked()
+	w.mu.Unlock()
+	quiet := w.quiet.Load()
 	cctx, cancel := withTimeout(ctx, within)
 	defer cancel()
 	err := el.e.Close(cctx)
-	if err != nil && quiet && el.p.w.quiet.Load() && !el.p.dead.Load() && el.client.Ctx().Err() == nil {
-		el.p.w.violate("error", "%s: Close: %v", el.p.name, err)
+	w.mu.Lock()
+	el.closedLocked(began, err)
+	el.gone = true
+	w.mu.Unlock()
+	if err != nil && quiet && w.quiet.Load() && !el.p.dead.Load() && el.client.Ctx().Err() == nil {
+		w.violate("error", "%s: Close: %v", el.p.name, err)
+	}
+}
+
+// closingLocked records that all is about to end. closedLocked records that it has, as far as that is known.
+func (el *elector) closingLocked() {
+	w := el.p.w
+	if el.closing.IsZero() {
+		el.closing = time.Now()
+	}
+	for _, name := range el.used {
+		w.tellLocked(el, oracle.Entry{Kind: oracle.Closing, Election: name})
+		for _, c := range el.current[name] {
+			c.told.closing = true
+		}
+	}
+	w.resignAllLocked(func(t *term) bool { return t.call.el == el })
+}
+
+func (el *elector) closedLocked(began int64, err error) {
+	e := oracle.Entry{Kind: oracle.Closed, From: began, Result: oracle.OK}
+	if err != nil {
+		e.Result, e.Err = oracle.Unknown, err.Error()
+	}
+	for _, name := range el.used {
+		e.Election = name
+		el.p.w.tellLocked(el, e)
 	}
 }
 
@@ -370,7 +427,7 @@ func (el *elector) hooks() leader.Hooks {
 		Ended:   func(election string, l *leader.Leader, cause error) { w.ended(el, election, l, cause) },
 		Renewed: func(id clientv3.LeaseID, _ time.Duration, deadline time.Time) {
 			if !p.dead.Load() {
-				w.renewed(p, id, deadline)
+				w.renewed(el, id, deadline)
 			}
 		},
 		RenewFailed: func(id clientv3.LeaseID, took time.Duration, err error) {
@@ -378,13 +435,13 @@ func (el *elector) hooks() leader.Hooks {
 				return
 			}
 			if errors.Is(err, leader.ErrRefused) {
-				w.record(oracle.Entry{Kind: oracle.Refused, Proc: p.name, Lease: int64(id)})
+				w.record(oracle.Entry{Kind: oracle.Refused, Proc: el.name, Lease: int64(id)})
 			} else {
 				w.note("%s: renewal of %x failed after %v: %v", p.name, id, took, err)
 			}
 		},
 	}
-	if p.rng.IntN(2) == 0 {
+	if p.changes {
 		h.LeaderChanged = func(election string, c leader.Candidate) { w.changed(el, election, c) }
 	}
 	return h
@@ -395,9 +452,17 @@ func (el *elector) mischief() leader.Hooks {
 	p := el.p
 	slow := func() {
 		if p.rng.IntN(6) == 0 && !p.w.calm.Load() {
+			began := p.w.now()
 			p.sleep(p.w.ctx, min(p.about(p.w.ttl/3), p.w.ttl))
+			p.w.tell(el, oracle.Entry{Kind: oracle.Busy, From: began})
 		}
 	}
+	tells := func(since int64) {
+		p.w.mu.Lock()
+		defer p.w.mu.Unlock()
+		el.telling = since
+	}
+	telling, told := func() { tells(p.w.now()) }, func() { tells(0) }
 	// What ends the caller's goroutine ends the term that it was told of.
 	wild := func(l *leader.Leader) {
 		slow()
@@ -405,13 +470,20 @@ func (el *elector) mischief() leader.Hooks {
 		if n > 1 || p.w.calm.Load() {
 			return
 		}
+		var until time.Time
 		if l != nil {
-			p.w.mu.Lock()
-			if t := termOf(l); t != nil {
-				t.resigningLocked()
-			}
-			p.w.mu.Unlock()
+			_, until = p.counts(l.Deadline())
 		}
+		p.w.mu.Lock()
+		if l == nil {
+			if c := currentCall(); c != nil && c.campaigning {
+				c.givesUpLocked()
+			}
+		} else if t := termOf(l); t != nil {
+			t.toldLocked(oracle.Entry{Until: int64(until.Sub(p.w.began))})
+			t.resigningLocked()
+		}
+		p.w.mu.Unlock()
 		if n == 0 {
 			panic(oops{})
 		}
@@ -422,8 +494,8 @@ func (el *elector) mischief() leader.Hooks {
 		CampaignFailed: func(string, error) { wild(nil) },
 		Elected:        func(_ string, l *leader.Leader, _ time.Duration) { wild(l) },
 		Ended:          func(string, *leader.Leader, error) { slow() },
-		Renewed:        func(clientv3.LeaseID, time.Duration, time.Time) { slow() },
-		RenewFailed:    func(clientv3.LeaseID, time.Duration, error) { slow() },
+		Renewed:        func(clientv3.LeaseID, time.Duration, time.Time) { telling(); slow(); told() },
+		RenewFailed:    func(clientv3.LeaseID, time.Duration, error) { telling(); slow(); told() },
 	}
 }
 
@@ -434,15 +506,54 @@ type call struct {
 	election string
 	value    string
 	ctx      context.Context
-	try      bool
-	began    time.Time
+	try, run bool // not Campaign
+	beside   bool // another one of the same Elector
+	unhook   func() bool
 
 	// Guarded by w.mu.
 	campaigning bool            // between Hooks.Campaigning and what follows
-	lost        time.Time       // when the function that Run has called returned from a term that was lost
+	told        stops           // of this campaign
+	began       time.Time       // when its last campaign began
 	newest      int64           // token of its newest key
-	bereft      bool            // it has lost a key: the next may be put by a copy of an old join, which it deletes; guarded by w.mu
 	terms       map[int64]*term // those that it won
+}
+
+// stops are what was told of why a campaign is to end.
+type stops struct{ givingUp, closing, end bool }
+
+// givesUpLocked records that the campaign is to end.
+func (c *call) givesUpLocked() {
+	if !c.told.givingUp {
+		c.told.givingUp = true
+		c.p.w.tellLocked(c.el, oracle.Entry{Kind: oracle.GivingUp, Election: c.election})
+	}
+}
+
+// stopsLocked records why the campaign is to end, if it is.
+func (c *call) stopsLocked() {
+	if c.ctx.Err() != nil {
+		c.givesUpLocked()
+	}
+	if c.el.isClosed() && !c.told.closing {
+		c.told.closing = true
+		c.p.w.tellLocked(c.el, oracle.Entry{Kind: oracle.Closing, Election: c.election})
+	}
+}
+
+// failsLocked records the end of a campaign before its hook can: another of the election may begin as soon as it has ended.
+func (c *call) failsLocked() {
+	c.stopsLocked()
+	e := oracle.Entry{Kind: oracle.CampaignFailed, Election: c.election}
+	switch {
+	case c.told.givingUp:
+		e.Op = oracle.GaveUp
+	case c.told.closing:
+		e.Op = oracle.Shut
+	case c.try:
+		e.Op = oracle.Held
+	}
+	c.told.end = true
+	c.p.w.tellLocked(c.el, e)
 }
 
 // callOf is the value of the call that a candidate's value belongs to: leaders proclaim others that begin with it.
@@ -466,13 +577,24 @@ func (el *elector) newCall(ctx context.Context, election string, try bool) *call
 	w.result.Counts.Campaigns++
 	el.p.calls++
 	c := &call{
-		p: el.p, el: el, election: election, value: fmt.Sprintf("%s/%d", el.p.name, w.sequence), try: try,
-		began: time.Now(), terms: make(map[int64]*term),
+		p: el.p, el: el, election: election, value: fmt.Sprintf("%s/%d", el.name, w.sequence), try: try,
+		terms: make(map[int64]*term),
 	}
 	c.ctx = context.WithValue(ctx, callKey{}, c)
+	c.unhook = context.AfterFunc(c.ctx, func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if c.campaigning {
+			c.givesUpLocked()
+		}
+	})
 	w.calls[c.value] = c
 	if !slices.Contains(el.p.electors, el) {
-		el.p.electors = append(el.p.electors, el)
+		el.p.electors = append(slices.DeleteFunc(el.p.electors, (*elector).isIdleLocked), el)
+		w.tellLocked(el, oracle.Entry{Kind: oracle.Start, Op: "elector", Value: el.p.name})
+	}
+	if !slices.Contains(el.used, election) {
+		el.used = append(el.used, election)
 	}
 	el.current[election] = append(el.current[election], c)
 	return c
@@ -484,7 +606,13 @@ func (c *call) returned(cut bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	c.el.current[c.election] = slices.DeleteFunc(c.el.current[c.election], func(o *call) bool { return o == c })
-	if c.campaigning && !cut && !c.p.dead.Load() {
+	c.unhook()
+	switch {
+	case !c.campaigning:
+	case cut: // by the user's code, in the hook Campaigning
+		c.givesUpLocked()
+		c.failsLocked()
+	case !c.p.dead.Load():
 		w.violateLocked("hooks", "%s: %s has returned, and neither Elected nor CampaignFailed was called", c.election, c.value)
 	}
 	c.campaigning = false

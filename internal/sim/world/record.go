@@ -1,9 +1,12 @@
 package world
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"time"
 
+	"example.com/leader"
 	"example.com/leader/internal/oracle"
 )
 
@@ -34,6 +37,33 @@ func (w *world) note(format string, args ...any) {
 
 func (w *world) noteLocked(format string, args ...any) {
 	w.recordLocked(oracle.Entry{Kind: noted, Value: fmt.Sprintf(format, args...)})
+}
+
+// tell records what an Elector's process says, unless it was killed before it could.
+func (w *world) tell(el *elector, e oracle.Entry) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.tellLocked(el, e)
+}
+
+func (w *world) tellLocked(el *elector, e oracle.Entry) {
+	if !el.p.dead.Load() {
+		e.Proc = el.name
+		w.recordLocked(e)
+	}
+}
+
+// failureOf says which of the failures of a campaign that is, or "".
+func failureOf(err error) string {
+	switch {
+	case errors.Is(err, leader.ErrHeld):
+		return oracle.Held
+	case errors.Is(err, leader.ErrClosed):
+		return oracle.Shut
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return oracle.GaveUp
+	}
+	return ""
 }
 
 // violate says that a rule does not hold. The first time ends the simulation.

@@ -1,6 +1,7 @@
 package world
 
 import (
+	"context"
 	"errors"
 	"slices"
 	"time"
@@ -24,7 +25,8 @@ type term struct {
 	// Guarded by w.mu.
 	givenUp bool // by its holder
 	ended   bool // Hooks.Ended was called
-	told    bool // it is in the history
+	told    bool // it is in the history, since then
+	since   int64
 	expired bool
 	// proclaimed is the number of the last value that etcd has confirmed.
 	proclaimed int64
@@ -39,9 +41,6 @@ func termOf(l *leader.Leader) *term {
 	}
 	return c.terms[l.Token()]
 }
-
-// minPause is how long Run waits at least before it campaigns again after a term was lost.
-const minPause = 50 * time.Millisecond
 
 // passed reports whether a time has passed by the clock that says so first.
 func passed(now, t time.Time) bool {
@@ -67,16 +66,16 @@ func (w *world) campaigning(el *elector, election string) {
 		return
 	}
 	for _, other := range el.current[election] {
+		if other != c && other.campaigning {
+			other.failsLocked() // it is over, and tells so later
+		}
 		if other != c && other.leadsLocked() {
 			w.violateLocked("hooks", "%s: %s campaigns, and the same Elector leads by %s", election, c.value, other.value)
 		}
 	}
-	c.campaigning = true
-	if paused := el.p.m.Now().Sub(c.lost); !c.lost.IsZero() && paused < minPause {
-		w.violateLocked("pace", "%s: Run campaigns again %v after a term was lost", election, paused)
-	}
-	c.lost = time.Time{}
-	w.noteLocked("%s campaigns in %s", c.value, election)
+	c.campaigning, c.began, c.told = true, time.Now(), stops{}
+	w.tellLocked(el, oracle.Entry{Kind: oracle.Campaigning, Election: election, Value: c.value})
+	c.stopsLocked()
 }
 
 // leadsLocked reports whether a term of the call holds.
@@ -100,9 +99,12 @@ func (w *world) campaignFailed(el *elector, election string, err error) {
 		w.violateLocked("hooks", "%s: CampaignFailed was called, and %s does not campaign", election, el.p.name)
 		return
 	}
-	c.campaigning = false
 	w.result.Counts.GivenUp++
-	w.noteLocked("%s has failed in %s: %v", c.value, election, err)
+	if !c.told.end {
+		c.stopsLocked()
+		w.tellLocked(el, oracle.Entry{Kind: oracle.CampaignFailed, Election: election, Op: failureOf(err), Err: err.Error()})
+	}
+	c.campaigning = false
 }
 
 func (w *world) elected(el *elector, election string, l *leader.Leader) {
@@ -129,8 +131,11 @@ func (w *world) elected(el *elector, election string, l *leader.Leader) {
 	}
 	c.campaigning = false
 	c.terms[t.token] = t
+	if el.p.deadlines[lease].Before(deadline) {
+		el.p.deadlines[lease] = deadline
+	}
 	w.result.Counts.Terms++
-	w.noteLocked("%s is elected in %s with token %d on lease %x until %v", c.value, election, t.token, lease, deadline.Sub(el.p.m.Now()))
+	w.tellLocked(el, oracle.Entry{Kind: oracle.Elected, Election: election, Token: t.token, Value: c.value, Lease: lease})
 	others := slices.Clone(w.terms[election])
 	w.terms[election] = append(w.terms[election], t)
 	w.mu.Unlock()
@@ -148,6 +153,7 @@ func (w *world) ended(el *elector, election string, l *leader.Leader, cause erro
 	if !ok {
 		return
 	}
+	_, until := el.p.counts(l.Deadline())
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if el.p.dead.Load() {
@@ -158,9 +164,12 @@ func (w *world) ended(el *elector, election string, l *leader.Leader, cause erro
 		w.violateLocked("hooks", "%s: Ended was called for token %d of %s, which does not lead", election, l.Token(), el.p.name)
 		return
 	}
+	if !t.told && c.run { // over before Run called the function
+		t.toldLocked(oracle.Entry{Value: oracle.ByRun, Until: int64(until.Sub(w.began))})
+	}
 	t.ended = true
 	w.terms[election] = slices.DeleteFunc(w.terms[election], func(o *term) bool { return o == t })
-	e := oracle.Entry{Kind: oracle.Ended, Proc: el.p.name, Election: election, Token: t.token, Err: cause.Error()}
+	e := oracle.Entry{Kind: oracle.Ended, Election: election, Token: t.token, Err: cause.Error(), Until: int64(until.Sub(w.began))}
 	life, lease := w.lives[t.token], w.leases[t.lease]
 	switch {
 	case errors.Is(cause, leader.ErrResigned):
@@ -178,22 +187,17 @@ func (w *world) ended(el *elector, election string, l *leader.Leader, cause erro
 		}
 	case errors.Is(cause, leader.ErrExpired):
 		e.Op = oracle.Expired
-		if t.expired = !errors.Is(cause, leader.ErrClosed); !t.expired {
-			e.Op = oracle.Resigned // given up with the client
-		}
 		w.result.Counts.Expired++
-		deadline, renewed := el.p.deadlines[t.lease]
-		if renewed && !errors.Is(cause, leader.ErrClosed) && !passed(el.p.m.Now(), deadline) {
+		if t.expired = !errors.Is(cause, leader.ErrClosed); !t.expired && !until.Add(time.Microsecond).Before(el.closing) { // as rounding has it
+			e.Op = oracle.Resigned // given up with the client, before its deadline
+		}
+		if deadline := el.p.deadlines[t.lease]; t.expired && !passed(el.p.m.Now(), deadline) {
 			w.violateLocked("cause", "%s: %s was told that token %d has expired, %v before its deadline", election, el.p.name, t.token, deadline.Sub(el.p.m.Now()))
 		}
 	default:
 		w.violateLocked("cause", "%s: %s was told that token %d has ended because of %v", election, el.p.name, t.token, cause)
 	}
-	if t.told {
-		w.recordLocked(e)
-	} else {
-		w.noteLocked("%s has lost token %d in %s: %v", el.p.name, t.token, election, cause)
-	}
+	w.tellLocked(el, e)
 	if context := l.Context().Err(); context == nil {
 		w.violateLocked("cause", "%s: Ended was called for token %d of %s, whose context goes on", election, t.token, el.p.name)
 	}
@@ -201,50 +205,67 @@ func (w *world) ended(el *elector, election string, l *leader.Leader, cause erro
 
 // sees records a term that its campaign has returned.
 func (w *world) sees(c *call, l *leader.Leader) *term {
+	_, until := c.p.counts(l.Deadline())
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	t := c.terms[l.Token()]
 	if t == nil || t.told || c.p.dead.Load() {
 		return t
 	}
-	t.told = true
-	w.recordLocked(oracle.Entry{
-		Kind: oracle.Term, Proc: c.p.name, From: int64(c.began.Sub(w.began)), Election: c.election, Token: t.token,
-		Key: l.Key(), Lease: t.lease, Op: "leader",
+	e := oracle.Entry{Until: int64(until.Sub(w.began))}
+	if c.run {
+		e.Value = oracle.ByRun
+	}
+	t.toldLocked(e)
+	if l.Context().Err() != nil {
+		return t
+	}
+	context.AfterFunc(l.Context(), func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		t.lastsLocked()
 	})
 	return t
 }
 
-// leaves says that the function that Run has called is about to return.
-func (w *world) leaves(c *call, l *leader.Leader) {
-	if l.IsLeader() || errors.Is(contextCause(l), leader.ErrResigned) {
-		c.p.resigning(c, l)
-		return
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	c.lost = c.p.m.Now()
+// toldLocked records that the work of the term begins.
+func (t *term) toldLocked(e oracle.Entry) {
+	t.told, t.since = true, t.p.w.now()
+	e.Kind, e.From, e.Election, e.Token = oracle.Term, int64(t.call.began.Sub(t.p.w.began)), t.election, t.token
+	e.Key, e.Lease, e.Op = t.l.Key(), t.lease, oracle.Ours
+	t.p.w.tellLocked(t.call.el, e)
 }
 
-func (w *world) renewed(p *process, id clientv3.LeaseID, deadline time.Time) {
+// lastsLocked records that the context of the term was live until now.
+func (t *term) lastsLocked() {
+	t.p.w.tellLocked(t.call.el, oracle.Entry{
+		Kind: oracle.Belief, From: t.since, Election: t.election, Token: t.token, Op: oracle.ByContext,
+	})
+}
+
+func (w *world) renewed(el *elector, id clientv3.LeaseID, deadline time.Time) {
+	p := el.p
+	sent, until := p.counts(deadline)
 	w.mu.Lock()
 	if p.deadlines[int64(id)].Before(deadline) {
 		p.deadlines[int64(id)] = deadline
 	}
 	w.result.Counts.Renewals++
-	now := w.now()
-	sent := p.sentAt(deadline, w)
-	w.recordLocked(oracle.Entry{
-		Kind: oracle.Renewed, Proc: p.name, From: min(now, int64(sent.Sub(w.began))), Lease: int64(id),
-		Until: int64(sent.Add(min(w.ttl, p.m.Real(w.ttl))).Sub(w.began)), // a clock that is fast comes to the end of the TTL earlier
-	})
+	w.tellLocked(el, oracle.Entry{Kind: oracle.Renewed, From: int64(sent.Sub(w.began)), Lease: int64(id), Until: int64(until.Sub(w.began))})
 	w.mu.Unlock()
 	w.checkDeadline(p, int64(id), deadline)
 }
 
-// sentAt is the true time at which the renewal was sent from which a deadline counts.
-func (p *process) sentAt(deadline time.Time, w *world) time.Time {
-	now, sent := p.m.Now(), deadline.Add(w.margin-w.ttl) // by the process's clocks
+// counts says in true time when the renewal was sent from which a deadline counts, and what the deadline is.
+func (p *process) counts(deadline time.Time) (sent, until time.Time) {
+	lasts := p.w.ttl - p.w.margin
+	sent = p.truly(deadline.Add(-lasts))
+	return sent, sent.Add(p.m.Real(lasts))
+}
+
+// truly is the true time of one on the process's clocks that has passed.
+func (p *process) truly(sent time.Time) time.Time {
+	now := p.m.Now()
 	ago := now.Sub(sent)
 	if !p.set { // its machine may have been suspended, and its wall clock is right but for its rate
 		ago = now.Round(0).Sub(sent.Round(0))
@@ -257,7 +278,7 @@ func (w *world) checkDeadline(p *process, id int64, deadline time.Time) {
 	if p.dead.Load() || p.m.Stopped() {
 		return
 	}
-	sent := p.sentAt(deadline, w)
+	sent, _ := p.counts(deadline)
 	earliest := sent.Add(w.ttl)
 	var expiry time.Time
 	var counted bool

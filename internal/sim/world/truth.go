@@ -106,8 +106,8 @@ func (w *world) committed(_ fake.Truth, c fake.Commit) {
 	if r, ok := c.Request.(*pb.LeaseRevokeRequest); ok {
 		w.leases[r.ID] = ended{time.Now(), how}
 		w.noteLocked("lease %x is gone: %s %s", r.ID, how, c.Process)
-		if how == byOperator {
-			w.recordLocked(oracle.Entry{Kind: oracle.Taken, Proc: "operator", From: w.now(), Op: "revoke", Lease: r.ID, Result: oracle.OK})
+		if how.excuses() && len(c.Events) > 0 {
+			w.takenLocked(how, oracle.Entry{Op: oracle.Revoke, Lease: r.ID, Rev: c.Events[0].Kv.ModRevision})
 		}
 	}
 	for _, ev := range c.Events {
@@ -140,10 +140,7 @@ func (w *world) candidateChangedLocked(election string, ev *mvccpb.Event, how fa
 		w.recordLocked(e)
 		w.noteLocked("%s with token %d is gone: %s", l.key, l.token, how)
 		if how == byOperator {
-			w.recordLocked(oracle.Entry{
-				Kind: oracle.Taken, Proc: "operator", From: e.T, Op: "delete", Election: election, Token: l.token,
-				Key: l.key, Lease: l.lease, Result: oracle.OK,
-			})
+			w.takenLocked(how, oracle.Entry{Op: oracle.Delete, Election: election, Token: l.token, Key: l.key, Lease: l.lease, Rev: e.Rev})
 		}
 		w.lostLocked(l)
 	case i < 0 || q[i].token != ev.Kv.CreateRevision:
@@ -173,6 +170,12 @@ func (w *world) candidateChangedLocked(election string, ev *mvccpb.Event, how fa
 	}
 }
 
+// takenLocked records what somebody has taken whom nobody has allowed to.
+func (w *world) takenLocked(how fate, e oracle.Entry) {
+	e.Kind, e.Proc, e.From, e.Result = oracle.Taken, string(how), w.now(), oracle.OK
+	w.recordLocked(e)
+}
+
 // checkValueLocked: a key has the value that its owner has campaigned with or proclaimed, and not an older one
 // once a later call has been confirmed.
 func (w *world) checkValueLocked(l *life) {
@@ -200,8 +203,8 @@ func proclaimed(value string) int64 {
 
 // short is as much of a value as a history keeps: values may be large.
 func short(value string) string {
-	if len(value) > 40 {
-		return value[:40] + "..."
+	if len(value) > 80 {
+		return value[:80] + "..."
 	}
 	return value
 }
@@ -213,14 +216,11 @@ func (w *world) lostLocked(l *life) {
 		return
 	}
 	t := c.terms[l.token]
-	c.bereft = c.bereft || l.fate != byRequest
 	switch {
 	case l.fate == byRequest && t != nil && t.expired && !c.p.m.Stopped() && !keptMargin(c.p, l.lease):
 		w.violateLocked("margin", "%s: the key of %s with token %d was deleted by a request of its own before the margin had passed", l.election, c.p.name, l.token)
 	case l.fate == byRequest && t != nil && !t.ended && t.l.Context().Err() == nil:
 		w.violateLocked("self-harm", "%s: the key of %s with token %d was deleted by a request of a process, while the term lasted", l.election, c.p.name, l.token)
-	case l.fate == byRequest && t == nil && c.waitsLocked(l):
-		w.violateLocked("self-harm", "%s: the key of %s with token %d was deleted by a request of a process, while it was waiting under it", l.election, c.p.name, l.token)
 	case t != nil && !t.ended && l.fate == byExpiry && !c.p.slow:
 		go w.checkExpired(t)
 	case t != nil && !t.ended && l.fate.excuses():
@@ -228,44 +228,16 @@ func (w *world) lostLocked(l *life) {
 	}
 }
 
-// keptMargin reports whether a margin has passed since the last known deadline of a lease, as the process's clocks count
-// that are never set.
+// keptMargin reports whether a margin has passed since the last known deadline of a lease, as the process's clocks count that are
+// never set.
 func keptMargin(p *process, lease int64) bool {
 	deadline, renewed := p.deadlines[lease]
-	return !renewed || !time.Now().Before(p.sentAt(deadline, p.w).Add(p.m.Real(p.w.ttl)-time.Millisecond))
+	_, until := p.counts(deadline)
+	return !renewed || !time.Now().Before(until.Add(p.m.Real(p.w.margin)-time.Millisecond))
 }
 
-// waitsLocked reports whether the candidate has no reason to give that key up: its campaign goes on, and its lease has not expired by
-// its clocks.
-func (c *call) waitsLocked(l *life) bool {
-	deadline, renewed := c.p.deadlines[l.lease]
-	return c.campaigning && !c.try && !c.bereft && c.newest == l.token && c.ctx.Err() == nil && !c.el.isClosed() &&
-		renewed && !passed(c.p.m.Now(), deadline)
-}
-
-// writtenLocked checks a write that a guard has let through.
+// writtenLocked records a write that a guard has let through.
 func (w *world) writtenLocked(key string, kv *mvccpb.KeyValue) {
-	election, what, _ := cutLast(strings.TrimPrefix(key, dataRoot))
 	w.result.Counts.Writes++
 	w.recordLocked(oracle.Entry{Kind: oracle.Event, Key: key, Rev: kv.ModRevision, Op: "put", Value: string(kv.Value), Token: kv.CreateRevision})
-	_, id, _ := strings.Cut(string(kv.Value), " ")
-	text, _, _ := strings.Cut(id, ":")
-	token, err := strconv.ParseInt(text, 10, 64)
-	first := w.first(election)
-	switch {
-	case err != nil:
-		w.violateLocked("guard", "%s of %s became %q, which nobody writes", what, election, kv.Value)
-	case first == nil:
-		w.violateLocked("guard", "%s: a write with token %d took effect when nobody was in the queue", election, token)
-	case first.token != token:
-		w.violateLocked("guard", "%s: a write with token %d took effect while %d was the oldest", election, token, first.token)
-	}
-}
-
-func cutLast(s string) (before, after string, found bool) {
-	i := strings.LastIndexByte(s, '/')
-	if i < 0 {
-		return s, "", false
-	}
-	return s[:i], s[i+1:], true
 }

@@ -63,7 +63,11 @@ func (p *process) attempt(c *call, f func()) (cut bool) {
 
 // takePart campaigns in an election again and again, over the shared Elector or a new one each time.
 func (p *process) takePart(shared *elector, election string) {
-	for p.ctx.Err() == nil && (!p.left.Load() || election != p.leaves) {
+	for p.ctx.Err() == nil {
+		if p.isAway(election) {
+			p.sleep(p.ctx, 50*time.Millisecond)
+			continue
+		}
 		el := shared
 		if el == nil || el.isClosed() {
 			el = p.newElector()
@@ -111,15 +115,15 @@ func (p *process) turn(el *elector, election string) {
 	case n < 7:
 		p.run(ctx, el, election)
 	case n < 14:
-		p.campaign(ctx, el, election, false)
+		p.campaign(ctx, el, election, false, false)
 	case n == 14:
-		p.campaign(ctx, el, election, true)
+		p.campaign(ctx, el, election, true, false)
 	case n < 17:
 		p.twice(ctx, el, election)
 	case n == 17:
 		p.closeMeanwhile(ctx, el, election)
 	case n == 18:
-		p.once(ctx, el, election)
+		p.once(ctx, election)
 	default:
 		p.abandon(ctx, el, election)
 	}
@@ -171,18 +175,22 @@ func (c *call) judge(what string, err error) {
 	case c.ctx.Err() != nil && errors.Is(err, c.ctx.Err()):
 	case errors.Is(err, leader.ErrClosed) && (c.el.isClosed() || c.ctx.Err() != nil):
 	case errors.Is(err, leader.ErrHeld) && c.try:
+	case errors.Is(err, leader.ErrCampaigning) && c.beside:
 	default:
 		c.p.w.violate("error", "%s: %s of %s: %v", c.election, what, c.value, err)
 	}
 }
 
 // campaign leads for one term, if it is elected.
-func (p *process) campaign(ctx context.Context, el *elector, election string, try bool) {
+func (p *process) campaign(ctx context.Context, el *elector, election string, try, beside bool) {
 	c := el.newCall(ctx, election, try)
+	c.beside = beside
 	var l *leader.Leader
 	cut := p.attempt(c, func() {
 		var err error
 		if try {
+			tried := oracle.Entry{Kind: oracle.Tried, From: p.w.now(), Election: election}
+			defer func() { p.w.tell(el, tried) }()
 			l, err = el.e.TryCampaign(c.ctx, election, c.value)
 		} else {
 			l, err = el.e.Campaign(c.ctx, election, c.value)
@@ -199,6 +207,7 @@ func (p *process) campaign(ctx context.Context, el *elector, election string, tr
 
 // resign ends a term, as users do: with patience, or without.
 func (p *process) resign(c *call, l *leader.Leader) {
+	p.w.sees(c, l)
 	for i := range 3 {
 		within := 3 * time.Second
 		if i == 0 && p.rng.IntN(6) == 0 && !p.w.calm.Load() {
@@ -247,7 +256,7 @@ func (w *world) resignAllLocked(which func(*term) bool) {
 func (t *term) resigningLocked() {
 	if !t.givenUp && !t.p.dead.Load() {
 		t.givenUp = true
-		t.p.w.recordLocked(oracle.Entry{Kind: oracle.Resigning, Proc: t.p.name, Election: t.election, Token: t.token})
+		t.p.w.recordLocked(oracle.Entry{Kind: oracle.Resigning, Proc: t.call.el.name, Election: t.election, Token: t.token})
 	}
 }
 
@@ -259,6 +268,7 @@ func (p *process) run(ctx context.Context, el *elector, election string) {
 	ctx, cancel := withTimeout(ctx, p.about(8*p.w.ttl))
 	defer cancel()
 	c := el.newCall(ctx, election, false)
+	c.run = true
 	cut := p.attempt(c, func() {
 		err := el.e.Run(c.ctx, election, c.value, func(ctx context.Context, l *leader.Leader) error { return p.lead(ctx, c, l) })
 		if errors.Is(err, errUser) {
@@ -271,7 +281,7 @@ func (p *process) run(ctx context.Context, el *elector, election string) {
 
 // lead is what Run calls.
 func (p *process) lead(ctx context.Context, c *call, l *leader.Leader) error {
-	defer p.watchLead(ctx, l, c)()
+	defer p.leads(ctx, l, c)()
 	p.work(ctx, l, c)
 	if !l.IsLeader() && p.rng.IntN(4) == 0 {
 		p.sleep(p.ctx, p.about(p.w.margin/2)) // it takes a while to stop
@@ -280,7 +290,7 @@ func (p *process) lead(ctx context.Context, c *call, l *leader.Leader) error {
 	if p.w.calm.Load() {
 		n = 39
 	}
-	p.w.leaves(c, l)
+	p.resigning(c, l)
 	switch {
 	case n == 0:
 		panic(oops{})
@@ -294,24 +304,19 @@ func (p *process) lead(ctx context.Context, c *call, l *leader.Leader) error {
 	return nil
 }
 
-// watchLead looks whether the context of the function that Run has called ends with the term, until stop is called.
-func (p *process) watchLead(ctx context.Context, l *leader.Leader, c *call) (stop func()) {
-	returned := make(chan struct{})
-	unhook := context.AfterFunc(l.Context(), func() {
-		p.m.Enter()
-		for range 3 { // the process may stop and go on in between
-			p.sleep(ctx, 50*time.Millisecond)
+// leads records for how long the context of the function that Run has called is live, until stop is called.
+func (p *process) leads(ctx context.Context, l *leader.Leader, c *call) (stop func()) {
+	e := oracle.Entry{Kind: oracle.Belief, From: p.w.now(), Election: c.election, Token: l.Token(), Op: oracle.ByRun}
+	told := func() { p.w.tell(c.el, e) }
+	if ctx.Err() != nil {
+		return func() {}
+	}
+	unhook := context.AfterFunc(ctx, told)
+	return func() {
+		if unhook() {
+			told()
 		}
-		select {
-		case <-returned:
-			return
-		default:
-		}
-		if ctx.Err() == nil && !p.dead.Load() {
-			p.w.violate("lead", "%s: the term of %s with token %d is over, and the context of what Run has called is not", c.election, c.value, l.Token())
-		}
-	})
-	return func() { close(returned); unhook() }
+	}
 }
 
 // twice campaigns twice at a time with one Elector, which is refused as long as the first call campaigns or leads.
@@ -319,10 +324,10 @@ func (p *process) twice(ctx context.Context, el *elector, election string) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		p.campaign(ctx, el, election, false)
+		p.campaign(ctx, el, election, false, true)
 	}()
 	p.sleep(ctx, p.about(p.w.ttl/4))
-	p.campaignSecond(ctx, el, election)
+	p.campaignSecond(ctx, el, election) // or first, if the other was stopped
 	<-done
 }
 
@@ -330,12 +335,12 @@ func (p *process) campaignSecond(ctx context.Context, el *elector, election stri
 	ctx, cancel := withTimeout(ctx, p.about(p.w.ttl/4))
 	defer cancel()
 	c := el.newCall(ctx, election, false)
+	c.beside = true
 	var l *leader.Leader
 	cut := p.attempt(c, func() {
 		var err error
-		if l, err = el.e.Campaign(c.ctx, election, c.value); !errors.Is(err, leader.ErrCampaigning) {
-			c.judge("second campaign", err)
-		}
+		l, err = el.e.Campaign(c.ctx, election, c.value)
+		c.judge("second campaign", err)
 	})
 	c.returned(cut)
 	if l != nil {
@@ -349,34 +354,54 @@ func (p *process) closeMeanwhile(ctx context.Context, el *elector, election stri
 	go func() {
 		defer close(closing)
 		p.sleep(ctx, p.about(p.w.ttl))
-		if p.rng.IntN(2) == 0 {
+		if p.rng.IntN(2) == 0 || p.w.calm.Load() {
 			el.close(p.w.ctx, p.about(2*p.w.ttl))
 			return
 		}
 		p.closeClient(el.client)
 	}()
-	p.campaign(ctx, el, election, false)
+	p.campaign(ctx, el, election, false, false)
 	<-closing
 	p.sleep(p.ctx, p.about(100*time.Millisecond)) // an Elector that is used after Close
-	p.campaign(ctx, el, election, false)
+	p.campaign(ctx, el, election, false, false)
 }
 
 // closeClient closes the client of the process, whoever uses it, and makes another.
 func (p *process) closeClient(client *clientv3.Client) {
-	p.w.mu.Lock()
-	p.w.noteLocked("%s closes its client", p.name)
-	p.w.resignAllLocked(func(t *term) bool { return t.p == p && t.call.el.client == client })
-	p.w.mu.Unlock()
+	w := p.w
+	began := w.now()
+	w.mu.Lock()
+	w.noteLocked("%s closes its client", p.name)
+	for _, el := range p.electors {
+		if el.client == client {
+			el.closingLocked()
+		}
+	}
+	w.mu.Unlock()
 	_ = client.Close()
+	w.mu.Lock()
+	for _, el := range p.electors {
+		if el.client == client {
+			el.closedLocked(began, leader.ErrClosed) // what is left of them expires
+		}
+	}
+	w.mu.Unlock()
 	p.connect()
 }
 
 // once campaigns with an Elector that is used once.
-func (p *process) once(ctx context.Context, el *elector, election string) {
+func (p *process) once(ctx context.Context, election string) {
+	el := p.newElector() // but for its hooks
+	defer func() {
+		p.w.mu.Lock()
+		defer p.w.mu.Unlock()
+		el.gone = true
+	}()
 	if p.rng.IntN(2) == 0 {
 		ctx, cancel := withTimeout(ctx, p.about(8*p.w.ttl))
 		defer cancel()
 		c := el.newCall(ctx, election, false)
+		c.run = true
 		cut := p.attempt(c, func() {
 			err := leader.Run(c.ctx, el.client, election, c.value,
 				func(ctx context.Context, l *leader.Leader) error { return p.lead(ctx, c, l) }, el.options...)
@@ -405,6 +430,7 @@ func (p *process) once(ctx context.Context, el *elector, election string) {
 // abandon wins a term and forgets about it: the Elector is closed in the end.
 func (p *process) abandon(ctx context.Context, el *elector, election string) {
 	c := el.newCall(ctx, election, false)
+	c.beside = true
 	var l *leader.Leader
 	cut := p.attempt(c, func() {
 		var err error
@@ -434,7 +460,7 @@ func (p *process) work(ctx context.Context, l *leader.Leader, c *call) {
 	}
 	end := clock.Now().Add(p.hold())
 	writes, proclaims := p.rng.IntN(4) != 0, p.rng.IntN(3) == 0
-	var believed int64
+	believed := t.since
 	for ctx.Err() == nil && clock.Now().Before(end) {
 		asked := p.w.now()
 		op, leads := oracle.ByIsLeader, l.IsLeader
@@ -444,10 +470,8 @@ func (p *process) work(ctx context.Context, l *leader.Leader, c *call) {
 		if !leads() {
 			return
 		}
-		if believed != 0 && !p.stoppedSince(believed, t.byContext) {
-			p.believes(oracle.Entry{From: believed, T: asked, Election: c.election, Token: l.Token(), Op: op})
-		}
-		believed = p.w.now()
+		p.w.tell(c.el, oracle.Entry{Kind: oracle.Belief, From: believed, T: asked, Election: c.election, Token: l.Token(), Op: op})
+		believed = asked
 		clock.Now() // decided; and now it may be stopped
 		switch n := p.rng.IntN(12); {
 		case n == 0:
@@ -460,23 +484,6 @@ func (p *process) work(ctx context.Context, l *leader.Leader, c *call) {
 			writes = p.write(ctx, c, l, "register")
 		}
 		p.sleep(ctx, min(p.about(p.w.ttl/4), clock.Until(end)))
-	}
-}
-
-// stoppedSince reports whether the process has not run all the time since then, or whether its timers may be late.
-func (p *process) stoppedSince(t int64, timers bool) bool {
-	if timers && p.late() {
-		return true
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return int64(p.resumed.Sub(p.w.began)) >= t
-}
-
-func (p *process) believes(e oracle.Entry) {
-	if !p.dead.Load() {
-		e.Proc, e.Kind = p.name, oracle.Belief
-		p.w.record(e)
 	}
 }
 
@@ -495,7 +502,12 @@ func (p *process) proclaim(ctx context.Context, c *call, l *leader.Leader) {
 	}
 	pctx, cancel := withTimeout(ctx, time.Second)
 	defer cancel()
+	e := oracle.Entry{Kind: oracle.Proclaimed, From: p.w.now(), Election: c.election, Token: l.Token(), Value: short(value), Result: oracle.OK}
 	err := l.Proclaim(pctx, value)
+	if err != nil {
+		e.Result, e.Err = oracle.Unknown, err.Error()
+	}
+	p.w.tell(c.el, e)
 	if err == nil {
 		p.w.confirmed(c, l, value)
 	}
@@ -521,27 +533,27 @@ const requestTimeout = 2 * time.Second
 // an answer.
 func (p *process) write(ctx context.Context, c *call, l *leader.Leader, what string) bool {
 	key := dataRoot + c.election + "/" + what
-	base := oracle.Entry{Kind: oracle.Read, Proc: p.name, From: p.w.now(), Election: c.election, Token: l.Token(), Op: what}
+	base := oracle.Entry{Kind: oracle.Read, From: p.w.now(), Election: c.election, Token: l.Token(), Op: what}
 	rctx, cancel := withTimeout(ctx, requestTimeout)
 	resp, err := c.el.client.Get(rctx, key)
 	cancel()
 	if err != nil {
 		return true
 	}
-	base.T = p.w.now()
+	base.T, base.Rev = p.w.now(), resp.Header.Revision
 	guards := []clientv3.Cmp{l.Guard()}
-	var n int64
+	var n, modified int64
 	if len(resp.Kvs) > 0 {
-		base.Value, base.Rev = string(resp.Kvs[0].Value), resp.Kvs[0].ModRevision
+		base.Value, modified = string(resp.Kvs[0].Value), resp.Kvs[0].ModRevision
 		first, _, _ := strings.Cut(base.Value, " ")
 		n, _ = strconv.ParseInt(first, 10, 64)
 	}
-	p.tell(base)
+	p.w.tell(c.el, base)
 	if what == "counter" {
-		guards = append(guards, clientv3.Compare(clientv3.ModRevision(key), "=", base.Rev))
+		guards = append(guards, clientv3.Compare(clientv3.ModRevision(key), "=", modified))
 	}
 	e := oracle.Entry{
-		Kind: oracle.Write, Proc: p.name, Election: c.election, Token: l.Token(), Op: what,
+		Kind: oracle.Write, Election: c.election, Token: l.Token(), Op: what,
 		Base: base.Value, Value: fmt.Sprintf("%d %s", n+1, p.unique(l)), From: p.w.now(),
 	}
 	wctx, cancel := withTimeout(context.WithoutCancel(ctx), requestTimeout)
@@ -556,7 +568,7 @@ func (p *process) write(ctx context.Context, c *call, l *leader.Leader, what str
 	default:
 		e.Result = oracle.Failed
 	}
-	p.tell(e)
+	p.w.tell(c.el, e)
 	return e.Result != oracle.Unknown
 }
 
@@ -570,12 +582,12 @@ func (p *process) tell(e oracle.Entry) {
 // append writes to a resource outside etcd, which knows the token alone, and refuses smaller ones than the largest
 // that it has seen.
 func (p *process) append(c *call, l *leader.Leader) {
-	e := oracle.Entry{Kind: oracle.Append, Proc: p.name, From: p.w.now(), Election: c.election, Token: l.Token(), Value: p.unique(l)}
+	e := oracle.Entry{Kind: oracle.Append, From: p.w.now(), Election: c.election, Token: l.Token(), Value: p.unique(l)}
 	p.sleep(p.ctx, p.about(2*time.Millisecond))
 	e.Result = p.w.accept(e)
 	p.sleep(p.ctx, p.about(2*time.Millisecond))
 	e.T = p.w.now()
-	p.tell(e)
+	p.w.tell(c.el, e)
 }
 
 // accept is what the resource does.
@@ -599,19 +611,34 @@ func (p *process) ask(election string) {
 	ctx, cancel := withTimeout(p.ctx, time.Second)
 	defer cancel()
 	p.attempt(nil, func() {
+		e := oracle.Entry{Kind: oracle.Current, Proc: p.name, From: p.w.now(), Election: election}
+		var err error
 		if p.rng.IntN(2) == 0 {
-			_, err := el.e.Current(ctx, election)
-			p.answered("Current", err, quiet)
+			var leads leader.Candidate
+			if leads, err = el.e.Current(ctx, election); errors.Is(err, leader.ErrNoLeader) {
+				err = nil
+			}
+			e = asEntry(leads, e)
 		} else {
-			_, err := el.e.Candidates(ctx, election)
-			p.answered("Candidates", err, quiet)
+			e.Kind = oracle.Candidates
+			var all []leader.Candidate
+			all, err = el.e.Candidates(ctx, election)
+			e.Value = tokensOf(all)
 		}
+		p.answered(e, err, quiet)
 	})
 }
 
-// answered checks the error of a question. It has an answer if nothing has made that hard since it was asked.
-func (p *process) answered(what string, err error, quiet bool) {
-	if err != nil && !errors.Is(err, leader.ErrNoLeader) && quiet && p.w.quiet.Load() && p.ctx.Err() == nil && !p.dead.Load() {
-		p.w.violate("error", "%s: %s: %v", p.name, what, err)
+// answered records the answer to a question, and checks its error. It has an answer if nothing has made that hard since it was asked.
+func (p *process) answered(e oracle.Entry, err error, quiet bool) {
+	if p.ctx.Err() != nil {
+		return
+	}
+	if err != nil {
+		e.Err = err.Error()
+	}
+	p.tell(e)
+	if err != nil && quiet && p.w.quiet.Load() && p.ctx.Err() == nil && !p.dead.Load() {
+		p.w.violate("error", "%s: %s: %v", p.name, e.Kind, err)
 	}
 }

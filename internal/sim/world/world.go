@@ -172,9 +172,8 @@ func Run(cfg Config) *Result {
 	w := newWorld(cfg)
 	goroutines := runtime.NumGoroutine()
 	w.start()
-	last := min(w.Length/4, 10*time.Second)
-	w.sleep(w.Length - last)
-	w.leave(last)
+	w.sleep(w.Length)
+	w.leave()
 	w.heal()
 	if !w.violated() {
 		w.probe()
@@ -218,7 +217,10 @@ func newWorld(cfg Config) *world {
 	for _, name := range w.names {
 		w.states[name] = []state{{since: w.began}} // nobody leads
 	}
-	w.result.Options = oracle.Options{TTL: w.ttl, Margin: w.margin, Elections: w.names, Data: dataRoot}
+	w.result.Options = oracle.Options{TTL: w.ttl, Margin: w.margin, Elections: w.names, Data: dataRoot, Exact: true}
+	if w.auth {
+		w.result.Options.Patience = authPatience
+	}
 	w.result.Drift = w.drift
 	w.record(oracle.Entry{Kind: oracle.Run, Proc: "world"})
 	w.note("ttl %v, margin %v, %d processes, elections %q, drift beyond the bound %t, passwords %t", w.ttl, w.margin, w.Processes, w.names, w.drift, w.auth)
@@ -263,25 +265,12 @@ func (w *world) violated() bool {
 	}
 }
 
-// leave lets processes leave an election while faults strike still, one after the other. What they leave there
-// is in the way of others, for as long as they keep the lease for other elections. For each a member is dark: what it
-// has asked of that one arrives when it has left.
-func (w *world) leave(within time.Duration) {
-	procs := w.processes()
-	for _, p := range procs {
-		if p.leaves == "" {
-			continue
+// leave lets processes leave an election while faults strike still, one after the other.
+func (w *world) leave() {
+	for _, p := range w.processes() {
+		if w.rng.IntN(2) == 0 && !w.violated() {
+			(&strike{w: w, p: p, election: w.names[w.rng.IntN(len(w.names))]}).leave()
 		}
-		pause := func() { w.sleep(time.Duration(w.rng.Int64N(int64(within) / int64(3*len(procs))))) }
-		pause()
-		link := p.net.Link(w.rng.IntN(3))
-		link.Dark(true, true)
-		p.giveUp() // it joins again
-		pause()
-		p.left.Store(true)
-		p.giveUp()
-		pause()
-		link.Dark(false, false)
 	}
 }
 
@@ -316,11 +305,16 @@ func (w *world) end(goroutines int) {
 	w.stop()
 	for _, p := range procs {
 		<-p.ended
+		w.record(oracle.Entry{Kind: oracle.Exit, Proc: p.name, Result: oracle.OK})
 	}
 	<-w.evictor.ended
 	if !w.violated() {
 		w.checkLeft()
 	}
+	w.cluster.Inspect(func(t fake.Truth) {
+		rev, _ := t.Revision()
+		w.record(oracle.Entry{Kind: oracle.AuditEnd, Proc: "world", Rev: rev})
+	})
 	for _, p := range procs {
 		w.result.Counts.Requests += p.net.Counters().Total()
 		p.close()
