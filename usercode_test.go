@@ -547,7 +547,8 @@ func TestGoexitInLeaderChangedLosesNoLaterChange(t *testing.T) {
 		}
 	}}))
 	l := lead(t, e, "jobs", "first")
-	for await(t, "LeaderChanged", told) != "first" {
+	for value := ""; value != "first"; {
+		value = await(t, "LeaderChanged", told)
 	}
 	if err := l.Proclaim(t.Context(), "second"); err != nil {
 		t.Fatal(err)

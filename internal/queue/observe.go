@@ -71,7 +71,7 @@ type observer struct {
 
 	// Of the follower alone.
 	loop  retry.Loop
-	tries int                        // of watches that were not created in time
+	tried tried
 	queue []Candidate                // the copy, by Token
 	rev   int64                      // of the last read of it
 	valid bool                       // no event has been missed since then
@@ -178,9 +178,8 @@ func (o *observer) watch(ctx context.Context) (lived time.Duration, err error) {
 	defer beside.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	watch := o.q.open(ctx, &beside, o.tries, o.q.prefix, clientv3.WithPrefix())
+	watch := o.q.open(ctx, &beside, &o.tried, o.q.prefix, clientv3.WithPrefix())
 	defer func() { watch.close() }()
-	o.tries++ // until it is created
 
 	ticker := time.NewTicker(o.reread)
 	defer ticker.Stop()
@@ -228,7 +227,7 @@ func (o *observer) watch(ctx context.Context) (lived time.Duration, err error) {
 			}
 			if resp.Created {
 				watch.exists()
-				o.tries = 0
+				o.tried.times = 0
 				read()
 			}
 			o.events(resp.Events)

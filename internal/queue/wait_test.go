@@ -404,6 +404,12 @@ func TestWatchThatIsNotCreatedInTimeIsTriedOnAnotherStream(t *testing.T) {
 				t.Errorf("both watches have the stream %s", first.stream())
 			}
 			second.create()
+			e.deleted(t)
+			third := e.watch(t)
+			if third.stream() != second.stream() { // the first may be stuck for good
+				t.Errorf("a later watch has the stream %s, want that of the one that was created, %s", third.stream(), second.stream())
+			}
+			third.create()
 			time.Sleep(time.Hour + reread/2) // it is there, and may stay; no read of the key is under way
 			second.send(t, e.del("jobs/1"))
 			waiting.wantNow(t)

@@ -55,22 +55,6 @@ func RequireLeader(ctx context.Context) context.Context {
 	return metadata.AppendToOutgoingContext(ctx, rpctypes.MetadataRequireLeaderKey, rpctypes.MetadataHasLeader)
 }
 
-// watchStreams is how many streams [Watching] spreads over.
-const watchStreams = 4
-
-// Watching returns a context for a watch, which ends with ctx and when cancel is called, and which a member
-// ends that knows of no raft leader. The values and the outgoing metadata of ctx do not reach the watch:
-// clientv3 opens a stream for each metadata, and shares it among the watches.
-//
-// A stream stays at one endpoint, which may have stopped to answer. So each retry of a watch that was not
-// answered takes another number for try, and with it another stream.
-func Watching(ctx context.Context, client *clientv3.Client, try int) (watching context.Context, cancel func()) {
-	t := trafficOf(client)
-	defer t.leave()
-	ctx, cancel = context.WithCancel(ctx)
-	return valuesOf{ctx, t.streamContext(try % watchStreams)}, cancel
-}
-
 // valuesOf is a context with the values of another one.
 type valuesOf struct {
 	context.Context

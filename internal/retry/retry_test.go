@@ -337,7 +337,9 @@ func TestWatchingCarriesNothingOfTheCallers(t *testing.T) {
 	type key struct{}
 	client := client(t)
 	ctx := metadata.AppendToOutgoingContext(context.WithValue(t.Context(), key{}, "v"), "trace", "7")
-	watching, cancel := Watching(ctx, client, 0)
+	stream := StreamOf(client)
+	defer stream.Leave()
+	watching, cancel := stream.Watching(ctx)
 	defer cancel()
 	if v := watching.Value(key{}); v != nil {
 		t.Errorf("a watch has the value %v of its caller's context", v)
@@ -349,24 +351,34 @@ func TestWatchingCarriesNothingOfTheCallers(t *testing.T) {
 	}
 }
 
-func TestWatchingSpreadsTriesOverFewStreams(t *testing.T) {
+func TestWatchesAreOpenedOnAnotherStreamOnceOneWasLate(t *testing.T) {
 	client := client(t)
+	used := StreamOf(client) // by a watch that lives
+	defer used.Leave()
 	streams := make(map[string]bool)
-	for try := range 10 * watchStreams {
-		watching, cancel := Watching(t.Context(), client, try)
+	for late := range 10 * watchStreams {
+		stream, beside := StreamOf(client), StreamOf(client)
+		watching, cancel := stream.Watching(t.Context())
 		md, _ := metadata.FromOutgoingContext(watching)
 		cancel()
 		if len(md.Get(rpctypes.MetadataRequireLeaderKey)) == 0 {
-			t.Errorf("try %d does not require a leader: %v", try, md)
+			t.Errorf("after %d that were late it does not require a leader: %v", late, md)
 		}
-		stream := fmt.Sprint(md) // what clientv3 tells them apart by
-		if try < watchStreams && streams[stream] {
-			t.Errorf("try %d has the stream of an earlier one: %v", try, md)
+		if stream != beside {
+			t.Errorf("after %d that were late watches are opened on different streams", late)
 		}
-		streams[stream] = true
+		name := fmt.Sprint(md) // what clientv3 tells them apart by
+		if late < watchStreams && streams[name] {
+			t.Errorf("after %d that were late the stream is one that was late: %v", late, md)
+		}
+		streams[name] = true
+		for _, s := range []Stream{stream, beside} { // of one stream, so that none is skipped
+			s.Leave()
+			s.Other().Leave()
+		}
 	}
 	if len(streams) != watchStreams {
-		t.Errorf("tries use %d streams, want %d", len(streams), watchStreams)
+		t.Errorf("%d streams were used, want %d", len(streams), watchStreams)
 	}
 }
 
@@ -378,7 +390,9 @@ func TestWatchingEnds(t *testing.T) {
 		bubble(t, name, func(t *testing.T) {
 			ctx, cancelCtx := context.WithCancel(t.Context())
 			defer cancelCtx()
-			watching, cancel := Watching(ctx, client(t), 1)
+			stream := StreamOf(client(t))
+			defer stream.Leave()
+			watching, cancel := stream.Watching(ctx)
 			defer cancel()
 			synctest.Wait()
 			if watching.Err() != nil {
@@ -396,7 +410,9 @@ func TestWatchingEnds(t *testing.T) {
 // A campaign's context may live for weeks, and through many watches.
 func TestWatchingThatHasEndedLeavesNothingInTheCallersContext(t *testing.T) {
 	ctx := &registry{Context: t.Context()}
-	_, cancel := Watching(ctx, client(t), 0)
+	stream := StreamOf(client(t))
+	defer stream.Leave()
+	_, cancel := stream.Watching(ctx)
 	if ctx.registered != 1 {
 		t.Fatalf("%d functions wait for the caller's context, want 1", ctx.registered)
 	}

@@ -22,6 +22,7 @@ type traffic struct {
 	waiting int // attempts of [Ask] that have no answer
 	tokens  float64
 	filled  time.Time                     // when tokens had all that time brings
+	stream  int                           // number of that on which watches are opened at the moment
 	created [watchStreams]time.Time       // when a watch was created last on each stream
 	streams [watchStreams]context.Context // with the metadata of each stream: one for all watches, to save memory
 }
@@ -92,6 +93,7 @@ func (t *traffic) fillLocked(tokens float64) {
 func (t *traffic) streamContext(number int) context.Context {
 	traffics.mu.Lock()
 	defer traffics.mu.Unlock()
+	number %= watchStreams
 	if t.streams[number] == nil {
 		t.streams[number] = RequireLeader(t.client.Ctx())
 		if number > 0 {
@@ -101,15 +103,42 @@ func (t *traffic) streamContext(number int) context.Context {
 	return t.streams[number]
 }
 
-// A Stream is the stream of watches that a context of [Watching] with the same try belongs to.
+// watchStreams is how many streams of watches a client may have of the library. It has one, as a rule.
+const watchStreams = 4
+
+// A Stream is one of the streams that the watches of a client share.
+//
+// It stays at one endpoint, which may have stopped to answer. And it may be stuck for good: where a watch is refused
+// as the only other one ends, clientv3 3.7.3 neither ends the stream nor creates another watch on it
+// (watchGRPCStream.run). So once a watch was not created in time, all are opened on another stream.
 type Stream struct {
 	traffic *traffic
-	number  int
+	number  int // it grows; of those that are the same modulo watchStreams the stream is one
 }
 
-// StreamOf returns the stream, to be left.
-func StreamOf(client *clientv3.Client, try int) Stream {
-	return Stream{trafficOf(client), try % watchStreams}
+// StreamOf returns the stream on which to open a watch, to be left.
+func StreamOf(client *clientv3.Client) Stream {
+	t := trafficOf(client)
+	traffics.mu.Lock()
+	defer traffics.mu.Unlock()
+	return Stream{t, t.stream}
+}
+
+// Other returns the stream on which to open a watch that was not created in time on this one, to be left.
+func (s Stream) Other() Stream {
+	t := trafficOf(s.traffic.client) // this one may have been left, as the last
+	traffics.mu.Lock()
+	defer traffics.mu.Unlock()
+	t.stream = max(t.stream, s.number+1)
+	return Stream{t, t.stream}
+}
+
+// Watching returns a context for a watch on the stream, which ends with ctx and when cancel is called, and which a
+// member ends that knows of no raft leader. The values and the outgoing metadata of ctx do not reach the watch:
+// clientv3 opens a stream for each metadata, and shares it among the watches.
+func (s Stream) Watching(ctx context.Context) (watching context.Context, cancel func()) {
+	ctx, cancel = context.WithCancel(ctx)
+	return valuesOf{ctx, s.traffic.streamContext(s.number)}, cancel
 }
 
 // Leave says that the stream is not looked at any more.
@@ -119,7 +148,7 @@ func (s Stream) Leave() { s.traffic.leave() }
 func (s Stream) Created() {
 	traffics.mu.Lock()
 	defer traffics.mu.Unlock()
-	s.traffic.created[s.number] = time.Now()
+	s.traffic.created[s.number%watchStreams] = time.Now()
 }
 
 // Idle is how long ago a watch was created on the stream, at most since. clientv3 creates one watch of
@@ -127,7 +156,7 @@ func (s Stream) Created() {
 func (s Stream) Idle(since time.Time) time.Duration {
 	traffics.mu.Lock()
 	defer traffics.mu.Unlock()
-	if last := s.traffic.created[s.number]; last.After(since) {
+	if last := s.traffic.created[s.number%watchStreams]; last.After(since) {
 		since = last
 	}
 	return time.Since(since)

@@ -211,7 +211,7 @@ var mutations = []mutation{
 		{retry, "				next.Reset(beside.next())\n", "				next.Reset(time.Hour)\n"},
 	}, adjust: calm(0)},
 	{name: "two-at-once", safeguard: "what is sent again is sent to two endpoints", changes: []change{
-		{retry, "	if a.waiting > 1 && len(a.client.Endpoints()) > 1 {\n		a.send()\n	}\n", ""},
+		{retry, "		if len(a.client.Endpoints()) > 1 {\n			a.send()\n		}\n", ""},
 	}, adjust: calm(4 * time.Second)},
 	{name: "other-stream", safeguard: "a watch that is not created in time is tried on another stream", changes: []change{
 		{wait, "		case idle >= patience:\n			cancel()\n", "		case idle >= patience:\n"},
@@ -221,6 +221,9 @@ var mutations = []mutation{
 	}, adjust: calm(0)},
 	{name: "persist", safeguard: "what tidies up is sent until it is answered", changes: []change{
 		{retry, "	_, err := Ask(ctx, client, func(err error) { last = err }, func(ctx context.Context) (struct{}, error) {\n		return struct{}{}, request(ctx)\n	})\n", "	_ = client\n	err := request(ctx)\n"},
+	}, adjust: calm(0)},
+	{name: "reconnect-silent", safeguard: "a request that is silent makes gRPC connect again", changes: []change{
+		{retry, "		Reconnect(a.client)\n		if len(", "		if len("},
 	}, adjust: calm(0)},
 	{name: "reconnect", safeguard: "gRPC's pause between attempts to connect does not grow", changes: []change{
 		{retry, "		conn.ResetConnectBackoff()\n", ""},

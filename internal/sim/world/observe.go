@@ -15,8 +15,6 @@ import (
 	"go.uber.org/zap"
 )
 
-func contextCause(l *leader.Leader) error { return context.Cause(l.Context()) }
-
 // A sight is what somebody was told of an election last.
 type sight struct {
 	token int64
