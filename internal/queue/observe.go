@@ -69,6 +69,10 @@ type observer struct {
 	ended   bool
 	changed chan struct{} // has a token when one of these has changed
 
+	// Of the caller alone.
+	told    bool
+	yielded Candidate // if told
+
 	// Of the follower alone.
 	loop  retry.Loop
 	tried tried
@@ -93,6 +97,10 @@ func (o *observer) next() (c Candidate, more bool, failure error) {
 			c, o.pending = o.pending[0], o.pending[1:]
 			o.bytes -= len(c.Value)
 			o.mu.Unlock()
+			if o.told && c == o.yielded { // what came in between was left out
+				continue
+			}
+			o.told, o.yielded = true, c
 			return c, true, nil
 		case o.ended:
 			o.mu.Unlock()

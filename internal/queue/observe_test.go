@@ -284,6 +284,18 @@ func TestSlowConsumerGetsTheLatestStates(t *testing.T) {
 	})
 }
 
+func TestSlowConsumerIsNotToldAgainWhatItKnows(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		values := []string{"left out", "one"} // the consumer has got "one"
+		for i := range maxPending - 1 {
+			values = append(values, strconv.Itoa(i))
+		}
+		if states := slowly(t, values); len(states) != maxPending-1 || states[0].Value != "0" {
+			t.Errorf("told of %d states, the first of which is %q, want %d, from %q on", len(states), states[0].Value, maxPending-1, "0")
+		}
+	})
+}
+
 func TestSlowConsumerKeepsABoundedAmountOfValues(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		value := func(i, size int) string { return strconv.Itoa(i) + strings.Repeat(".", size-1) }

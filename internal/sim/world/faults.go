@@ -1,6 +1,7 @@
 package world
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -173,8 +174,8 @@ func (s *strike) killProcess() {
 		}
 	}
 	for _, el := range p.electors {
-		if el.telling != 0 {
-			w.tellLocked(el, oracle.Entry{Kind: oracle.Busy, From: el.telling, Op: string(oracle.Renewed)})
+		if since := el.telling; since != 0 || p.slowHooks { // renewals may have counted that were not told
+			w.tellLocked(el, oracle.Entry{Kind: oracle.Busy, From: cmp.Or(since, w.now()), Op: string(oracle.Renewed)})
 		}
 	}
 	p.dead.Store(true)
@@ -220,12 +221,7 @@ func (w *world) untold(terms []*term) {
 		t.p.shadow.Do(func() { deadline, leads = t.l.Deadline(), t.l.IsLeader() })
 		sent, until := t.p.counts(deadline)
 		w.mu.Lock()
-		told := t.p.deadlines[t.lease]
-		switch {
-		case !leads || t.call.el.telling != 0 || !told.Before(deadline):
-		case deadline.Sub(told) > w.ttl/2: // more than one was not told
-			w.recordLocked(oracle.Entry{Kind: oracle.Busy, Proc: t.call.el.name, From: w.now(), Op: string(oracle.Renewed)})
-		default:
+		if leads && !t.p.slowHooks && t.p.deadlines[t.lease].Before(deadline) {
 			w.recordLocked(oracle.Entry{
 				Kind: oracle.Renewed, Proc: t.call.el.name, From: int64(sent.Sub(w.began)), Lease: t.lease, Until: int64(until.Sub(w.began)),
 			})

@@ -26,7 +26,14 @@ func (j Job) Do(out io.Writer, bubble func(func())) error {
 	debug.SetGCPercent(-1)          // it would come at moments of its own choice
 	debug.SetMemoryLimit(maxMemory) // unless there is no other way
 	var result *Result
-	bubble(func() { result = Run(j.Config) })
+	func() {
+		defer func() {
+			if r := recover(); r != nil && (result == nil || !result.Stuck) {
+				panic(r)
+			}
+		}()
+		bubble(func() { result = Run(j.Config) })
+	}()
 	result.Judge()
 	if len(result.Violations) == 0 && !j.Whole {
 		result.History = nil

@@ -148,6 +148,13 @@ func (w *world) longest(d time.Duration) time.Duration {
 }
 
 func (w *world) limit(l limits) {
+	if w.auth { // a stream of watches is given that long, as it takes an authentication
+		for _, limit := range []*time.Duration{&l.blocked, &l.fresh} {
+			if *limit > 0 {
+				*limit += authPatience
+			}
+		}
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.limits = l
@@ -160,10 +167,6 @@ func (w *world) probe() {
 	// TTL anew.
 	w.sleep(2*w.ttl + 5*time.Second)
 	quiet := limits{prompt, rejoinWithin, w.longest(w.ttl) + sweepWithin, prompt + 2*time.Second}
-	if w.auth { // a stream of watches is given that long, as it takes an authentication
-		quiet.blocked += authPatience
-		quiet.fresh += authPatience
-	}
 	w.limit(quiet)
 	w.quiet.Store(true)
 	w.sleep(w.ttl)

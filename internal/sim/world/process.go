@@ -285,7 +285,20 @@ func (kv paced) Txn(ctx context.Context) clientv3.Txn {
 // close closes what the process has left open.
 func (p *process) close() {
 	for _, client := range p.clients {
+		shut(client)
+	}
+}
+
+// shut closes a client. A stream of watches that is stuck keeps Close from ever returning.
+func shut(client *clientv3.Client) {
+	closed := make(chan struct{})
+	go func() {
+		defer close(closed)
 		_ = client.Close()
+	}()
+	select {
+	case <-closed:
+	case <-time.After(time.Minute):
 	}
 }
 
@@ -590,7 +603,10 @@ func (el *elector) newCall(ctx context.Context, election string, try bool) *call
 	})
 	w.calls[c.value] = c
 	if !slices.Contains(el.p.electors, el) {
-		el.p.electors = append(slices.DeleteFunc(el.p.electors, (*elector).isIdleLocked), el)
+		if !el.p.slowHooks { // else it may have something to tell still
+			el.p.electors = slices.DeleteFunc(el.p.electors, (*elector).isIdleLocked)
+		}
+		el.p.electors = append(el.p.electors, el)
 		w.tellLocked(el, oracle.Entry{Kind: oracle.Start, Op: "elector", Value: el.p.name})
 	}
 	if !slices.Contains(el.used, election) {

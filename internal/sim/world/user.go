@@ -378,7 +378,7 @@ func (p *process) closeClient(client *clientv3.Client) {
 		}
 	}
 	w.mu.Unlock()
-	_ = client.Close()
+	shut(client)
 	w.mu.Lock()
 	for _, el := range p.electors {
 		if el.client == client {

@@ -59,6 +59,7 @@ type Result struct {
 	Options    oracle.Options // to judge it by
 	Drift      bool           // some clocks were slower than the bound
 	Doubled    bool           // some requests were carried out twice
+	Stuck      bool           // etcd's client has left goroutines, by a fault of its own
 }
 
 // Counts say how much has happened: rules that had nothing to object to prove nothing.
@@ -323,7 +324,11 @@ func (w *world) end(goroutines int) {
 	w.cluster.Stop()
 	time.Sleep(2 * time.Minute) // whoever sleeps wakes up and sees that it is over
 	if n := runtime.NumGoroutine(); n > goroutines && !w.violated() {
-		w.violate("leaks", "%d goroutines are left:\n%s", n-goroutines, stacks())
+		all := stacks()
+		// Where a watch is refused as the only other one on its stream ends, the stream waits for itself.
+		if w.result.Stuck = strings.Contains(all, "client/v3.(*watchGRPCStream).run.func1"); !w.result.Stuck {
+			w.violate("leaks", "%d goroutines are left:\n%s", n-goroutines, all)
+		}
 	}
 }
 
