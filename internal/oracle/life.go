@@ -128,7 +128,6 @@ func (c *checker) stray(l *life, k *campaign) bool {
 	at := place{l.owner, l.election}
 	lives := c.of[at]
 	i, _ := slices.BinarySearchFunc(lives, l.token, func(l *life, token int64) int { return cmp.Compare(l.token, token) })
-	var copied bool // a join of the campaign may have arrived twice
 	for _, older := range slices.Backward(lives[:i]) {
 		if older.since.to < k.began.T {
 			break
@@ -136,7 +135,9 @@ func (c *checker) stray(l *life, k *campaign) bool {
 		if older.gone.to >= l.gone.from {
 			return true
 		}
-		copied = copied || older.key == l.key
+		if older.key == l.key { // a join of the campaign, sent again, may have arrived when that key was gone
+			return true
+		}
 	}
 	for _, newer := range lives[i+1:] {
 		if newer.since.from > l.gone.to {
@@ -148,9 +149,6 @@ func (c *checker) stray(l *life, k *campaign) bool {
 		if newer.gone.to >= l.gone.from {
 			return true
 		}
-	}
-	if copied {
-		return true
 	}
 	for _, before := range slices.Backward(c.campaigns[at]) {
 		if before.until < l.since.to-c.late() {
