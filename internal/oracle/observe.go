@@ -118,7 +118,7 @@ func (c *checker) checkFresh(s *stream, open span) {
 		to := min(open.to, e.T)
 		first, _ := slices.BinarySearchFunc(states, from+1, func(s state, t int64) int { return cmp.Compare(s.since.to, t) })
 		for i := first - 1; i < len(states); i++ {
-			due := c.within(s.proc, max(from, states[i].since.to), seesIn)
+			due := c.within(s.proc, max(from, states[i].since.to), seesIn+c.Patience)
 			if due > to {
 				break
 			}
