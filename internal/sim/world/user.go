@@ -430,7 +430,6 @@ func (p *process) once(ctx context.Context, election string) {
 // abandon wins a term and forgets about it: the Elector is closed in the end.
 func (p *process) abandon(ctx context.Context, el *elector, election string) {
 	c := el.newCall(ctx, election, false)
-	c.beside = true
 	var l *leader.Leader
 	cut := p.attempt(c, func() {
 		var err error
