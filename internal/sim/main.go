@@ -159,8 +159,11 @@ func (o options) mutateAll(ctx context.Context, control, dir string) (missed boo
 	o.quiet = true
 	for _, m := range mutations {
 		found, err := o.mutate(ctx, control, dir, &m)
-		if err != nil {
+		if ctx.Err() != nil {
 			return true, err
+		}
+		if err != nil {
+			fmt.Printf("%-24s %v\n", m.name, err)
 		}
 		missed = missed || !found
 	}

@@ -208,7 +208,7 @@ var mutations = []mutation{
 
 	// When something does not answer.
 	{name: "asks-again", safeguard: "what has no answer is sent again, to another endpoint", changes: []change{
-		{retry, "				next.Reset(beside.next())\n", "				next.Reset(time.Hour)\n"},
+		{retry, "				next.Reset(beside.next())\n", "				_ = beside\n				next.Reset(time.Hour)\n"},
 	}, adjust: calm(0)},
 	{name: "two-at-once", safeguard: "what is sent again is sent to two endpoints", changes: []change{
 		{retry, "		if len(a.client.Endpoints()) > 1 {\n			a.send()\n		}\n", ""},
