@@ -120,8 +120,8 @@ func (e *Elector) TryCampaign(ctx context.Context, name, value string) (*Leader,
 //
 //   - lead returned while leading, or resigned itself: Run resigns and returns lead's error.
 //   - The term was lost: Run waits for lead, logs its error, campaigns again, with backoff, and
-//     calls lead again. If lead returned just as the term was lost, the loss counts. For a term that is
-//     over before lead was called, as a hook has taken its time, it is not called.
+//     calls lead again. If lead returned just as the term was lost, the loss counts. lead is not
+//     called for a term that is over already, because a hook has taken its time.
 //   - ctx ended: Run waits for lead, resigns within 2 s, and returns ctx's error, joined with that
 //     of lead if lead's is another.
 //   - The Elector or its client is closed: the same, with [ErrClosed].

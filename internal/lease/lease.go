@@ -386,7 +386,7 @@ func (s *Session) checkClocks() {
 }
 
 // armLocked sets the timer. If the process is stopped between a look at the clocks and the timer's start, the
-// timer is late by as much: so it is set anew as long as that took.
+// timer is late by as much. So the clocks are asked again afterwards, and the timer is set anew if time has passed.
 func (s *Session) armLocked() {
 	for until := s.untilCheck(); ; {
 		s.timer.Reset(until)

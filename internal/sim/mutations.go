@@ -204,7 +204,7 @@ var mutations = []mutation{
 	}, adjust: only("depose-raft-leader")},
 	{name: "join-on-lost-lease", safeguard: "who learns from a join that its lease is gone takes another", changes: []change{
 		{campaign, "		l.session.Revoked()\n		return queue.Place{}, err", "		return queue.Place{}, err"},
-	}},
+	}, adjust: calm(15 * time.Second)},
 
 	// When something does not answer.
 	{name: "asks-again", safeguard: "what has no answer is sent again, to another endpoint", changes: []change{

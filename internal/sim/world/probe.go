@@ -226,10 +226,14 @@ func (w *world) takeDeafLeaders() {
 			w.note("probe: %s is deaf, and its key in %s is taken", t.p.name, election)
 			t.p.net.Deafen()
 			s := &strike{w: w, election: election}
-			s.operate(func(ctx context.Context, o fake.Operator) error { _, err := o.Delete(ctx, t.l.Key()); return err })
-			w.sleep(t.p.m.Real(w.ttl/3+w.ttl/3) + time.Second)
+			if w.rng.IntN(2) == 0 {
+				s.operate(func(ctx context.Context, o fake.Operator) error { _, err := o.Delete(ctx, t.l.Key()); return err })
+			} else {
+				s.operate(func(ctx context.Context, o fake.Operator) error { return o.Revoke(ctx, t.lease) })
+			}
+			w.sleep(t.p.m.Real(w.ttl/3) + 2*time.Second)
 			if !w.violated() && t.believes() {
-				w.violate("evicted", "%s: %s believes in token %d two thirds of a TTL after its key was taken, deaf in calm", election, t.p.name, t.token)
+				w.violate("evicted", "%s: %s believes in token %d a third of a TTL and 2 s after its key was taken, deaf in calm", election, t.p.name, t.token)
 			}
 			t.p.net.Undeafen()
 		}

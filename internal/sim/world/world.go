@@ -266,11 +266,14 @@ func (w *world) violated() bool {
 	}
 }
 
-// leave lets processes leave an election while faults strike still, one after the other.
+// leave lets processes leave elections while faults strike still, one after the other. They stay in the first, for which
+// they keep their lease.
 func (w *world) leave() {
 	for _, p := range w.processes() {
-		if w.rng.IntN(2) == 0 && !w.violated() {
-			(&strike{w: w, p: p, election: w.names[w.rng.IntN(len(w.names))]}).leave()
+		for _, election := range w.names[1:] {
+			if w.rng.IntN(2) == 0 && !w.violated() {
+				(&strike{w: w, p: p, election: election}).leave()
+			}
 		}
 	}
 }
