@@ -547,21 +547,6 @@ func TestTermsWithPasswordsSurviveTheRestartOfAMember(t *testing.T) {
 	}
 }
 
-// A hangingReads does not answer reads.
-type hangingReads struct {
-	clientv3.KV
-	asked chan struct{}
-}
-
-func (kv hangingReads) Get(ctx context.Context, _ string, _ ...clientv3.OpOption) (*clientv3.GetResponse, error) {
-	select {
-	case kv.asked <- struct{}{}:
-	default:
-	}
-	<-ctx.Done()
-	return nil, ctx.Err()
-}
-
 func TestQuestionsWhoseClientIsClosedSaySo(t *testing.T) {
 	_, client := start(t)
 	for name, ask := range map[string]func(e *leader.Elector) error{
@@ -571,13 +556,13 @@ func TestQuestionsWhoseClientIsClosedSaySo(t *testing.T) {
 	} {
 		ctx, closeClient := context.WithCancel(client.Ctx())
 		defer closeClient()
-		c := clientv3.NewCtxClient(ctx)
-		kv := hangingReads{client.KV, make(chan struct{}, 1)}
-		c.KV, c.Watcher, c.Lease = kv, client.Watcher, client.Lease
+		closable := clientv3.NewCtxClient(ctx)
+		closable.KV, closable.Watcher, closable.Lease = client.KV, client.Watcher, client.Lease
+		c, kv := darkened(closable, func(string) bool { return true })
 		e := newElector(t, c)
 		answered := make(chan error, 1)
 		go func() { answered <- ask(e) }()
-		await(t, "a read", kv.asked)
+		await(t, "a read", kv.hung)
 		closeClient()
 		if err := await(t, name, answered); !errors.Is(err, leader.ErrClosed) {
 			t.Errorf("%s: %v, want %v", name, err, leader.ErrClosed)

@@ -881,30 +881,15 @@ func TestErrorOfACampaignNamesNoFailureThatHasHealed(t *testing.T) {
 	}
 }
 
-// A silentLease never answers a grant.
-type silentLease struct {
-	clientv3.Lease
-	asked chan struct{}
-}
-
-func (l silentLease) Grant(ctx context.Context, _ int64) (*clientv3.LeaseGrantResponse, error) {
-	select {
-	case l.asked <- struct{}{}:
-	default:
-	}
-	<-ctx.Done()
-	return nil, ctx.Err()
-}
-
 func TestErrorOfACampaignThatIsCancelledIsNoDeadline(t *testing.T) {
 	_, client := start(t)
 	c := wrapped(client)
-	silent := silentLease{client.Lease, make(chan struct{}, 1)}
-	c.Lease = silent
+	asked := make(chan struct{}, 100)
+	c.Lease = silentGrant{Lease: client.Lease, asked: asked, closed: client.Ctx()}
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	ended := campaign(ctx, newElector(t, c), "jobs", "")
-	await(t, "a grant", silent.asked)
+	await(t, "a grant", asked)
 	cancel()
 	err := await(t, "Campaign", ended).err
 	if !errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "no answer") {
