@@ -183,9 +183,19 @@ func (c *call) judge(what string, err error) {
 
 // campaign leads for one term, if it is elected.
 func (p *process) campaign(ctx context.Context, el *elector, election string, try, beside bool) {
-	c := el.newCall(ctx, election, try)
+	c, l := p.elected(ctx, el, election, try, beside)
+	if l == nil {
+		return
+	}
+	p.attempt(c, func() { p.work(l.Context(), l, c) })
+	p.resign(c, l)
+}
+
+// elected campaigns, and returns the term that it has won, if any. beside says that another call of the Elector may
+// be in the election.
+func (p *process) elected(ctx context.Context, el *elector, election string, try, beside bool) (c *call, l *leader.Leader) {
+	c = el.newCall(ctx, election, try)
 	c.beside = beside
-	var l *leader.Leader
 	cut := p.attempt(c, func() {
 		var err error
 		if try {
@@ -198,11 +208,7 @@ func (p *process) campaign(ctx context.Context, el *elector, election string, tr
 		c.judge("campaign", err)
 	})
 	c.returned(cut)
-	if l == nil {
-		return
-	}
-	p.attempt(c, func() { p.work(l.Context(), l, c) })
-	p.resign(c, l)
+	return c, l
 }
 
 // resign ends a term, as users do: with patience, or without.
@@ -334,16 +340,7 @@ func (p *process) twice(ctx context.Context, el *elector, election string) {
 func (p *process) campaignSecond(ctx context.Context, el *elector, election string) {
 	ctx, cancel := withTimeout(ctx, p.about(p.w.ttl/4))
 	defer cancel()
-	c := el.newCall(ctx, election, false)
-	c.beside = true
-	var l *leader.Leader
-	cut := p.attempt(c, func() {
-		var err error
-		l, err = el.e.Campaign(c.ctx, election, c.value)
-		c.judge("second campaign", err)
-	})
-	c.returned(cut)
-	if l != nil {
+	if c, l := p.elected(ctx, el, election, false, true); l != nil {
 		p.resign(c, l)
 	}
 }
@@ -429,14 +426,7 @@ func (p *process) once(ctx context.Context, election string) {
 
 // abandon wins a term and forgets about it: the Elector is closed in the end.
 func (p *process) abandon(ctx context.Context, el *elector, election string) {
-	c := el.newCall(ctx, election, false)
-	var l *leader.Leader
-	cut := p.attempt(c, func() {
-		var err error
-		l, err = el.e.Campaign(c.ctx, election, c.value)
-		c.judge("campaign", err)
-	})
-	c.returned(cut)
+	c, l := p.elected(ctx, el, election, false, false)
 	if l == nil {
 		return
 	}

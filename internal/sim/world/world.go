@@ -57,7 +57,6 @@ type Result struct {
 	Counts     Counts
 	History    []oracle.Entry
 	Options    oracle.Options // to judge it by
-	Drift      bool           // some clocks were slower than the bound
 	Doubled    bool           // some requests were carried out twice
 	Stuck      bool           // etcd's client has left goroutines, by a fault of its own
 }
@@ -222,7 +221,6 @@ func newWorld(cfg Config) *world {
 	if w.auth {
 		w.result.Options.Patience = authPatience
 	}
-	w.result.Drift = w.drift
 	w.record(oracle.Entry{Kind: oracle.Run, Proc: "world"})
 	w.note("ttl %v, margin %v, %d processes, elections %q, drift beyond the bound %t, passwords %t", w.ttl, w.margin, w.Processes, w.names, w.drift, w.auth)
 	w.cluster = fake.New(fake.Config{Seed: cfg.Seed, LateRequests: 0.5, OnCommit: w.committed})
