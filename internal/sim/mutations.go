@@ -229,7 +229,7 @@ var mutations = []mutation{
 		{retry, "		conn.ResetConnectBackoff()\n", ""},
 	}, adjust: calm(0)},
 	{name: "back-off", safeguard: "failures are followed by pauses", changes: []change{
-		{retry, "next.Reset(failing.next())", "next.Reset(0)"},
+		{retry, "next.Reset(failing.next())", "failing.next()\n		next.Reset(0)"},
 	}},
 	{name: "pause-before-again", safeguard: "Run pauses before it campaigns again", changes: []change{
 		{elector, "if backoff.Wait(bound) != nil {", "if bound.Err() != nil {"},
@@ -240,7 +240,7 @@ var mutations = []mutation{
 		{observe, "if !o.valid || ev.Kv.ModRevision <= o.rev {", "if !o.valid {"},
 	}, adjust: restless("slow-follower", "pause-follower", "lag-member", "link-reset")},
 	{name: "observe-revision", safeguard: "of a revision only the last event shows a state", changes: []change{
-		{observe, "if i+1 == len(events) || events[i+1].Kv.ModRevision != ev.Kv.ModRevision {", "{"},
+		{observe, "if i+1 == len(events) || events[i+1].Kv.ModRevision != ev.Kv.ModRevision {", "if i >= 0 {"},
 	}, adjust: only("operator-deletes-two")},
 	{name: "observe-reread", safeguard: "Observe reads who leads at intervals, as its watch may be dead", changes: []change{
 		{observe, "				read() // either an event", "				ok() // either an event"},
