@@ -153,9 +153,9 @@ func (k *Key) forget() {
 }
 
 // dropLocked forgets the key. Its name is read for a while yet: neither gRPC nor etcd's client sends a
-// request twice, but a proxy in between may, and the copy of a join would put the key again. That of a
-// refused join is refused too, and so may be a read of its name, which would keep a renewal from
-// reading more than one key.
+// request again once it is answered, but a proxy in between may, and the copy of a join would put the key
+// again. That of a refused join is refused too, and so may be a read of its name, which would keep a
+// renewal from reading more than one key.
 func (k *Key) dropLocked() {
 	s := k.s
 	if s.keys[k.name] != k {

@@ -129,9 +129,6 @@ type stamp struct{ mono, wall time.Time }
 // Grant asks etcd for a lease and starts to keep it alive. It sends one request, bounded by ctx
 // and [retry.RequestTimeout]. ctx does not bound the session, which goes on until Close.
 func Grant(ctx context.Context, client *clientv3.Client, cfg Config) (*Session, error) {
-	if cfg.Wall == nil {
-		cfg.Wall = time.Now
-	}
 	if cfg.started == nil {
 		cfg.started = new(retry.Group)
 	}
@@ -364,7 +361,15 @@ func (s *Session) endRenewalsLocked() {
 	close(s.done)
 }
 
-func (s *Session) now() stamp { return stamp{time.Now(), s.cfg.Wall().Round(0)} }
+// now reads both clocks at once: of a pause between two readings one of them would not know.
+func (s *Session) now() stamp {
+	now := time.Now()
+	wall := now
+	if s.cfg.Wall != nil {
+		wall = s.cfg.Wall()
+	}
+	return stamp{now, wall.Round(0)}
+}
 
 // left is how long the session is still valid by the clock that says less. s.mu is held.
 func (s *Session) left() time.Duration {

@@ -338,6 +338,24 @@ func TestAcknowledgementOfADeposedLeaderDoesNotCount(t *testing.T) {
 	})
 }
 
+// The renewals may be refused for long, if etcd cannot agree on a leader. A key is gone all the same.
+func TestRefusedRenewalSaysWhichKeysAreGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		e.onRead = otherTerm
+		s := start(t, e, Config{})
+		gone := 0
+		s.track("candidate", func() { gone++ }).Joined(7)
+		e.waitUntil(third)
+		if gone != 1 {
+			t.Errorf("gone called %d times, want 1", gone)
+		}
+		if r := e.log().renewals; len(r) != 1 || !errors.Is(r[0].Err, ErrRefused) {
+			t.Errorf("reported %v, want one renewal that failed with %v", r, ErrRefused)
+		}
+	})
+}
+
 func TestFailedReadIsRepeatedWithoutAnotherRenewal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
@@ -611,8 +629,9 @@ func TestLeaseWhoseOnlyKeyIsBeingPutIsNotTakenForGone(t *testing.T) {
 			return a, nil
 		}
 		s := grant(t, e, Config{})
-		resigned := e.track(s, "x", 1)
-		joining := s.track("y", func() {})
+		resigned, joining := s.track("x", func() {}), s.track("y", func() {})
+		e.put("x", 1)
+		resigned.Joined(1)
 		e.waitUntil(third - 1)
 		e.put("x", 0)
 		e.put("y", 2)

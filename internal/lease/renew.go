@@ -134,7 +134,7 @@ func (s *Session) renew(sent stamp, attempt time.Duration) ([]reading, error) {
 		s.Revoked()
 		return nil, rpctypes.ErrLeaseNotFound
 	case answer.ttl == 0, seen.term != answer.term:
-		return nil, ErrRefused
+		return s.found(seen), ErrRefused // what the read says of the keys is true all the same
 	}
 	return s.found(seen), s.extend(sent, answer.ttl)
 }
