@@ -55,6 +55,14 @@ func crowd(faults ...string) func(*world.Config) {
 	}
 }
 
+// held is adjust, with goroutines that are held up in the middle of things.
+func held(adjust func(*world.Config)) func(*world.Config) {
+	return func(c *world.Config) {
+		adjust(c)
+		c.Holds = 0.02
+	}
+}
+
 // calm returns what makes simulations short, for what their probes show.
 func calm(ttl time.Duration) func(*world.Config) {
 	return func(c *world.Config) { c.Length, c.TTL = 10*time.Second, ttl }
@@ -85,7 +93,7 @@ var mutations = []mutation{
 	}, adjust: only("suspend")},
 	{name: "arming", safeguard: "the timer that ends a context is set anew if it was set late", changes: []change{
 		{session, "if until = s.untilCheck(); before-until < maxArming {", "if until = s.untilCheck(); before-until < time.Hour {"},
-	}},
+	}, adjust: held(only("link-dark", "link-flapping"))},
 	{name: "is-leader-clocks", safeguard: "IsLeader asks the clocks and does not wait for a timer", changes: []change{
 		{term, "if l.ctx.Err() == nil && !l.session.Valid() {", "if l.ctx.Err() == nil && l.session.Cause() != nil {"},
 	}},
@@ -94,7 +102,7 @@ var mutations = []mutation{
 	}, adjust: only("stop-long", "suspend", "link-dark", "wall-forward")},
 	{name: "elect-lost", safeguard: "who has lost the key while it was being elected is not", changes: []change{
 		{campaign, "	if l.ctx.Err() != nil {\n		return fmt.Errorf(\"%w: %w\", errLost, context.Cause(l.ctx))\n	}\n	l.elected = true", "	l.elected = true"},
-	}, adjust: restless("operator-deletes-two", "stop-short", "slow-follower")},
+	}, adjust: held(restless("operator-deletes-two", "slow-follower"))},
 	{name: "standing", safeguard: "a candidacy ends with its lease and its key", changes: []change{
 		{campaign, "	defer context.AfterFunc(watched, cancel)()\n", ""},
 	}, adjust: only("operator-deletes-key", "operator-revokes-lease", "link-dark")},
@@ -119,7 +127,7 @@ var mutations = []mutation{
 	}},
 	{name: "run-live", safeguard: "Run calls its function only while the term lasts", changes: []change{
 		{elector, "	if l.IsLeader() { // Hooks", "	if true { // Hooks"},
-	}},
+	}, adjust: calm(8 * time.Second)},
 	{name: "run-context", safeguard: "the context of Run's function ends with the term", changes: []change{
 		{elector, "stop := context.AfterFunc(l.ctx, func() { cancel(context.Cause(l.ctx)) })", "stop := func() bool { return true }"},
 	}},
@@ -163,26 +171,26 @@ var mutations = []mutation{
 	}, adjust: restless("endpoint-late", "link-lossy", "give-up")},
 	{name: "late-sweep", safeguard: "the deletion of an orphan names its create revision", changes: []change{
 		{keys, "If(clientv3.Compare(clientv3.CreateRevision(o.name), \"=\", o.rev)).\n			Then(clientv3.OpDelete(o.name)).", "Then(clientv3.OpDelete(o.name))."},
-	}, adjust: restless("leave-election", "endpoint-late", "give-up")},
+	}, adjust: calm(8 * time.Second)},
 	{name: "late-proclaim", safeguard: "a late Proclaim does not replace a later value", changes: []change{
 		{term, "guarded := lease.WithGuard(ctx, clientv3.Compare(clientv3.ModRevision(l.key), \"=\", modified))", "guarded := lease.WithGuard(ctx, clientv3.Compare(clientv3.ModRevision(l.key), \">\", modified-modified))"},
-	}, adjust: only("link-lossy", "link-slow", "endpoint-late", "link-flapping")},
+	}, adjust: calm(8 * time.Second)},
 	{name: "unanswered-join", safeguard: "a key whose join has no answer is looked for", changes: []change{
 		{keys, "	if k.unanswered > 0 || k.unheard > 0 || k.put && k.rev == 0 {\n		k.abandoned = true\n		return\n	}\n	k.dropLocked()", "	k.dropLocked()"},
-	}, adjust: restless("leave-election")},
+	}, adjust: calm(8 * time.Second)},
 	{name: "sweep", safeguard: "renewals delete keys that nobody owns", changes: []change{
 		{renewal, "s.sweep(orphans, attempt)", "_ = orphans"},
-	}, adjust: restless("leave-election")},
+	}, adjust: calm(8 * time.Second)},
 	{name: "withdraw", safeguard: "a campaign that fails deletes its key", changes: []change{
 		{campaign, "if l.token != 0 && !l.session.Gone() {", "if l.token < 0 {"},
 	}, adjust: calm(0)},
 	{name: "abandon", safeguard: "a key whose deletion has failed is looked for", changes: []change{
 		{campaign, "	} else {\n		l.tracked.Abandon()\n	}\n	l.tracked.Release()", "	} else {\n		l.tracked.Drop()\n	}\n	l.tracked.Release()"},
 		{term, "	} else {\n		l.tracked.Abandon()\n	}\n	err = errors.Join", "	} else {\n		l.tracked.Drop()\n	}\n	err = errors.Join"},
-	}, adjust: restless("link-flapping", "give-up", "endpoint-late")},
+	}, adjust: calm(8 * time.Second)},
 	{name: "copied-join", safeguard: "a join that is carried out twice leaves no key", changes: []change{
 		{keys, "	s.past = append(s.past, k.name)\n", ""},
-	}, adjust: restless("link-lossy", "give-up")},
+	}, adjust: calm(8 * time.Second)},
 	{name: "touch-keeps-lease", safeguard: "a touch leaves the key on its lease", changes: []change{
 		{queue, "Then(clientv3.OpPut(key, \"\", clientv3.WithIgnoreValue(), clientv3.WithIgnoreLease())).", "Then(clientv3.OpPut(key, \"\", clientv3.WithIgnoreValue()))."},
 	}},
@@ -212,19 +220,19 @@ var mutations = []mutation{
 	}, adjust: calm(0)},
 	{name: "two-at-once", safeguard: "what is sent again is sent to two endpoints", changes: []change{
 		{retry, "		if len(a.client.Endpoints()) > 1 {\n			a.send()\n		}\n", ""},
-	}, adjust: calm(4 * time.Second)},
+	}, adjust: calm(8 * time.Second)},
 	{name: "other-stream", safeguard: "a watch that is not created in time is tried on another stream", changes: []change{
 		{wait, "		case idle >= patience:\n			cancel()\n", "		case idle >= patience:\n"},
-	}, adjust: calm(0)},
+	}, adjust: calm(8 * time.Second)},
 	{name: "other-endpoint", safeguard: "a renewal that has no answer is sent over other streams", changes: []change{
 		{stream, "	k.fail(streams)\n	return nil, err\n", "	return nil, err\n"},
 	}, adjust: calm(0)},
 	{name: "persist", safeguard: "what tidies up is sent until it is answered", changes: []change{
 		{retry, "	_, err := Ask(ctx, client, func(err error) { last = err }, func(ctx context.Context) (struct{}, error) {\n		return struct{}{}, request(ctx)\n	})\n", "	_ = client\n	err := request(ctx)\n"},
-	}, adjust: calm(0)},
+	}, adjust: calm(8 * time.Second)},
 	{name: "reconnect-silent", safeguard: "a request that is silent makes gRPC connect again", changes: []change{
 		{retry, "		Reconnect(a.client)\n		if len(", "		if len("},
-	}, adjust: calm(0)},
+	}, adjust: calm(8 * time.Second)},
 	{name: "reconnect", safeguard: "gRPC's pause between attempts to connect does not grow", changes: []change{
 		{retry, "		conn.ResetConnectBackoff()\n", ""},
 	}, adjust: calm(0)},

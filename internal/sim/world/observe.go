@@ -135,26 +135,31 @@ const evictorName = "evictor"
 // An evictor is that operator. No fault strikes it.
 type evictor struct {
 	w      *world
-	net    *fake.Process
 	client *clientv3.Client
 	e      *leader.Elector
-	ended  chan struct{}
 }
 
-func (w *world) newEvictor() *evictor {
-	v := &evictor{w: w, net: w.cluster.Process(evictorName, nil), ended: make(chan struct{})}
+// outsider returns the network and the client of a program that no fault strikes.
+func (w *world) outsider(name string) (*fake.Process, *clientv3.Client) {
+	net := w.cluster.Process(name, nil)
 	cfg := fake.ClientConfig{Alter: func(c *clientv3.Config) { c.Logger = zap.NewNop() }}
 	if w.auth {
 		cfg.Username, cfg.Password = "root", "root"
 	}
-	var err error
-	if v.client, err = v.net.NewClient(cfg); err != nil {
-		panic(fmt.Sprintf("the evictor has no client: %v", err))
+	client, err := net.NewClient(cfg)
+	if err != nil {
+		panic(fmt.Sprintf("%s has no client: %v", name, err))
 	}
+	return net, client
+}
+
+func (w *world) newEvictor() *evictor {
+	v := &evictor{w: w}
+	_, v.client = w.outsider(evictorName)
+	var err error
 	if v.e, err = leader.New(v.client, leader.WithTTL(w.ttl)); err != nil {
 		panic(err)
 	}
-	close(v.ended)
 	return v
 }
 

@@ -175,7 +175,7 @@ func (w *world) probe() {
 		w.sleep(quiet.orphan)
 		return
 	}
-	for _, f := range []func(){w.takeAKey, w.takeAKey, w.takeDeafLeaders, w.deafen, w.slowLinks, w.darkenEndpoint, w.prolong, w.endOutage} {
+	for _, f := range []func(){w.takeAKey, w.takeAKey, w.takeDeafLeaders, w.deafen, w.slowLinks, w.darkenEndpoint, w.prolong, w.endOutage, w.errands} {
 		if w.violated() {
 			return
 		}

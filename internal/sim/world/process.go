@@ -108,6 +108,9 @@ func (w *world) newProcess(place, incarnation int) *process {
 	case 2:
 		p.stops, p.holds = 0.0002, 0.001
 	}
+	if w.Holds > 0 {
+		p.stops, p.holds = 0, w.Holds
+	}
 	p.m = machine.New(p.name, w.rng, rate, p.whim)
 	p.shadow = p.m.Shadow()
 	p.net = w.cluster.Process(p.name, p.m.Gate)

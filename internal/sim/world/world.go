@@ -34,6 +34,7 @@ type Config struct {
 	Length    time.Duration // of the part with faults, in simulated time
 	Restless  bool          // all processes are back in all elections at once, over the same lease
 	Unprobed  bool          // in calm, it is only looked at what is left
+	Holds     float64       // the probability that a goroutine is held up at a gate; 0: each process has its own
 }
 
 // A Violation is a rule that did not hold.
@@ -309,7 +310,6 @@ func (w *world) end(goroutines int) {
 		<-p.ended
 		w.record(oracle.Entry{Kind: oracle.Exit, Proc: p.name, Result: oracle.OK})
 	}
-	<-w.evictor.ended
 	if !w.violated() {
 		w.checkLeft()
 	}
