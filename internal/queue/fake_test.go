@@ -535,16 +535,6 @@ func (e *fakeEtcd) wantNoMoreReads(t *testing.T) {
 	}
 }
 
-// wantForgotten checks that nothing is kept of a client that nobody uses any more. Watches were created after began.
-func wantForgotten(t *testing.T, client *clientv3.Client, began time.Time) {
-	t.Helper()
-	stream := retry.StreamOf(client)
-	defer stream.Leave()
-	if stream.Idle(began) < time.Since(began) {
-		t.Error("it is remembered when a watch was created")
-	}
-}
-
 // bubble is a subtest in a bubble.
 func bubble(t *testing.T, name string, f func(t *testing.T)) {
 	t.Run(name, func(t *testing.T) { synctest.Test(t, f) })

@@ -75,7 +75,7 @@ type observer struct {
 
 	// Of the follower alone.
 	loop  retry.Loop
-	tried tried
+	tries int                        // to have a watch created
 	queue []Candidate                // the copy, by Token
 	rev   int64                      // of the last read of it
 	valid bool                       // no event has been missed since then
@@ -186,7 +186,7 @@ func (o *observer) watch(ctx context.Context) (lived time.Duration, err error) {
 	defer beside.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	watch := o.q.open(ctx, &beside, &o.tried, o.q.prefix, clientv3.WithPrefix())
+	watch := o.q.open(ctx, &beside, &o.tries, o.q.prefix, clientv3.WithPrefix())
 	defer func() { watch.close() }()
 
 	ticker := time.NewTicker(o.reread)
@@ -235,7 +235,7 @@ func (o *observer) watch(ctx context.Context) (lived time.Duration, err error) {
 			}
 			if resp.Created {
 				watch.exists()
-				o.tried.times = 0
+				o.tries = 0
 				read()
 			}
 			o.events(resp.Events)

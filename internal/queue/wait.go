@@ -33,7 +33,7 @@ type wait struct {
 	ahead  bool          // find out whether nobody is before the key's candidate, once it is touched
 	oldest bool          // it is known that nobody is
 
-	tried tried
+	tries int // to have a watch created
 
 	own  *Deletion // of the candidate's own key; nil if nobody looks after it here
 	rely func()    // begins a goroutine that does
@@ -329,7 +329,7 @@ func (s *watching) heard(resp *clientv3.WatchResponse, ok bool) (over bool, err 
 	}
 	if resp.Created {
 		s.current.exists()
-		s.tried.times = 0
+		s.tries = 0
 		s.stopLooking() // a read that is under way may have found the key before it was watched
 		s.lookAside()
 	}
@@ -414,7 +414,7 @@ func (s *watching) lookedAhead(found ahead) (over bool, err error) {
 	next := s.next
 	s.aheads, s.unahead, s.next = nil, nil, nil
 	if found.err == nil && found.place.First() {
-		s.oldest, s.ahead, s.tried.times = true, false, 0
+		s.oldest, s.ahead, s.tries = true, false, 0
 		s.current.close()
 		s.current = next
 		return false, nil
@@ -430,23 +430,7 @@ func (s *watching) watchKey(filter bool) *opening {
 	if filter {
 		opts = append(opts, clientv3.WithFilterPut())
 	}
-	return s.q.open(s.ctx, &s.beside, &s.tried, s.key, opts...)
-}
-
-// tried is what was tried to have a watch created.
-type tried struct {
-	times  int
-	stream retry.Stream // the last
-}
-
-func (t *tried) next(client *clientv3.Client) retry.Stream {
-	if t.times == 0 {
-		t.stream = retry.StreamOf(client)
-	} else {
-		t.stream = t.stream.Other()
-	}
-	t.times++
-	return t.stream
+	return s.q.open(s.ctx, &s.beside, &s.tries, s.key, opts...)
 }
 
 // An opening is a watch that is being opened, or open.
@@ -462,9 +446,10 @@ type opening struct {
 
 // open opens a watch that says when it has been created. That is done in a goroutine of its own, as it
 // blocks until then, and takes a deep stack.
-func (q *Queue) open(ctx context.Context, beside *sync.WaitGroup, tried *tried, key string, opts ...clientv3.OpOption) *opening {
-	patience := q.patience(tried.times)
-	stream := tried.next(q.client)
+func (q *Queue) open(ctx context.Context, beside *sync.WaitGroup, tries *int, key string, opts ...clientv3.OpOption) *opening {
+	patience := q.patience(*tries)
+	*tries++
+	stream := retry.StreamOf(q.client)
 	wctx, cancel := stream.Watching(ctx)
 	opened := make(chan clientv3.WatchChan, 1)
 	o := &opening{opened: opened, cancel: cancel, stream: stream}
@@ -478,6 +463,7 @@ func (q *Queue) open(ctx context.Context, beside *sync.WaitGroup, tried *tried, 
 		switch {
 		case o.settled.Load():
 		case idle >= patience:
+			stream.Late()
 			cancel()
 		default:
 			late.Reset(patience - idle)
@@ -528,7 +514,6 @@ func (o *opening) close() {
 		o.late.Stop()
 	}
 	o.cancel()
-	o.stream.Leave()
 }
 
 // lived is how long the watch has lived since it was created.

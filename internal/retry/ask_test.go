@@ -161,7 +161,6 @@ func TestRequestThatMayNotBeSentBesideAnotherIsSentSoon(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client := client(t)
 		traffic := trafficOf(client)
-		defer traffic.leave()
 		for traffic.send(true) { // until there is no token left
 			traffic.ended(false)
 		}
@@ -294,7 +293,6 @@ func TestNoRequestIsLeftWhenAskHasReturned(t *testing.T) {
 					if running := sent.running.Load(); running != 0 {
 						t.Errorf("%d requests go on", running)
 					}
-					wantForgotten(t, client)
 				}()
 				failed := func(err error) {
 					switch {
@@ -759,11 +757,42 @@ func TestIdleWinsOverTheEndOfTheContext(t *testing.T) {
 	})
 }
 
+// What a client has learned about its streams outlasts each use of it, and not the client.
+func TestClientIsForgottenWhenItIsGone(t *testing.T) {
+	known := func() int {
+		traffics.mu.Lock()
+		defer traffics.mu.Unlock()
+		return len(traffics.of)
+	}
+	before := known()
+	for range 100 {
+		StreamOf(clientv3.NewCtxClient(context.Background())).Late()
+	}
+	for range 1000 {
+		runtime.GC()
+		if known() <= before {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Errorf("%d clients are remembered, want %d at most", known(), before)
+}
+
+func TestWatchesAvoidAStreamThatWasLateForAsLongAsTheClientLives(t *testing.T) {
+	client := client(t)
+	StreamOf(client).Late()
+	runtime.GC()
+	if got := StreamOf(client).number; got != 1 {
+		t.Errorf("the next watch is opened on stream %d, want 1", got)
+	}
+}
+
 func TestStreamIsIdleSinceAWatchWasCreatedOnIt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client := client(t)
 		stream, same := StreamOf(client), StreamOf(client)
-		other := stream.Other()
+		stream.Late()
+		other := StreamOf(client)
 		began := time.Now()
 		time.Sleep(time.Second)
 		if idle := stream.Idle(began); idle != time.Second {
@@ -780,21 +809,7 @@ func TestStreamIsIdleSinceAWatchWasCreatedOnIt(t *testing.T) {
 		if idle := stream.Idle(time.Now().Add(-time.Second)); idle != time.Second {
 			t.Errorf("idle for %v of the last second", idle)
 		}
-		for _, s := range []Stream{stream, same, other} {
-			s.Leave()
-		}
-		wantForgotten(t, client)
 	})
-}
-
-// wantForgotten checks that nothing is kept of a client that nobody uses: it would be kept for ever.
-func wantForgotten(t *testing.T, client *clientv3.Client) {
-	t.Helper()
-	traffics.mu.Lock()
-	defer traffics.mu.Unlock()
-	if left := traffics.of[client]; left != nil {
-		t.Errorf("a client is remembered: %+v", left)
-	}
 }
 
 // sends are the requests of one Ask. It may be used in one bubble alone.

@@ -132,7 +132,6 @@ type answer struct {
 
 func askAny(ctx context.Context, client *clientv3.Client, first, attempt time.Duration, failed func(error), request func(context.Context) (any, error)) (any, error) {
 	a := &asking{client: client, traffic: trafficOf(client), request: request, attempt: attempt, answers: make(chan answer, maxBeside)}
-	defer a.traffic.leave()
 	a.ctx, a.cancel = context.WithCancel(ctx)
 	defer context.AfterFunc(client.Ctx(), a.cancel)()
 	defer a.stop() // also if failed panics
@@ -150,7 +149,7 @@ func askAny(ctx context.Context, client *clientv3.Client, first, attempt time.Du
 			case got = <-a.answers:
 			case <-next.C:
 				if a.sendNext() { //nolint:contextcheck // a has ctx
-					next.Reset(beside.next())
+					next.Reset(beside.Next())
 				} else {
 					next.Reset(first)
 				}
@@ -162,7 +161,7 @@ func askAny(ctx context.Context, client *clientv3.Client, first, attempt time.Du
 		if value, over, err := a.answered(got, failed); over {
 			return value, err
 		}
-		next.Reset(failing.next())
+		next.Reset(failing.Next())
 	}
 }
 
@@ -431,7 +430,8 @@ func code(err error) codes.Code {
 // keep the client away from an etcd that has long come back. A client without a connection
 // of its own is left alone.
 func Reconnect(client *clientv3.Client) {
-	if conn := client.ActiveConnection(); conn != nil {
+	conn := client.ActiveConnection()
+	if conn != nil && trafficOf(client).mayReset(conn.GetState(), client.Endpoints()) {
 		conn.ResetConnectBackoff()
 	}
 }
@@ -447,9 +447,10 @@ type Backoff struct {
 }
 
 // Wait blocks for the next pause or until ctx ends, and returns ctx's error then.
-func (b *Backoff) Wait(ctx context.Context) error { return Sleep(ctx, b.next()) }
+func (b *Backoff) Wait(ctx context.Context) error { return Sleep(ctx, b.Next()) }
 
-func (b *Backoff) next() time.Duration {
+// Next is the next pause.
+func (b *Backoff) Next() time.Duration {
 	b.streak++
 	d := max(b.pause, b.Min)
 	b.pause = min(2*d, b.Max)

@@ -338,7 +338,6 @@ func TestWatchingCarriesNothingOfTheCallers(t *testing.T) {
 	client := client(t)
 	ctx := metadata.AppendToOutgoingContext(context.WithValue(t.Context(), key{}, "v"), "trace", "7")
 	stream := StreamOf(client)
-	defer stream.Leave()
 	watching, cancel := stream.Watching(ctx)
 	defer cancel()
 	if v := watching.Value(key{}); v != nil {
@@ -353,8 +352,6 @@ func TestWatchingCarriesNothingOfTheCallers(t *testing.T) {
 
 func TestWatchesAreOpenedOnAnotherStreamOnceOneWasLate(t *testing.T) {
 	client := client(t)
-	used := StreamOf(client) // by a watch that lives
-	defer used.Leave()
 	streams := make(map[string]bool)
 	for late := range 10 * watchStreams {
 		stream, beside := StreamOf(client), StreamOf(client)
@@ -372,10 +369,8 @@ func TestWatchesAreOpenedOnAnotherStreamOnceOneWasLate(t *testing.T) {
 			t.Errorf("after %d that were late the stream is one that was late: %v", late, md)
 		}
 		streams[name] = true
-		for _, s := range []Stream{stream, beside} { // of one stream, so that none is skipped
-			s.Leave()
-			s.Other().Leave()
-		}
+		stream.Late()
+		beside.Late() // of one stream, so that none is skipped
 	}
 	if len(streams) != watchStreams {
 		t.Errorf("%d streams were used, want %d", len(streams), watchStreams)
@@ -391,7 +386,6 @@ func TestWatchingEnds(t *testing.T) {
 			ctx, cancelCtx := context.WithCancel(t.Context())
 			defer cancelCtx()
 			stream := StreamOf(client(t))
-			defer stream.Leave()
 			watching, cancel := stream.Watching(ctx)
 			defer cancel()
 			synctest.Wait()
@@ -411,7 +405,6 @@ func TestWatchingEnds(t *testing.T) {
 func TestWatchingThatHasEndedLeavesNothingInTheCallersContext(t *testing.T) {
 	ctx := &registry{Context: t.Context()}
 	stream := StreamOf(client(t))
-	defer stream.Leave()
 	_, cancel := stream.Watching(ctx)
 	if ctx.registered != 1 {
 		t.Fatalf("%d functions wait for the caller's context, want 1", ctx.registered)

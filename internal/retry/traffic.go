@@ -2,29 +2,35 @@ package retry
 
 import (
 	"context"
+	"runtime"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
+	"weak"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/metadata"
 )
 
-// traffic is what the requests and watches of one client know of each other. It exists while there are any.
+// traffic is what the requests and watches of one client know of each other. It lasts as long as the client.
 //
 // It limits how many attempts are sent beside others. An etcd that is slow, since much is asked of it,
 // must not be asked for a multiple of that. So each such attempt takes a token, and there is half a
 // token for each answer, and some a second: where one endpoint of several is dark the others answer,
 // and so there are tokens.
 type traffic struct {
-	client  *clientv3.Client
-	users   int // requests and watches
 	waiting int // attempts of [Ask] that have no answer
 	tokens  float64
 	filled  time.Time                     // when tokens had all that time brings
 	stream  int                           // number of that on which watches are opened at the moment
 	created [watchStreams]time.Time       // when a watch was created last on each stream
 	streams [watchStreams]context.Context // with the metadata of each stream: one for all watches, to save memory
+
+	connected bool      // gRPC has made its connections
+	endpoints []string  // when gRPC was last made to connect again
+	reset     time.Time // when that was
 }
 
 const (
@@ -36,27 +42,27 @@ const (
 // traffics has the traffic of each client, and guards it.
 var traffics = struct {
 	mu sync.Mutex
-	of map[*clientv3.Client]*traffic
-}{of: make(map[*clientv3.Client]*traffic)}
+	of map[weak.Pointer[clientv3.Client]]*traffic
+}{of: make(map[weak.Pointer[clientv3.Client]]*traffic)}
 
 func trafficOf(client *clientv3.Client) *traffic {
+	key := weak.Make(client)
 	traffics.mu.Lock()
 	defer traffics.mu.Unlock()
-	t := traffics.of[client]
+	t := traffics.of[key]
 	if t == nil {
-		t = &traffic{client: client, tokens: minTokens, filled: time.Now()}
-		traffics.of[client] = t
+		t = &traffic{tokens: minTokens, filled: time.Now()}
+		traffics.of[key] = t
+		runtime.AddCleanup(client, forget, key)
 	}
-	t.users++
 	return t
 }
 
-func (t *traffic) leave() {
+// forget forgets a client that there is no more.
+func forget(key weak.Pointer[clientv3.Client]) {
 	traffics.mu.Lock()
 	defer traffics.mu.Unlock()
-	if t.users--; t.users == 0 {
-		delete(traffics.of, t.client)
-	}
+	delete(traffics.of, key)
 }
 
 // send counts an attempt and reports whether it may be sent: always, unless it is beside another one.
@@ -90,17 +96,31 @@ func (t *traffic) fillLocked(tokens float64) {
 	t.tokens = min(t.tokens+tokens, max(minTokens, float64(t.waiting)))
 }
 
-func (t *traffic) streamContext(number int) context.Context {
+// minReset is how long gRPC's connections are left alone after they were made to connect again.
+const minReset = 100 * time.Millisecond
+
+// mayReset reports whether gRPC may be made to connect again now. It goes through its connections without a lock then
+// (grpc/grpc-go#9155), so none must come or go meanwhile: that is when the client begins to connect, and when
+// somebody changes its endpoints.
+func (t *traffic) mayReset(state connectivity.State, endpoints []string) bool {
 	traffics.mu.Lock()
 	defer traffics.mu.Unlock()
-	number %= watchStreams
-	if t.streams[number] == nil {
-		t.streams[number] = RequireLeader(t.client.Ctx())
-		if number > 0 {
-			t.streams[number] = metadata.AppendToOutgoingContext(t.streams[number], "leader-watch-stream", strconv.Itoa(number))
-		}
+	switch state {
+	case connectivity.Ready, connectivity.TransientFailure:
+		t.connected = true
+	case connectivity.Idle:
+		t.connected = false
 	}
-	return t.streams[number]
+	now := time.Now()
+	if now.Sub(t.reset) < minReset {
+		return false
+	}
+	t.reset = now
+	if !slices.Equal(t.endpoints, endpoints) {
+		t.endpoints = endpoints
+		return false
+	}
+	return t.connected
 }
 
 // watchStreams is how many streams of watches a client may have of the library. It has one, as a rule.
@@ -112,25 +132,24 @@ const watchStreams = 4
 // as the only other one ends, clientv3 3.7.3 neither ends the stream nor creates another watch on it
 // (watchGRPCStream.run). So once a watch was not created in time, all are opened on another stream.
 type Stream struct {
+	client  *clientv3.Client
 	traffic *traffic
 	number  int // it grows; of those that are the same modulo watchStreams the stream is one
 }
 
-// StreamOf returns the stream on which to open a watch, to be left.
+// StreamOf returns the stream on which to open a watch.
 func StreamOf(client *clientv3.Client) Stream {
 	t := trafficOf(client)
 	traffics.mu.Lock()
 	defer traffics.mu.Unlock()
-	return Stream{t, t.stream}
+	return Stream{client, t, t.stream}
 }
 
-// Other returns the stream on which to open a watch that was not created in time on this one, to be left.
-func (s Stream) Other() Stream {
-	t := trafficOf(s.traffic.client) // this one may have been left, as the last
+// Late says that a watch was not created in time on the stream: no more are opened on it.
+func (s Stream) Late() {
 	traffics.mu.Lock()
 	defer traffics.mu.Unlock()
-	t.stream = max(t.stream, s.number+1)
-	return Stream{t, t.stream}
+	s.traffic.stream = max(s.traffic.stream, s.number+1)
 }
 
 // Watching returns a context for a watch on the stream, which ends with ctx and when cancel is called, and which a
@@ -138,11 +157,23 @@ func (s Stream) Other() Stream {
 // clientv3 opens a stream for each metadata, and shares it among the watches.
 func (s Stream) Watching(ctx context.Context) (watching context.Context, cancel func()) {
 	ctx, cancel = context.WithCancel(ctx)
-	return valuesOf{ctx, s.traffic.streamContext(s.number)}, cancel
+	return valuesOf{ctx, s.values()}, cancel
 }
 
-// Leave says that the stream is not looked at any more.
-func (s Stream) Leave() { s.traffic.leave() }
+// values has the metadata of the stream.
+func (s Stream) values() context.Context {
+	traffics.mu.Lock()
+	defer traffics.mu.Unlock()
+	number := s.number % watchStreams
+	values := &s.traffic.streams[number]
+	if *values == nil {
+		*values = RequireLeader(s.client.Ctx())
+		if number > 0 {
+			*values = metadata.AppendToOutgoingContext(*values, "leader-watch-stream", strconv.Itoa(number))
+		}
+	}
+	return *values
+}
 
 // Created says that a watch was created on the stream.
 func (s Stream) Created() {

@@ -216,13 +216,13 @@ var mutations = []mutation{
 
 	// When something does not answer.
 	{name: "asks-again", safeguard: "what has no answer is sent again, to another endpoint", changes: []change{
-		{retry, "				next.Reset(beside.next())\n", "				_ = beside\n				next.Reset(time.Hour)\n"},
+		{retry, "				next.Reset(beside.Next())\n", "				_ = beside\n				next.Reset(time.Hour)\n"},
 	}, adjust: calm(0)},
 	{name: "two-at-once", safeguard: "what is sent again is sent to two endpoints", changes: []change{
 		{retry, "		if len(a.client.Endpoints()) > 1 {\n			a.send()\n		}\n", ""},
 	}, adjust: calm(8 * time.Second)},
 	{name: "other-stream", safeguard: "a watch that is not created in time is tried on another stream", changes: []change{
-		{wait, "		case idle >= patience:\n			cancel()\n", "		case idle >= patience:\n"},
+		{wait, "			stream.Late()\n", ""},
 	}, adjust: calm(8 * time.Second)},
 	{name: "other-endpoint", safeguard: "a renewal that has no answer is sent over other streams", changes: []change{
 		{stream, "	k.fail(streams)\n	return nil, err\n", "	return nil, err\n"},
@@ -237,7 +237,7 @@ var mutations = []mutation{
 		{retry, "		conn.ResetConnectBackoff()\n", ""},
 	}, adjust: calm(0)},
 	{name: "back-off", safeguard: "failures are followed by pauses", changes: []change{
-		{retry, "next.Reset(failing.next())", "failing.next()\n		next.Reset(0)"},
+		{retry, "next.Reset(failing.Next())", "failing.Next()\n		next.Reset(0)"},
 	}},
 	{name: "pause-before-again", safeguard: "Run pauses before it campaigns again", changes: []change{
 		{elector, "if backoff.Wait(bound) != nil {", "if bound.Err() != nil {"},
