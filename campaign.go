@@ -24,10 +24,14 @@ type claim struct {
 	election  string
 	stop      context.CancelFunc // ends observe
 	observing sync.WaitGroup     // until observe has returned
+
+	// Of observe alone.
+	over  bool          // there is nothing more to observe
+	pause retry.Backoff // before it begins again
 }
 
 func (e *Elector) claim(election string) (*claim, error) {
-	c := &claim{e: e, election: election, stop: func() {}}
+	c := &claim{e: e, election: election, stop: func() {}, pause: retry.Backoff{Min: 50 * time.Millisecond, Max: 5 * time.Second}}
 	e.mu.Lock()
 	_, taken := e.claims[election]
 	var former *claim
@@ -58,10 +62,12 @@ func (e *Elector) claim(election string) (*claim, error) {
 
 // report calls Hooks.LeaderChanged until ctx ends.
 func (c *claim) report(ctx context.Context) {
-	returned := false
 	defer func() {
-		if !returned && ctx.Err() == nil { // the hook has ended this goroutine
-			c.e.watching.Go(func() { c.report(ctx) })
+		if !c.over && ctx.Err() == nil { // the hook or the log handler has ended this goroutine
+			c.e.watching.Go(func() {
+				_ = c.pause.Wait(ctx)
+				c.report(ctx)
+			})
 			return
 		}
 		c.e.mu.Lock()
@@ -72,7 +78,6 @@ func (c *claim) report(ctx context.Context) {
 		c.observing.Done()
 	}()
 	c.observe(ctx)
-	returned = true
 }
 
 // release lets the next campaign in. It may be called again. Whoever calls it waits for observing then.
@@ -99,9 +104,11 @@ func (c *claim) observe(ctx context.Context) {
 			e.mu.Unlock()
 			if news {
 				e.opts.hooks.LeaderChanged(c.election, Candidate(leader))
+				c.pause.Reset()
 			}
 			return current
 		})
+	c.over = true
 	if err != nil && ctx.Err() == nil && e.client.Ctx().Err() == nil {
 		e.log(c.election).Warn("changes of the leader are not reported any more", "error", err)
 	}
@@ -213,12 +220,12 @@ type campaigning struct {
 	value string
 	how   how
 
-	ctx   context.Context // the caller's
-	bound context.Context // ends with ctx and with the Elector or its client
-	loop  *retry.Loop     // of requests
-	again *retry.Loop     // of candidacies
-	stood time.Time       // when the present candidacy began
-	fresh bool            // it takes a new lease
+	ctx    context.Context // the caller's
+	bound  context.Context // ends with ctx and with the Elector or its client
+	loop   *retry.Loop     // of requests
+	again  *retry.Loop     // of candidacies
+	denied *retry.Loop     // of leases to which somebody else has attached a key
+	stood  time.Time       // when the present candidacy began
 }
 
 // newCampaigning returns a campaign, and what ends its context.
@@ -226,8 +233,9 @@ func (e *Elector) newCampaigning(ctx context.Context, c *claim, value string, ho
 	bound, unbind := e.bind(ctx)
 	return &campaigning{
 		e: e, claim: c, value: value, how: how, ctx: ctx, bound: bound,
-		loop:  e.loop(c.election, "campaign is being retried"),
-		again: e.loop(c.election, "candidacy was lost, joining again"),
+		loop:   e.loop(c.election, "campaign is being retried"),
+		again:  e.loop(c.election, "candidacy was lost, joining again"),
+		denied: e.loop(c.election, "campaign is being retried"),
 	}, unbind
 }
 
@@ -261,9 +269,9 @@ func (k *campaigning) retry(err error) error {
 		k.again.OK() // what lasted that long is no streak
 	}
 	again := k.again
-	switch k.fresh = errors.Is(err, errAttached); {
-	case k.fresh:
-		again = k.loop
+	switch {
+	case errors.Is(err, errAttached):
+		again = k.denied
 	case !errors.Is(err, errLost):
 		return k.failure(err)
 	}
@@ -275,7 +283,7 @@ func (k *campaigning) retry(err error) error {
 
 // failure is what Campaign returns for its end by err.
 func (k *campaigning) failure(err error) error {
-	last := cmp.Or(k.loop.Last(), k.again.Last())
+	last := cmp.Or(k.loop.Last(), k.again.Last(), k.denied.Last())
 	over := k.bound.Err() != nil || k.e.client.Ctx().Err() != nil // the one may come a moment before the other
 	if over {
 		err = boundError(k.ctx)
@@ -321,7 +329,7 @@ func (k *campaigning) enlist() (*Leader, error) {
 	l.ctx, l.cancel = context.WithCancelCause(context.WithoutCancel(k.ctx))
 	for l.tracked == nil {
 		var err error
-		l.tracked, err = e.pool.Track(k.bound, k.loop, q.Key, l.evict, k.fresh)
+		l.tracked, err = e.pool.Track(k.bound, k.loop, q.Key, l.evict)
 		if errors.Is(err, lease.ErrCrowded) {
 			err = k.loop.Again(k.bound, err)
 		}
@@ -354,6 +362,9 @@ func (l *Leader) stand(k *campaigning) error {
 	}
 
 	place, err := l.join(standing, k.loop, k.value)
+	if err == nil {
+		k.denied.OK()
+	}
 	switch {
 	case err != nil:
 	case k.how.try && !place.First():
@@ -420,7 +431,11 @@ func (l *Leader) join(ctx context.Context, loop *retry.Loop, value string) (queu
 		_, denied := retry.Do(ctx, loop, func(ctx context.Context) (struct{}, error) {
 			return struct{}{}, l.queue.MayJoin(ctx, l.session.ID())
 		})
-		return queue.Place{}, cmp.Or(denied, errAttached)
+		if denied != nil {
+			return queue.Place{}, denied
+		}
+		l.session.Deny()
+		return queue.Place{}, errAttached
 	case err != nil:
 		return queue.Place{}, err
 	}

@@ -23,6 +23,7 @@ import (
 	"example.com/leader/internal/etcdtest"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 )
 
 // The tests of this file are about connections that die without a sign, and about clients with a password.
@@ -568,4 +569,83 @@ func TestQuestionsWhoseClientIsClosedSaySo(t *testing.T) {
 			t.Errorf("%s: %v, want %v", name, err, leader.ErrClosed)
 		}
 	}
+}
+
+// A stuckWatcher creates no watch on a client's first stream, as clientv3 3.7.3 does once that is stuck.
+type stuckWatcher struct {
+	clientv3.Watcher
+	tried *atomic.Int64 // watches on it
+}
+
+func (w stuckWatcher) Watch(ctx context.Context, key string, opts ...clientv3.OpOption) clientv3.WatchChan {
+	if md, _ := metadata.FromOutgoingContext(ctx); len(md.Get("leader-watch-stream")) > 0 {
+		return w.Watcher.Watch(ctx, key, opts...)
+	}
+	w.tried.Add(1)
+	<-ctx.Done()
+	none := make(chan clientv3.WatchResponse)
+	close(none)
+	return none
+}
+
+// stuck returns a client whose first stream is, and how often it was tried.
+func stuck(client *clientv3.Client) (*clientv3.Client, *atomic.Int64) {
+	stuck, tried := wrapped(client), new(atomic.Int64)
+	stuck.Watcher = stuckWatcher{client.Watcher, tried}
+	return stuck, tried
+}
+
+func TestStreamThatIsStuckDelaysOneObserveAlone(t *testing.T) {
+	_, client := start(t)
+	client, tried := stuck(client)
+	e := newElector(t, client)
+	for range 3 {
+		for _, err := range e.Observe(t.Context(), "jobs") {
+			if err != nil {
+				t.Fatal(err)
+			}
+			break
+		}
+	}
+	if n := tried.Load(); n != 1 {
+		t.Errorf("the stream that is stuck was tried %d times, want 1", n)
+	}
+}
+
+// The read of a candidate's place may come before its watch is given up: that says as much of the stream.
+func TestStreamThatIsStuckDelaysOneHandoffAlone(t *testing.T) {
+	_, client := start(t)
+	broken, tried := stuck(client)
+	e, other := newElector(t, broken, leader.WithTTL(20*time.Second)), newElector(t, client, leader.WithTTL(20*time.Second))
+	var first int64
+	for i := range 3 {
+		l := lead(t, other, "jobs", "")
+		waiting := campaign(t.Context(), e, "jobs", "")
+		awaitQueue(t, client, "jobs", queued(2))
+		if i == 0 { // until it is noticed
+			time.Sleep(1500 * time.Millisecond)
+			first = tried.Load()
+		}
+		resign(t, l)
+		resign(t, awaitLeader(t, waiting))
+	}
+	if n := tried.Load(); first == 0 || n != first {
+		t.Errorf("the stream that is stuck was tried %d times, and %d times later", first, n-first)
+	}
+}
+
+func TestEachOfTwoCampaignsSaysWhatItHasWaitedFor(t *testing.T) {
+	m, _ := start(t)
+	link := etcdtest.NewLink(t, m)
+	client := etcdtest.NewClient(t, link.Endpoint)
+	link.Darken()
+	e := newElector(t, client)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	for _, c := range []<-chan outcome{campaign(ctx, e, "a", ""), campaign(ctx, e, "b", "")} {
+		if err := await(t, "Campaign", c).err; !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "last failure") {
+			t.Errorf("Campaign() = %v, which does not say why", err)
+		}
+	}
+	link.Heal()
 }

@@ -28,9 +28,9 @@ import (
 // leader has resigned. All terms on it end together when it cannot be renewed, which is also so when
 // the right to write the key of one is withdrawn: etcd refuses the renewal of the whole lease then.
 //
-// There are more leases than one, at most eight, only after a campaign was given up while etcd had not
-// answered its join, and others kept the lease: that join may still arrive, so the next campaign in the
-// same election takes another lease.
+// There is more than one lease only after a campaign was given up while etcd had not answered its join, and
+// others kept the lease: that join may still arrive, so the next campaign in the same election takes another
+// lease, of eight at most. So it does where a stranger has attached a key to the lease.
 //
 // An Elector is safe for concurrent use. One that is not in use has no goroutines and nothing in etcd,
 // so it need not be closed. Two things may outlast the use: a grant that was cut short is waited for,

@@ -284,6 +284,8 @@ func (l *Leader) changed(rev int64) {
 // on its behalf; where other terms of the Elector share the lease, their renewals delete the key. It
 // returns nil for a term that was lost or resigned before.
 func (l *Leader) Resign(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, retry.RequestTimeout)
+	defer cancel()
 	l.end(ErrResigned)
 	select {
 	case l.resigning <- struct{}{}: // wins over ctx: the lease is to be given back in any case

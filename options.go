@@ -192,32 +192,33 @@ func (h Hooks) withDefaults() Hooks {
 	return h
 }
 
-// and returns hooks that call those of h, and then those of next. Both have their defaults.
+// and returns hooks that call those of h, and then those of next, though h may panic or exit its goroutine. Both
+// have their defaults.
 func (h Hooks) and(next Hooks) Hooks {
 	both := Hooks{
 		Campaigning: func(election string) {
+			defer next.Campaigning(election)
 			h.Campaigning(election)
-			next.Campaigning(election)
 		},
 		CampaignFailed: func(election string, err error) {
+			defer next.CampaignFailed(election, err)
 			h.CampaignFailed(election, err)
-			next.CampaignFailed(election, err)
 		},
 		Elected: func(election string, l *Leader, waited time.Duration) {
+			defer next.Elected(election, l, waited)
 			h.Elected(election, l, waited)
-			next.Elected(election, l, waited)
 		},
 		Ended: func(election string, l *Leader, cause error) {
+			defer next.Ended(election, l, cause)
 			h.Ended(election, l, cause)
-			next.Ended(election, l, cause)
 		},
 		Renewed: func(id clientv3.LeaseID, took time.Duration, deadline time.Time) {
+			defer next.Renewed(id, took, deadline)
 			h.Renewed(id, took, deadline)
-			next.Renewed(id, took, deadline)
 		},
 		RenewFailed: func(id clientv3.LeaseID, took time.Duration, err error) {
+			defer next.RenewFailed(id, took, err)
 			h.RenewFailed(id, took, err)
-			next.RenewFailed(id, took, err)
 		},
 	}
 	switch {
@@ -227,8 +228,8 @@ func (h Hooks) and(next Hooks) Hooks {
 		both.LeaderChanged = h.LeaderChanged
 	default:
 		both.LeaderChanged = func(election string, leader Candidate) {
+			defer next.LeaderChanged(election, leader)
 			h.LeaderChanged(election, leader)
-			next.LeaderChanged(election, leader)
 		}
 	}
 	return both

@@ -166,6 +166,56 @@ func TestStrangersWhoAttachKeysToEveryNewLeaseEndNoCampaign(t *testing.T) {
 	awaitExpiry(t, as("root"))
 }
 
+// The others of the Elector take the next lease too, and the same one: it may have eight.
+func TestStrangerOnOneLeaseHoldsUpNoneOfManyElections(t *testing.T) {
+	as := withStranger(t)
+	victim, _ := attacked(as("service"), as("stranger"), 1)
+	e := newElector(t, victim, leader.WithTTL(5*time.Second))
+	const elections = 20
+	var campaigns []<-chan outcome
+	for i := range elections {
+		campaigns = append(campaigns, campaign(t.Context(), e, fmt.Sprint("svc/jobs-", i), ""))
+	}
+	var led []*leader.Leader
+	for _, c := range campaigns {
+		led = append(led, awaitLeader(t, c))
+	}
+	leases, err := as("root").Leases(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(leases.Leases); n > 2 {
+		t.Errorf("%d leases, want the one that was attacked and one more", n)
+	}
+	for _, l := range led {
+		resign(t, l)
+	}
+	awaitExpiry(t, as("root")) // the one that was attacked cannot be revoked
+}
+
+func TestCampaignUnderAttackBacksOffAndSaysSoOnce(t *testing.T) {
+	as := withStranger(t)
+	const leases = 8
+	victim, _ := attacked(as("service"), as("stranger"), leases)
+	var warned atomic.Int64
+	e := newElector(t, victim, leader.WithTTL(5*time.Second), leader.WithLogger(slog.New(handler(func(r slog.Record) {
+		if r.Level >= slog.LevelWarn && r.Message == "campaign is being retried" {
+			warned.Add(1)
+		}
+	}))))
+	began := time.Now()
+	l := lead(t, e, "svc/jobs", "")
+	// Pauses of 50 ms that double, up to 2 s, each less a half at most.
+	if took, least := time.Since(began), 2*time.Second; took < least {
+		t.Errorf("%d leases were tried in %v, want pauses of %v in all at least", leases, took, least)
+	}
+	if n := warned.Load(); n != 1 {
+		t.Errorf("%d warnings, want 1", n)
+	}
+	resign(t, l)
+	awaitExpiry(t, as("root"))
+}
+
 // When the key of its last term has been deleted a lease has none, so a stranger may attach one. Then etcd denies the
 // revocation to the owner. That is no failure: the election is free, and the lease expires.
 func TestResignAndCloseSucceedThoughAStrangerHasAttachedAKeyToTheLease(t *testing.T) {

@@ -592,3 +592,75 @@ func TestLogHandlerThatIsToldOfAGrantAndBlocksHoldsUpNoOtherCampaign(t *testing.
 	close(release)
 	resign(t, awaitLeader(t, held))
 }
+
+// failingReads fails the reads that are of a whole election: those of Observe.
+type failingReads struct {
+	clientv3.KV
+	err   error
+	reads atomic.Int64
+}
+
+func (kv *failingReads) Get(ctx context.Context, key string, opts ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+	if op := clientv3.OpGet(key, opts...); len(op.RangeBytes()) > 0 && !op.IsKeysOnly() {
+		kv.reads.Add(1)
+		return nil, kv.err
+	}
+	return kv.KV.Get(ctx, key, opts...)
+}
+
+func TestGoexitInALogHandlerThatIsToldOfAFailedObserveIsNoLoop(t *testing.T) {
+	for message, err := range map[string]error{
+		"changes of the leader are not reported any more": rpctypes.ErrPermissionDenied,
+		"observing is being retried":                      rpctypes.ErrNoLeader,
+	} {
+		t.Run(message, func(t *testing.T) {
+			_, client := start(t)
+			kv := &failingReads{KV: client.KV, err: err}
+			broken := wrapped(client)
+			broken.KV = kv
+			var exits atomic.Int64
+			e := newElector(t, broken, leader.WithLogger(slog.New(handler(func(r slog.Record) {
+				if r.Message == message {
+					exits.Add(1)
+					runtime.Goexit()
+				}
+			}))), leader.WithHooks(leader.Hooks{LeaderChanged: func(string, leader.Candidate) {}}))
+			l := lead(t, e, "jobs", "")
+			time.Sleep(time.Second)
+			if reads := kv.reads.Load(); reads == 0 || reads > 20 {
+				t.Errorf("%d reads in a second, want some, with pauses", reads)
+			}
+			if exits.Load() == 0 {
+				t.Error("the log handler was not told")
+			}
+			resign(t, l)
+		})
+	}
+}
+
+func TestHookThatEndsItsGoroutineKeepsNothingFromTheNext(t *testing.T) {
+	_, client := start(t)
+	ended := make(chan error, 1)
+	e := newElector(t, client,
+		leader.WithHooks(leader.Hooks{Ended: func(string, *leader.Leader, error) { runtime.Goexit() }}),
+		leader.WithHooks(leader.Hooks{Ended: func(_ string, _ *leader.Leader, cause error) { ended <- cause }}))
+	resign(t, lead(t, e, "jobs", ""))
+	if cause := await(t, "the next hook", ended); !errors.Is(cause, leader.ErrResigned) {
+		t.Errorf("cause %v, want %v", cause, leader.ErrResigned)
+	}
+}
+
+func TestResignReturnsThoughAHookBlocks(t *testing.T) {
+	_, client := start(t)
+	released, reached := make(chan struct{}), make(chan struct{}, 10)
+	e := newElector(t, client, leader.WithHooks(leader.Hooks{LeaderChanged: func(string, leader.Candidate) {
+		reached <- struct{}{}
+		<-released
+	}}))
+	l := lead(t, e, "jobs", "")
+	await(t, "LeaderChanged", reached)
+	if err := l.Resign(context.Background()); err != nil { // the key is gone, though not all hooks were told
+		t.Errorf("Resign() = %v", err)
+	}
+	close(released)
+}

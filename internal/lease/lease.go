@@ -101,6 +101,7 @@ type Session struct {
 	pool     *Pool
 	users    int          // guarded by pool.mu
 	revoking bool         // revokeLate was started; guarded by pool.mu
+	denied   bool         // etcd denies the lease to those who join; guarded by pool.mu
 	started  *retry.Group // attempts to join, and Config.Renewal
 
 	mu       sync.Mutex

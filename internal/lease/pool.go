@@ -18,6 +18,9 @@ const (
 	// again on the first, see [Key].
 	maxSessions = 8
 
+	// minRetry and maxRetry bound the pause after a grant that has failed, whoever asks for the next.
+	minRetry, maxRetry = 50 * time.Millisecond, time.Second
+
 	// maxLate is how long a pool tries to revoke the lease of a session that has expired.
 	maxLate = time.Hour
 )
@@ -32,6 +35,8 @@ type Pool struct {
 	client   *clientv3.Client
 	cfg      Config
 	granting chan struct{}   // holds a token while a session is being granted
+	failing  retry.Backoff   // of grants; guarded by granting
+	retryAt  time.Time       // when a grant may be asked for again, as the last has failed; guarded by granting
 	ctx      context.Context // ends with Close
 	cancel   context.CancelFunc
 	late     retry.Group // what sessions have started, requests whose answers nobody waits for any more, revocations after an expiry
@@ -43,21 +48,20 @@ type Pool struct {
 
 // NewPool returns a pool without a session.
 func NewPool(client *clientv3.Client, cfg Config) *Pool {
-	p := &Pool{client: client, cfg: cfg, granting: make(chan struct{}, 1)}
+	p := &Pool{client: client, cfg: cfg, granting: make(chan struct{}, 1), failing: retry.Backoff{Min: minRetry, Max: maxRetry}}
 	p.cfg.started = &p.late
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	return p
 }
 
-// Track returns a key of a session that can have it: of one that the pool has, unless fresh is set, or
-// else of a new one. name is the name of the key under a lease. It blocks for the grant, which is asked for in
-// loop and bounded by ctx.
+// Track returns a key of a session that can have it: of one that the pool has, or else of a new one. name is
+// the name of the key under a lease. It blocks for the grant, which is asked for in loop and bounded by ctx.
 //
 // gone is called, at most a few times and without locks held, when a renewal finds that the key with
 // the revision given to [Key.Joined] does not exist.
-func (p *Pool) Track(ctx context.Context, loop *retry.Loop, name func(clientv3.LeaseID) string, gone func(), fresh bool) (*Key, error) {
+func (p *Pool) Track(ctx context.Context, loop *retry.Loop, name func(clientv3.LeaseID) string, gone func()) (*Key, error) {
 	for {
-		k, err := p.track(ctx, loop, name, gone, fresh)
+		k, err := p.track(ctx, loop, name, gone)
 		if err == nil || errors.Is(err, ErrCrowded) {
 			return k, err
 		}
@@ -68,25 +72,26 @@ func (p *Pool) Track(ctx context.Context, loop *retry.Loop, name func(clientv3.L
 }
 
 // track is one attempt at Track. There is one at a time, as the others are to have the session that it is granted.
-func (p *Pool) track(ctx context.Context, loop *retry.Loop, name func(clientv3.LeaseID) string, gone func(), fresh bool) (*Key, error) {
+func (p *Pool) track(ctx context.Context, loop *retry.Loop, name func(clientv3.LeaseID) string, gone func()) (*Key, error) {
+	began := time.Now()
 	select {
 	case p.granting <- struct{}{}:
 		defer func() { <-p.granting }()
 	case <-ctx.Done():
+		loop.Unanswered(began)
 		return nil, ctx.Err()
 	}
-	k, room := p.lend(name, gone, fresh)
+	k, room := p.lend(name, gone)
 	if k != nil {
 		return k, nil
 	}
 	if !room {
 		return nil, ErrCrowded
 	}
-	sent := time.Now()
-	s, err := p.grant(ctx)
+	s, err := p.grantInTime(ctx)
 	if err != nil {
 		if ctx.Err() != nil {
-			loop.Unanswered(sent)
+			loop.Unanswered(began)
 		}
 		return nil, err
 	}
@@ -99,20 +104,45 @@ func (p *Pool) track(ctx context.Context, loop *retry.Loop, name func(clientv3.L
 }
 
 // lend returns nil if no session can have the key. room says whether there may be another session.
-func (p *Pool) lend(name func(clientv3.LeaseID) string, gone func(), fresh bool) (k *Key, room bool) {
+func (p *Pool) lend(name func(clientv3.LeaseID) string, gone func()) (k *Key, room bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.sessions = slices.DeleteFunc(p.sessions, func(s *Session) bool { return !s.Valid() })
-	if fresh {
-		return nil, len(p.sessions) < maxSessions
-	}
+	lendable := 0
 	for _, s := range p.sessions {
+		if s.denied {
+			continue
+		}
+		lendable++
 		if k := s.track(name(s.id), gone); k != nil {
 			s.users++
 			return k, true
 		}
 	}
-	return nil, len(p.sessions) < maxSessions
+	return nil, lendable < maxSessions
+}
+
+// Deny says that etcd denies the session's lease to those who join: it is not lent any more.
+func (s *Session) Deny() {
+	s.pool.mu.Lock()
+	defer s.pool.mu.Unlock()
+	s.denied = true
+}
+
+// grantInTime is grant, after the pause that follows the last one if that has failed: the campaigns of an Elector, which
+// may be many, ask for one lease. p.granting is held.
+func (p *Pool) grantInTime(ctx context.Context) (*Session, error) {
+	if err := retry.Sleep(ctx, time.Until(p.retryAt)); err != nil {
+		return nil, err
+	}
+	s, err := p.grant(ctx)
+	if err == nil || retry.Permanent(err) {
+		p.failing.Reset()
+		p.retryAt = time.Time{}
+	} else {
+		p.retryAt = time.Now().Add(p.failing.Next())
+	}
+	return s, err
 }
 
 // grant asks for a lease, and again while the first request has no answer. A lease that is granted when

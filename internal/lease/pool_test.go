@@ -145,7 +145,7 @@ func TestTrackReturnsWhenItsContextEndsWhileAnotherIsGranting(t *testing.T) {
 		synctest.Wait()
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		k, err := track(ctx, p, "b", false)
+		k, err := track(ctx, p, "b")
 		if k != nil || !errors.Is(err, context.DeadlineExceeded) || e.at() != time.Second {
 			t.Errorf("Track() = %v, %v after %v, want %v after 1s", k, err, e.at(), context.DeadlineExceeded)
 		}
@@ -172,7 +172,7 @@ func TestFailedGrantIsForTheOneWhoAskedAlone(t *testing.T) {
 		p := newPool(e)
 		failed := make(chan error, 1)
 		go func() {
-			_, err := track(t.Context(), p, "a", false)
+			_, err := track(t.Context(), p, "a")
 			failed <- err
 		}()
 		synctest.Wait()
@@ -186,29 +186,74 @@ func TestFailedGrantIsForTheOneWhoAskedAlone(t *testing.T) {
 	})
 }
 
-func TestFreshTakesANewLease(t *testing.T) {
+func TestDeniedLeaseIsLentNoMoreAndTheNextToAll(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
 		p := newPool(e)
-		first, other := lend(t, p, "a"), lend(t, p, "b")
-		fresh, err := track(t.Context(), p, "c", true)
-		if err != nil {
-			t.Fatal(err)
+		first := lend(t, p, "a")
+		var denied []*Key
+		for i := range 2 * maxSessions { // they wait for etcd to say so
+			denied = append(denied, lend(t, p, fmt.Sprint("k", i)))
 		}
-		cleanUp(t, fresh)
-		if first.Session() != other.Session() || fresh.Session() == first.Session() {
-			t.Errorf("leases %x, %x and, fresh, %x", first.Session().ID(), other.Session().ID(), fresh.Session().ID())
+		var used *Session
+		for i, k := range denied {
+			if k.Session() != first.Session() {
+				t.Fatalf("lent lease %x, want the first, %x", k.Session().ID(), first.Session().ID())
+			}
+			k.Session().Deny()
+			k.Release()
+			next := lend(t, p, fmt.Sprint("k", i))
+			if used == nil {
+				used = next.Session()
+			}
+			if next.Session() == first.Session() || next.Session() != used {
+				t.Fatalf("lent lease %x after it was denied, and %x to others", next.Session().ID(), used.ID())
+			}
 		}
-		if k := lend(t, p, "d"); k.Session() != first.Session() { // the new one is for who needs it
-			t.Errorf("lent lease %x, want the first, %x", k.Session().ID(), first.Session().ID())
+		if !first.Session().Valid() {
+			t.Error("the denied session has ended, though it is used")
 		}
-		// Both are lent from then on, and closed when they are not used.
-		first.Release()
-		other.Release()
-		fresh.Release()
-		if err := fresh.Session().Finish(t.Context()); err != nil || !fresh.Session().Gone() || first.Session().Gone() {
-			t.Errorf("Finish() = %v, Gone() = %v of the fresh lease and %v of the first, want true and false",
-				err, fresh.Session().Gone(), first.Session().Gone())
+	})
+}
+
+// All campaigns wait for the same lease.
+func TestGrantIsAskedForByOneAtATimeAndLessAndLessOften(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		healed := false
+		e.onGrant = func(_ context.Context, _ int, l *granted) (*granted, error) {
+			if !healed {
+				return nil, rpctypes.ErrNoLeader
+			}
+			return l, nil
+		}
+		p := newPool(e)
+		keys := make(chan *Key)
+		const users = 500
+		for i := range users {
+			go func() {
+				k, err := track(t.Context(), p, fmt.Sprint("k", i))
+				if err != nil {
+					t.Error(err)
+				}
+				keys <- k
+			}()
+		}
+		time.Sleep(time.Minute)
+		asked := len(e.log().asked)
+		if most := 2*int(time.Minute/maxRetry) + 10; asked > most {
+			t.Errorf("%d leases asked for in a minute, want %d at most", asked, most)
+		}
+		healed = true
+		began := time.Now()
+		for range users {
+			cleanUp(t, <-keys)
+		}
+		if took := time.Since(began); took > 2*maxRetry+maxRetry { // the pause of one, and that of all
+			t.Errorf("all had a lease %v after etcd was well again", took)
+		}
+		if n := len(e.log().asked); n != asked+1 {
+			t.Errorf("%d leases asked for since, want 1", n-asked)
 		}
 	})
 }
@@ -221,10 +266,8 @@ func TestPoolLendsAtMostEightSessions(t *testing.T) {
 		for range maxSessions { // the name is in use on each session there is
 			keys = append(keys, lend(t, p, "k"))
 		}
-		for _, fresh := range []bool{false, true} {
-			if k, err := track(t.Context(), p, "k", fresh); k != nil || !errors.Is(err, ErrCrowded) {
-				t.Errorf("Track(fresh = %v) = %v, %v, want %v", fresh, k, err, ErrCrowded)
-			}
+		if k, err := track(t.Context(), p, "k"); k != nil || !errors.Is(err, ErrCrowded) {
+			t.Errorf("Track() = %v, %v, want %v", k, err, ErrCrowded)
 		}
 		if got := len(e.log().asked); got != maxSessions || maxSessions != 8 {
 			t.Errorf("%d leases granted, want 8", got)
@@ -269,7 +312,7 @@ func TestGrantThatItsContextCutsShortIsRevokedWhenItsAnswerComes(t *testing.T) {
 		p := newPool(e)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		k, err := track(ctx, p, "k", false)
+		k, err := track(ctx, p, "k")
 		if k != nil || !errors.Is(err, context.DeadlineExceeded) || e.at() != time.Second {
 			t.Errorf("Track() = %v, %v after %v, want %v after 1s", k, err, e.at(), context.DeadlineExceeded)
 		}
@@ -322,7 +365,7 @@ func TestOfTwoGrantsThatAwaitOneWhoIsHeldUpOneIsRevoked(t *testing.T) {
 		}
 		p := newPool(e)
 		loop := &retry.Loop{Client: e.client, Warn: func(error) { time.Sleep(3 * time.Second) }}
-		k, err := p.Track(t.Context(), loop, func(id clientv3.LeaseID) string { return fmt.Sprint("k", id) }, func() {}, false)
+		k, err := p.Track(t.Context(), loop, func(id clientv3.LeaseID) string { return fmt.Sprint("k", id) }, func() {})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -555,13 +598,13 @@ const soon = 100 * time.Millisecond
 func newPool(e *etcd) *Pool { return NewPool(e.client, Config{TTL: ttl}) }
 
 // track is Track of a key <name>/<lease>.
-func track(ctx context.Context, p *Pool, name string, fresh bool) (*Key, error) {
+func track(ctx context.Context, p *Pool, name string) (*Key, error) {
 	key := func(id clientv3.LeaseID) string { return fmt.Sprintf("%s/%x", name, id) }
-	return p.Track(ctx, &retry.Loop{Client: p.client}, key, func() {}, fresh)
+	return p.Track(ctx, &retry.Loop{Client: p.client}, key, func() {})
 }
 
 func lend(t *testing.T, p *Pool, name string) *Key {
-	k, err := track(t.Context(), p, name, false)
+	k, err := track(t.Context(), p, name)
 	if err != nil {
 		t.Errorf("Track() = %v", err)
 		return nil
