@@ -14,9 +14,9 @@ ifneq ($(filter-out 0,$(.SHELLSTATUS)),)
 $(error find failed, so the list of nested modules may be incomplete)
 endif
 nested := $(sort $(go_mods:./%/go.mod=%))
-steps := fmt vet lint tidy api-check test race examples sim chaos mutations model nested vuln
+steps := fmt vet lint tidy api-check test race examples sim sim-mutations chaos mutations model nested vuln
 
-.PHONY: all steps quick api lint-workflows sim-mutations $(steps) $(nested:%=nested/%) $(addprefix lint/,. $(nested))
+.PHONY: all steps quick api lint-workflows $(steps) $(nested:%=nested/%) $(addprefix lint/,. $(nested))
 
 all:
 	bash .ci/run
@@ -66,20 +66,22 @@ examples:
 	go run ./examples/failover
 	go run ./examples/shards
 
-# Always the same seeds, which a change of the library plays in another way. go run ./internal/sim takes new ones.
+# Some seeds are always the same, though a change of the library plays them in another way. Those of the second run are
+# new each time, and printed.
 sim:
 	go run ./internal/sim -seed 1 -seeds 24
+	go run ./internal/sim -for 1m
 
 # The second seed is new each time, and printed.
 chaos:
 	go run ./internal/chaos -race -duration 90s -seed 1
 	go run ./internal/chaos -race -duration 90s
 
-# Those of the simulation. Not a step of CI: which are not found out yet is said in docs/chaos.md.
+# The simulation must find out that a safeguard is off, each within a minute.
 sim-mutations:
 	go run ./internal/sim -mutation all -seed 1
 
-# Each must find out that a safeguard is off; two at a time, since they mostly wait.
+# So must the campaign; two at a time, since they mostly wait.
 mutations:
 	names=$$(go run ./internal/chaos -mutations) || exit; \
 	xargs -n 1 -P 2 go run ./internal/chaos -mutation <<<"$$names"
