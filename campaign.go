@@ -193,14 +193,17 @@ func (e *Elector) campaign(ctx context.Context, name, value string, how how) (*L
 		c.observing.Wait()
 		e.opts.hooks.CampaignFailed(election, err)
 	} else {
-		l.announce(ctx, time.Since(started))
+		l.announce(ctx, value, time.Since(started))
 	}
 	returned = true
 	return l, err
 }
 
+// maxLogged is how much of a value is logged, in bytes.
+const maxLogged = 100
+
 // announce tells that the term has begun. If the logger or the hook panics it is resigned.
-func (l *Leader) announce(ctx context.Context, waited time.Duration) {
+func (l *Leader) announce(ctx context.Context, value string, waited time.Duration) {
 	told := false
 	defer func() {
 		l.beginning.Done()
@@ -208,7 +211,7 @@ func (l *Leader) announce(ctx context.Context, waited time.Duration) {
 			l.letGo(ctx)
 		}
 	}()
-	l.e.log(l.claim.election).Info("elected", "token", l.token, "key", l.key, "waited", waited)
+	l.e.log(l.claim.election).Info("elected", "token", l.token, "key", l.key, "value", value[:min(len(value), maxLogged)], "waited", waited)
 	l.e.opts.hooks.Elected(l.claim.election, l, waited)
 	told = true
 }

@@ -4,11 +4,16 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"log/slog"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -22,6 +27,7 @@ import (
 	"example.com/leader"
 	"example.com/leader/internal/etcdtest"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 )
@@ -648,4 +654,41 @@ func TestEachOfTwoCampaignsSaysWhatItHasWaitedFor(t *testing.T) {
 		}
 	}
 	link.Heal()
+}
+
+// Whoever has set a wrong endpoint or authority reads so in the error.
+func TestErrorsSayWhyThereIsNoConnection(t *testing.T) {
+	addresses, err := etcdtest.FreeAddresses(1) // nobody listens
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := httptest.NewUnstartedServer(http.NotFoundHandler())
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	server.EnableHTTP2 = true
+	server.StartTLS()
+	t.Cleanup(server.Close)
+	for want, cfg := range map[string]clientv3.Config{
+		"connection refused":                      {Endpoints: addresses},
+		"certificate signed by unknown authority": {Endpoints: []string{server.Listener.Addr().String()}, TLS: &tls.Config{MinVersion: tls.VersionTLS12}},
+	} {
+		t.Run(want, func(t *testing.T) {
+			t.Parallel()
+			cfg.Logger = zap.NewNop()
+			client, err := clientv3.New(cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer client.Close()
+			e := newElector(t, client)
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+			defer cancel()
+			_, campaigned := e.Campaign(ctx, "jobs", "")
+			_, asked := e.Current(t.Context(), "jobs")
+			for what, err := range map[string]error{"Campaign": campaigned, "Current": asked} {
+				if err == nil || !strings.Contains(err.Error(), want) {
+					t.Errorf("%s() = %v, want it to say %q", what, err, want)
+				}
+			}
+		})
+	}
 }

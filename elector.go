@@ -405,11 +405,14 @@ const maxSilent = 2
 
 // renewal is told of every renewal of a lease.
 func (e *Elector) renewal(r lease.Renewal) {
+	log := e.opts.log.With("lease", fmt.Sprintf("%x", r.Lease))
 	if r.Err == nil {
+		if r.Before > 0 {
+			log.Info("renewals of the lease work again", "failures", r.Before, "deadline", r.Deadline)
+		}
 		e.opts.hooks.Renewed(r.Lease, r.Took, r.Deadline)
 		return
 	}
-	log := e.opts.log.With("lease", fmt.Sprintf("%x", r.Lease))
 	if r.Failures == 1 {
 		log.Warn("renewal of the lease is being retried", "deadline", r.Deadline, "error", r.Err)
 	}

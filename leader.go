@@ -417,7 +417,10 @@ func (l *Leader) tell() {
 		return
 	}
 	defer l.tidying.Wait() // also when the logger or the hook panics
-	log.Info("lost", "cause", cause)
+	if failure := l.session.Failure(); failure != nil && errors.Is(cause, ErrExpired) {
+		log = log.With("renewal", failure)
+	}
+	log.Warn("lost", "cause", cause)
 	l.e.opts.hooks.Ended(l.claim.election, l, cause)
 	l.tidying.Wait()
 	if l.unrevoked != nil {

@@ -1262,10 +1262,8 @@ func TestLogTellsATermAndEachStreakOnce(t *testing.T) {
 	if err := e.Evict(t.Context(), "jobs"); err != nil {
 		t.Fatal(err)
 	}
-	for !slices.Contains(log.lines(), "INFO lost") {
-		time.Sleep(time.Millisecond)
-	}
-	want := []string{"INFO elected", "INFO resigned", "INFO elected", "INFO lost"}
+	log.await(t, "WARN lost")
+	want := []string{"INFO elected", "INFO resigned", "INFO elected", "WARN lost"}
 	if got := log.lines(); !slices.Equal(got, want) {
 		t.Errorf("logged %q, want %q", got, want)
 	}
@@ -1275,6 +1273,46 @@ func TestLogTellsATermAndEachStreakOnce(t *testing.T) {
 	if got := log.lines()[len(want):]; !slices.Equal(got, []string{"WARN campaign is being retried", "INFO elected"}) {
 		t.Errorf("a streak of failures was logged as %q", got)
 	}
+}
+
+// Whoever reads of a lost term wants to know why the lease could not be renewed.
+func TestLogSaysWhyRenewalsFailedAndThatTheyWorkAgain(t *testing.T) {
+	m, direct := start(t)
+	link := etcdtest.NewLink(t, m)
+	var log logRecorder
+	lost := make(chan string, 1)
+	e := newElector(t, etcdtest.NewClient(t, link.Endpoint), leader.WithTTL(3*time.Second), leader.WithLogger(slog.New(teeHandler{&log, func(rec slog.Record, with []slog.Attr) {
+		if rec.Message == "lost" {
+			lost <- fmt.Sprint(with)
+		}
+	}, nil})))
+	lead(t, e, "jobs", "")
+	link.Cut()
+	log.await(t, "WARN renewal of the lease is being retried")
+	link.Heal()
+	log.await(t, "INFO renewals of the lease work again")
+	link.Cut()
+	if with := await(t, "the loss", lost); !strings.Contains(with, "renewal=") {
+		t.Errorf("lost was logged with %s, want the failure of the last renewal", with)
+	}
+	link.Heal()
+	awaitExpiry(t, direct)
+}
+
+// A teeHandler passes records on, and tells of them with the attributes of their logger.
+type teeHandler struct {
+	slog.Handler
+	tell func(slog.Record, []slog.Attr)
+	with []slog.Attr
+}
+
+func (h teeHandler) WithAttrs(with []slog.Attr) slog.Handler {
+	return teeHandler{h.Handler, h.tell, append(h.with[:len(h.with):len(h.with)], with...)}
+}
+
+func (h teeHandler) Handle(ctx context.Context, rec slog.Record) error {
+	h.tell(rec, h.with)
+	return h.Handler.Handle(ctx, rec)
 }
 
 // A logRecorder keeps level and message of what is logged.
@@ -1291,6 +1329,16 @@ func (r *logRecorder) Handle(_ context.Context, rec slog.Record) error {
 	defer r.mu.Unlock()
 	r.got = append(r.got, rec.Level.String()+" "+rec.Message)
 	return nil
+}
+
+// await waits until something is logged.
+func (r *logRecorder) await(t *testing.T, line string) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); !slices.Contains(r.lines(), line); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%q was not logged, but %q", line, r.lines())
+		}
+	}
 }
 
 func (r *logRecorder) lines() []string {

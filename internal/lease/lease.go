@@ -85,6 +85,7 @@ type Renewal struct {
 	Deadline time.Time     // of the session, after it
 	Err      error         // nil if it counted
 	Failures int           // how many in a row have failed
+	Before   int           // if it counted: how many in a row had failed before it
 	Silent   int           // how many in a row had no answer
 }
 
@@ -119,6 +120,7 @@ type Session struct {
 	keeper   *keeper         // nil until a renewal needs it
 	streams  <-chan struct{} // closed when the keeper has ended; nil if others use it
 	last     Renewal
+	failure  error // of the last renewal that was answered or ran out of time, nil if it counted
 	untold   []Renewal
 	telling  bool                 // a goroutine tells them
 	stock    *concurrency.Session // nil until Election needs it
@@ -272,6 +274,13 @@ func (s *Session) Cause() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.cause
+}
+
+// Failure is why the last renewal did not count, nil if it did. That the session has ended meanwhile is no reason.
+func (s *Session) Failure() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.failure
 }
 
 // Revoked tells the session that etcd does not know the lease any more. Before the deadline that is somebody

@@ -71,6 +71,12 @@ func (s *Session) report(sent stamp, err error) {
 	if errors.Is(err, context.DeadlineExceeded) {
 		r.Silent = s.last.Silent + 1
 	}
+	if err == nil {
+		r.Before = s.last.Failures
+	}
+	if s.cause == nil || !errors.Is(err, s.cause) {
+		s.failure = err
+	}
 	s.last = r
 	if len(s.untold) == maxUntold {
 		s.untold = slices.Delete(s.untold, 0, 1)

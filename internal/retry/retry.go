@@ -5,15 +5,20 @@
 package retry
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/metadata"
@@ -548,7 +553,7 @@ func Silence(client *clientv3.Client, waited time.Duration) error {
 	waited = waited.Round(time.Millisecond)
 	switch state, ok := Connection(client); {
 	case ok && state != connectivity.Ready:
-		return silent(fmt.Sprintf("no connection to etcd: %v", state))
+		return silent("no connection to etcd: " + cmp.Or(connectionError(client, state), state.String()))
 	case ok && waited >= time.Second:
 		return silent(fmt.Sprintf("no answer from etcd for %v on an open connection, %s", waited, Cure))
 	}
@@ -564,6 +569,32 @@ func (s silent) Is(target error) bool { return target == context.DeadlineExceede
 // made to dial anew: Reconnect leaves connections alone that seem to work, and to set the endpoints would
 // race with the user's own SetEndpoints.
 const Cure = "which may have died without a sign: set DialKeepAliveTime and DialKeepAliveTimeout in the client's clientv3.Config"
+
+// maxExplanation is how long gRPC may take to say why there is no connection, which it knows.
+const maxExplanation = 50 * time.Millisecond
+
+// connectionError is why gRPC has failed to connect: connection refused, no such host, an unknown authority. It says so to
+// a request that does not wait for a connection, and so is not sent. It is "" in another state.
+//
+//nolint:contextcheck // it says so at once, also when the caller's context has ended
+func connectionError(client *clientv3.Client, state connectivity.State) string {
+	if state != connectivity.TransientFailure {
+		return ""
+	}
+	ctx, cancel := context.WithTimeout(client.Ctx(), maxExplanation)
+	defer cancel()
+	_, err := etcdserverpb.NewKVClient(client.ActiveConnection()).Range(ctx,
+		&etcdserverpb.RangeRequest{Key: []byte{0}, Serializable: true}, grpc.WaitForReady(false))
+	if status.Code(err) != codes.Unavailable {
+		return ""
+	}
+	why := strings.TrimPrefix(status.Convert(err).Message(), "last connection error: ")
+	why = strings.TrimPrefix(why, "connection error: desc = ")
+	if text, err := strconv.Unquote(why); err == nil {
+		why = text
+	}
+	return why
+}
 
 // Connection is the state of the client's connection. ok is false if it has none of its own.
 func Connection(client *clientv3.Client) (state connectivity.State, ok bool) {

@@ -204,7 +204,7 @@ func (k *client) pick(ctx context.Context, cc *grpc.ClientConn, method string, f
 	if idle {
 		cc.Connect()
 	}
-	why := "while waiting for connections to become ready"
+	var latest error
 	for {
 		k.mu.Lock()
 		picker, closed, changed := k.picker, k.closed, k.changed
@@ -226,12 +226,16 @@ func (k *client) pick(ctx context.Context, cc *grpc.ClientConn, method string, f
 			case failFast:
 				return nil, status.Error(codes.Unavailable, err.Error())
 			default:
-				why = "latest balancer error: " + err.Error()
+				latest = err
 			}
 		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
+			why := "while waiting for connections to become ready"
+			if latest != nil {
+				why = "latest balancer error: " + latest.Error()
+			}
 			return nil, status.Error(status.FromContextError(ctx.Err()).Code(), ctx.Err().Error()+" "+why)
 		}
 	}
