@@ -395,3 +395,22 @@ func TestDeadWatchesAreNoticedInATTLThoughAnEndpointIsDark(t *testing.T) {
 		})
 	}
 }
+
+// One endpoint is dark from the client's start, so that nobody has told yet of the other's failures, between which gRPC's
+// pauses grow.
+func TestCampaignIsBackSoonThoughItsClientHasStartedBesideADarkEndpoint(t *testing.T) {
+	m, _ := start(t)
+	dark, failing := etcdtest.NewLink(t, m), etcdtest.NewLink(t, m)
+	dark.Darken()
+	failing.Cut()
+	waiting := campaign(t.Context(), newElector(t, etcdtest.NewClient(t, dark.Endpoint, failing.Endpoint)), "jobs", "")
+	time.Sleep(11500 * time.Millisecond) // gRPC's pause is 4 s or more by now
+	began := time.Now()
+	failing.Heal()
+	l := awaitLeader(t, waiting)
+	if took := time.Since(began); took > 3*time.Second {
+		t.Errorf("elected %v after the endpoint was back, want the longest pause of a campaign, 2 s, and a few requests", took)
+	}
+	dark.Heal()
+	resign(t, l)
+}

@@ -44,6 +44,7 @@ type Pool struct {
 	mu       sync.Mutex
 	sessions []*Session // that may be lent
 	closing  []*Session // unused, and perhaps not yet revoked: at most maxSessions
+	failure  error      // of the last grant; nil if it has succeeded
 }
 
 // NewPool returns a pool without a session.
@@ -73,12 +74,15 @@ func (p *Pool) Track(ctx context.Context, loop *retry.Loop, name func(clientv3.L
 
 // track is one attempt at Track. There is one at a time, as the others are to have the session that it is granted.
 func (p *Pool) track(ctx context.Context, loop *retry.Loop, name func(clientv3.LeaseID) string, gone func()) (*Key, error) {
+	if k, _ := p.lend(name, gone); k != nil { // though somebody may wait for another one
+		return k, nil
+	}
 	began := time.Now()
 	select {
 	case p.granting <- struct{}{}:
 		defer func() { <-p.granting }()
 	case <-ctx.Done():
-		loop.Unanswered(began)
+		p.givenUp(loop, began)
 		return nil, ctx.Err()
 	}
 	k, room := p.lend(name, gone)
@@ -91,7 +95,7 @@ func (p *Pool) track(ctx context.Context, loop *retry.Loop, name func(clientv3.L
 	s, err := p.grantInTime(ctx)
 	if err != nil {
 		if ctx.Err() != nil {
-			loop.Unanswered(began)
+			p.givenUp(loop, began)
 		}
 		return nil, err
 	}
@@ -136,13 +140,31 @@ func (p *Pool) grantInTime(ctx context.Context) (*Session, error) {
 		return nil, err
 	}
 	s, err := p.grant(ctx)
-	if err == nil || retry.Permanent(err) {
+	switch {
+	case err != nil && ctx.Err() != nil: // etcd has not failed
+		return nil, err
+	case err == nil || retry.Permanent(err):
 		p.failing.Reset()
 		p.retryAt = time.Time{}
-	} else {
+	default:
 		p.retryAt = time.Now().Add(p.failing.Next())
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.failure = err
 	return s, err
+}
+
+// givenUp notes what a campaign has waited for in vain since it began: whoever asks for the lease, it is for all.
+func (p *Pool) givenUp(loop *retry.Loop, began time.Time) {
+	p.mu.Lock()
+	failure := p.failure
+	p.mu.Unlock()
+	if failure == nil {
+		loop.Unanswered(began)
+		return
+	}
+	loop.Waited(failure)
 }
 
 // grant asks for a lease, and again while the first request has no answer. A lease that is granted when

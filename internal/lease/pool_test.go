@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -220,9 +221,9 @@ func TestDeniedLeaseIsLentNoMoreAndTheNextToAll(t *testing.T) {
 func TestGrantIsAskedForByOneAtATimeAndLessAndLessOften(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
-		healed := false
+		var healed atomic.Bool
 		e.onGrant = func(_ context.Context, _ int, l *granted) (*granted, error) {
-			if !healed {
+			if !healed.Load() {
 				return nil, rpctypes.ErrNoLeader
 			}
 			return l, nil
@@ -244,7 +245,7 @@ func TestGrantIsAskedForByOneAtATimeAndLessAndLessOften(t *testing.T) {
 		if most := 2*int(time.Minute/maxRetry) + 10; asked > most {
 			t.Errorf("%d leases asked for in a minute, want %d at most", asked, most)
 		}
-		healed = true
+		healed.Store(true)
 		began := time.Now()
 		for range users {
 			cleanUp(t, <-keys)
@@ -254,6 +255,77 @@ func TestGrantIsAskedForByOneAtATimeAndLessAndLessOften(t *testing.T) {
 		}
 		if n := len(e.log().asked); n != asked+1 {
 			t.Errorf("%d leases asked for since, want 1", n-asked)
+		}
+	})
+}
+
+func TestCallersWhoGiveUpMakeNoPause(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		e.onGrant = takes[granted](soon)
+		p := newPool(e)
+		for range 10 {
+			ctx, cancel := context.WithTimeout(t.Context(), soon/2)
+			if _, err := track(ctx, p, "k"); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("Track() = %v, want %v", err, context.DeadlineExceeded)
+			}
+			cancel()
+		}
+		began := time.Now()
+		lend(t, p, "k")
+		if took := time.Since(began); took != soon {
+			t.Errorf("a lease took %v, want as long as etcd takes, %v", took, soon)
+		}
+		if err := p.Close(t.Context()); err != nil {
+			t.Errorf("Close() = %v", err)
+		}
+	})
+}
+
+// They all wait for one grant, which one of them asks for.
+func TestEachUserLearnsWhyThereIsNoLease(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		e.onGrant = fails[granted](rpctypes.ErrNoSpace)
+		p := newPool(e)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		var users sync.WaitGroup
+		for i := range 30 {
+			users.Go(func() {
+				loop := &retry.Loop{Client: p.client}
+				name := func(clientv3.LeaseID) string { return fmt.Sprint("k", i) }
+				if _, err := p.Track(ctx, loop, name, func() {}); err == nil || !errors.Is(loop.Last(), rpctypes.ErrNoSpace) {
+					t.Errorf("Track() = %v, last failure %v, want %v", err, loop.Last(), rpctypes.ErrNoSpace)
+				}
+			})
+		}
+		users.Wait()
+	})
+}
+
+func TestSessionIsLentWhileAnotherIsAskedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		p := newPool(e)
+		first := lend(t, p, "a")
+		e.onGrant = hangs
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		var second sync.WaitGroup
+		second.Go(func() {
+			if _, err := track(ctx, p, "a"); err == nil { // the name is in use on the first
+				t.Error("Track() has succeeded without a grant")
+			}
+		})
+		time.Sleep(time.Second / 2)
+		began := time.Now()
+		if k := lend(t, p, "b"); k.Session() != first.Session() || time.Since(began) != 0 {
+			t.Errorf("lent another session, or after %v", time.Since(began))
+		}
+		second.Wait()
+		if err := p.Close(t.Context()); err != nil {
+			t.Errorf("Close() = %v", err)
 		}
 	})
 }

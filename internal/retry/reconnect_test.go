@@ -19,11 +19,12 @@ func TestConnectionsAreLeftAloneWhileTheyMayChange(t *testing.T) {
 		want      bool
 	}
 	for name, looks := range map[string][]look{
-		"as the client begins to connect":    {{0, connecting, one, false}, {time.Second, connecting, one, false}, {time.Second, failure, one, true}},
+		"as the client begins to connect":    {{0, connecting, one, false}, {minReset, connecting, one, false}, {minReset, failure, one, true}},
+		"when nobody has answered for long":  {{0, connecting, one, false}, {maxBegin - 1, connecting, one, false}, {minReset, connecting, one, true}},
 		"after the endpoints have changed":   {{0, ready, one, false}, {time.Second, failure, one, true}, {time.Second, failure, two, false}, {time.Second, failure, two, true}},
 		"when one is connecting again":       {{0, ready, one, false}, {time.Second, connecting, one, true}},
 		"beside one that is ready":           {{0, ready, two, false}, {time.Second, ready, two, true}},
-		"after a time in which it was idle":  {{0, ready, one, false}, {time.Second, idle, one, false}, {time.Second, connecting, one, false}},
+		"after a time in which it was idle":  {{0, ready, one, false}, {time.Second, idle, one, false}, {time.Second, connecting, one, false}, {maxBegin, connecting, one, true}},
 		"a moment after it was made to last": {{0, ready, one, false}, {minReset, failure, one, true}, {minReset - 1, failure, one, false}, {1, failure, one, true}},
 	} {
 		bubble(t, name, func(t *testing.T) {

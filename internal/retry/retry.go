@@ -547,6 +547,13 @@ func (l *Loop) Unanswered(sent time.Time) {
 	}
 }
 
+// Waited notes the failure of somebody else's request, whose success would have been the caller's as well.
+func (l *Loop) Waited(failure error) {
+	if l.last == nil {
+		l.last = failure
+	}
+}
+
 // Silence is the error of a request that has ended without an answer, whose own error says no more than that:
 // clientv3 retries what it can by itself and keeps the reasons. It matches [context.DeadlineExceeded].
 func Silence(client *clientv3.Client, waited time.Duration) error {

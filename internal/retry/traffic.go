@@ -28,7 +28,8 @@ type traffic struct {
 	created [watchStreams]time.Time       // when a watch was created last on each stream
 	streams [watchStreams]context.Context // with the metadata of each stream: one for all watches, to save memory
 
-	connected bool      // gRPC has made its connections
+	begun     time.Time // when gRPC was first seen to make its connections; zero while it does not
+	connected bool      // it has made them
 	endpoints []string  // when gRPC was last made to connect again
 	reset     time.Time // when that was
 }
@@ -96,8 +97,13 @@ func (t *traffic) fillLocked(tokens float64) {
 	t.tokens = min(t.tokens+tokens, max(minTokens, float64(t.waiting)))
 }
 
-// minReset is how long gRPC's connections are left alone after they were made to connect again.
-const minReset = 100 * time.Millisecond
+const (
+	// minReset is how long gRPC's connections are left alone after they were made to connect again.
+	minReset = 100 * time.Millisecond
+
+	// maxBegin is how long gRPC may take to make its connections, before any of them is there or has failed.
+	maxBegin = time.Second
+)
 
 // mayReset reports whether gRPC may be made to connect again now. It goes through its connections without a lock then
 // (grpc/grpc-go#9155), so none must come or go meanwhile: that is when the client begins to connect, and when
@@ -105,13 +111,18 @@ const minReset = 100 * time.Millisecond
 func (t *traffic) mayReset(state connectivity.State, endpoints []string) bool {
 	traffics.mu.Lock()
 	defer traffics.mu.Unlock()
-	switch state {
-	case connectivity.Ready, connectivity.TransientFailure:
-		t.connected = true
-	case connectivity.Idle:
-		t.connected = false
-	}
 	now := time.Now()
+	switch state {
+	case connectivity.Idle:
+		t.begun, t.connected = time.Time{}, false
+	case connectivity.Connecting:
+		if t.begun.IsZero() {
+			t.begun = now
+		}
+		t.connected = t.connected || now.Sub(t.begun) >= maxBegin
+	default:
+		t.connected = true
+	}
 	if now.Sub(t.reset) < minReset {
 		return false
 	}
