@@ -211,8 +211,10 @@ func (l *Leader) announce(ctx context.Context, value string, waited time.Duratio
 			l.letGo(ctx)
 		}
 	}()
-	l.e.log(l.claim.election).Info("elected", "token", l.token, "key", l.key, "value", value[:min(len(value), maxLogged)], "waited", waited)
-	l.e.opts.hooks.Elected(l.claim.election, l, waited)
+	func() {
+		defer l.e.opts.hooks.Elected(l.claim.election, l, waited) // also when the log handler ends this goroutine: Ended follows
+		l.e.log(l.claim.election).Info("elected", "token", l.token, "key", l.key, "value", value[:min(len(value), maxLogged)], "waited", waited)
+	}()
 	told = true
 }
 

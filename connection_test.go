@@ -692,3 +692,14 @@ func TestErrorsSayWhyThereIsNoConnection(t *testing.T) {
 		})
 	}
 }
+
+// Nothing was asked of etcd, which is well.
+func TestCampaignWhoseContextHasEndedDoesNotBlameEtcd(t *testing.T) {
+	_, client := start(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, err := newElector(t, client).Campaign(ctx, "jobs", "")
+	if !errors.Is(err, context.Canceled) || strings.Contains(err.Error(), "last failure") {
+		t.Errorf("Campaign() = %v", err)
+	}
+}

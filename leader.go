@@ -411,17 +411,18 @@ func (l *Leader) tell() {
 	l.claim.observing.Wait()
 	cause := context.Cause(l.ctx)
 	log := l.e.log(l.claim.election).With("token", l.token)
-	if errors.Is(cause, ErrResigned) {
-		log.Info("resigned")
-		l.e.opts.hooks.Ended(l.claim.election, l, cause)
-		return
-	}
-	defer l.tidying.Wait() // also when the logger or the hook panics
-	if failure := l.session.Failure(); failure != nil && errors.Is(cause, ErrExpired) {
-		log = log.With("renewal", failure)
-	}
-	log.Warn("lost", "cause", cause)
-	l.e.opts.hooks.Ended(l.claim.election, l, cause)
+	defer l.tidying.Wait() // also when the log handler or the hook panics
+	func() {
+		defer l.e.opts.hooks.Ended(l.claim.election, l, cause) // also when the log handler ends this goroutine
+		if errors.Is(cause, ErrResigned) {
+			log.Info("resigned")
+			return
+		}
+		if failure := l.session.Failure(); failure != nil && errors.Is(cause, ErrExpired) {
+			log = log.With("renewal", failure)
+		}
+		log.Warn("lost", "cause", cause)
+	}()
 	l.tidying.Wait()
 	if l.unrevoked != nil {
 		log.Warn("lease could not be revoked, it will expire", "error", l.unrevoked)

@@ -349,7 +349,6 @@ func goexit(t *testing.T, places map[string][]error) {
 		}
 	}
 	atEnd := func(l *term) bool { return l.place == "Ended" || l.place == "log: resigned" || l.place == "log: lost" }
-	untold := func(l *term) bool { return l.place == "log: resigned" || l.place == "log: lost" } // that comes before Ended
 	for _, l := range terms {
 		l.reach(t, 1)
 	}
@@ -381,9 +380,6 @@ func goexit(t *testing.T, places map[string][]error) {
 		awaitEnd(t, l.l, l.cause)
 		if atEnd(l) {
 			await(t, l.what, l.done)
-		}
-		if untold(l) {
-			continue
 		}
 		if cause := await(t, "Ended after "+l.what, l.ended); !errors.Is(cause, l.cause) {
 			t.Errorf("%s: Ended was told %v", l.what, cause)

@@ -74,6 +74,9 @@ func (p *Pool) Track(ctx context.Context, loop *retry.Loop, name func(clientv3.L
 
 // track is one attempt at Track. There is one at a time, as the others are to have the session that it is granted.
 func (p *Pool) track(ctx context.Context, loop *retry.Loop, name func(clientv3.LeaseID) string, gone func()) (*Key, error) {
+	if ctx.Err() != nil { // etcd is not to blame
+		return nil, ctx.Err()
+	}
 	if k, _ := p.lend(name, gone); k != nil { // though somebody may wait for another one
 		return k, nil
 	}

@@ -257,8 +257,8 @@ func First[T any](ctx context.Context, client *clientv3.Client, request func(con
 	defer cancel()
 	a, err := Ask(bound, client, nil, func(ctx context.Context) (answer, error) {
 		value, err := request(ctx)
-		if err != nil && ctx.Err() != nil {
-			return answer{}, ctx.Err() // err is only what that looks like from inside a request
+		if err != nil && (ctx.Err() != nil || errors.Is(err, context.DeadlineExceeded)) {
+			return answer{}, context.DeadlineExceeded // that is no answer; its deadline may have come a moment before ctx's
 		}
 		return answer{value, err}, nil
 	})
