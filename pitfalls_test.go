@@ -1560,9 +1560,14 @@ func TestQuestionAfterALongOutageIsAnswered(t *testing.T) {
 		t.Fatal(err)
 	}
 	link.Cut()
-	for patient.ActiveConnection().GetState() != connectivity.TransientFailure {
+	for deadline := time.Now().Add(time.Minute); patient.ActiveConnection().GetState() != connectivity.TransientFailure; {
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+		_, _ = patient.Get(ctx, "jobs") // a connection that carries nothing is not cut
+		cancel()
 		patient.ActiveConnection().Connect()
-		time.Sleep(time.Millisecond)
+		if time.Now().After(deadline) {
+			t.Fatal("the connection was not cut")
+		}
 	}
 	link.Heal()
 	if _, err := e.Current(t.Context(), "jobs"); !errors.Is(err, leader.ErrNoLeader) {
