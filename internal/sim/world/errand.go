@@ -354,7 +354,10 @@ func (r *errand) watchBesideADarkEndpoint() {
 	defer beside.Wait()
 	defer cancel()
 	beside.Go(func() {
-		for range r.e.Observe(ctx, r.name+", beside") { // until ctx ends
+		for _, err := range r.e.Observe(ctx, r.name+", beside") {
+			if err != nil && ctx.Err() == nil {
+				r.violate("observe", "one endpoint is dark: %v", err)
+			}
 		}
 	})
 	for i := range 3 {
