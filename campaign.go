@@ -25,7 +25,7 @@ type claim struct {
 	stop      context.CancelFunc // ends observe
 	observing sync.WaitGroup     // until observe has returned
 
-	// Of observe alone.
+	// Of report and observe alone, which run once at a time.
 	over  bool          // there is nothing more to observe
 	pause retry.Backoff // before it begins again
 }

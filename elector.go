@@ -405,20 +405,21 @@ const maxSilent = 2
 
 // renewal is told of every renewal of a lease.
 func (e *Elector) renewal(r lease.Renewal) {
-	log := e.opts.log.With("lease", fmt.Sprintf("%x", r.Lease))
+	// The hooks are called also when the log handler ends this goroutine.
+	log := func() *slog.Logger { return e.opts.log.With("lease", fmt.Sprintf("%x", r.Lease)) }
 	if r.Err == nil {
-		defer e.opts.hooks.Renewed(r.Lease, r.Took, r.Deadline) // also when the log handler ends this goroutine
+		defer e.opts.hooks.Renewed(r.Lease, r.Took, r.Deadline)
 		if r.Before > 0 {
-			log.Info("renewals of the lease work again", "failures", r.Before, "deadline", r.Deadline)
+			log().Info("renewals of the lease work again", "failures", r.Before, "deadline", r.Deadline)
 		}
 		return
 	}
 	defer e.opts.hooks.RenewFailed(r.Lease, r.Took, r.Err)
 	if r.Failures == 1 {
-		log.Warn("renewal of the lease is being retried", "deadline", r.Deadline, "error", r.Err)
+		log().Warn("renewal of the lease is being retried", "deadline", r.Deadline, "error", r.Err)
 	}
 	if state, ok := retry.Connection(e.client); r.Silent == maxSilent && ok && state == connectivity.Ready {
-		log.Warn("etcd does not answer on an open connection", "cure", retry.Cure)
+		log().Warn("etcd does not answer on an open connection", "cure", retry.Cure)
 	}
 }
 

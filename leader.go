@@ -35,6 +35,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"sync"
 	"time"
 
@@ -410,10 +411,11 @@ func (l *Leader) tell() {
 	l.beginning.Wait()
 	l.claim.observing.Wait()
 	cause := context.Cause(l.ctx)
-	log := l.e.log(l.claim.election).With("token", l.token)
+	var log *slog.Logger
 	defer l.tidying.Wait() // also when the log handler or the hook panics
 	func() {
 		defer l.e.opts.hooks.Ended(l.claim.election, l, cause) // also when the log handler ends this goroutine
+		log = l.e.log(l.claim.election).With("token", l.token)
 		if errors.Is(cause, ErrResigned) {
 			log.Info("resigned")
 			return

@@ -45,6 +45,7 @@ type Pool struct {
 	sessions []*Session // that may be lent
 	closing  []*Session // unused, and perhaps not yet revoked: at most maxSessions
 	failure  error      // of the last grant; nil if it has succeeded
+	failed   time.Time  // when that was
 }
 
 // NewPool returns a pool without a session.
@@ -154,16 +155,16 @@ func (p *Pool) grantInTime(ctx context.Context) (*Session, error) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.failure = err
+	p.failure, p.failed = err, time.Now()
 	return s, err
 }
 
 // givenUp notes what a campaign has waited for in vain since it began: whoever asks for the lease, it is for all.
 func (p *Pool) givenUp(loop *retry.Loop, began time.Time) {
 	p.mu.Lock()
-	failure := p.failure
+	failure, failed := p.failure, p.failed
 	p.mu.Unlock()
-	if failure == nil {
+	if failure == nil || failed.Add(maxRetry).Before(began) { // older than the pause that it has begun with
 		loop.Unanswered(began)
 		return
 	}

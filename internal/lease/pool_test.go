@@ -202,6 +202,7 @@ func TestDeniedLeaseIsLentNoMoreAndTheNextToAll(t *testing.T) {
 				t.Fatalf("lent lease %x, want the first, %x", k.Session().ID(), first.Session().ID())
 			}
 			k.Session().Deny()
+			k.Drop() // the name is free again
 			k.Release()
 			next := lend(t, p, fmt.Sprint("k", i))
 			if used == nil {
@@ -301,6 +302,33 @@ func TestEachUserLearnsWhyThereIsNoLease(t *testing.T) {
 			})
 		}
 		users.Wait()
+	})
+}
+
+func TestOldFailureIsNotWhatACampaignHasWaitedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		p := newPool(e)
+		last := func(answer func(context.Context, int, *granted) (*granted, error)) error {
+			e.onGrant = answer
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			loop := &retry.Loop{Client: p.client}
+			if _, err := p.Track(ctx, loop, func(clientv3.LeaseID) string { return "k" }, func() {}); err == nil {
+				t.Error("Track() has succeeded without a grant")
+			}
+			return loop.Last()
+		}
+		if err := last(fails[granted](rpctypes.ErrNoSpace)); !errors.Is(err, rpctypes.ErrNoSpace) {
+			t.Errorf("last failure %v, want %v", err, rpctypes.ErrNoSpace)
+		}
+		time.Sleep(time.Hour)
+		if err := last(hangs); err == nil || errors.Is(err, rpctypes.ErrNoSpace) {
+			t.Errorf("last failure %v, want that there was no answer", err)
+		}
+		if err := p.Close(t.Context()); err != nil {
+			t.Errorf("Close() = %v", err)
+		}
 	})
 }
 

@@ -581,7 +581,8 @@ const Cure = "which may have died without a sign: set DialKeepAliveTime and Dial
 const maxExplanation = 50 * time.Millisecond
 
 // connectionError is why gRPC has failed to connect: connection refused, no such host, an unknown authority. It says so to
-// a request that does not wait for a connection, and so is not sent. It is "" in another state.
+// a request that does not wait for a connection, and so is not sent. (If there is one by then, that is a read of a key
+// which does not exist.) It is "" in another state.
 //
 //nolint:contextcheck // it says so at once, also when the caller's context has ended
 func connectionError(client *clientv3.Client, state connectivity.State) string {
