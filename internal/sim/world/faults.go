@@ -97,7 +97,7 @@ func (w *world) faults() {
 	})
 	active := 0
 	for {
-		w.sleep(time.Duration(w.rng.ExpFloat64() * float64(w.Every)))
+		w.untilCalm(time.Duration(w.rng.ExpFloat64() * float64(w.Every)))
 		if w.calm.Load() || w.violated() {
 			return
 		}
@@ -136,8 +136,11 @@ func (w *world) victim() *process {
 }
 
 // last lets a fault last, but not into the calm.
-func (s *strike) last(d time.Duration) {
-	for end := time.Now().Add(d); time.Now().Before(end) && !s.w.calm.Load() && !s.w.violated(); {
+func (s *strike) last(d time.Duration) { s.w.untilCalm(d) }
+
+// untilCalm blocks for d, or until it is calm or a rule is violated.
+func (w *world) untilCalm(d time.Duration) {
+	for end := time.Now().Add(d); time.Now().Before(end) && !w.calm.Load() && !w.violated(); {
 		time.Sleep(min(time.Until(end), 100*time.Millisecond))
 	}
 }
