@@ -361,7 +361,7 @@ func TestElectionsThatAreOverKeepNoValues(t *testing.T) {
 		},
 	}))
 	lead(t, e, "keep", "")
-	await(t, "LeaderChanged", told)
+	etcdtest.Await(t, "LeaderChanged", told)
 	value := strings.Repeat("v", 100_000)
 	use := func(n int, what string) account {
 		t.Helper()
@@ -448,7 +448,7 @@ func TestSlowConsumerOfObserveCostsABoundedAmount(t *testing.T) {
 			}
 		}
 	})
-	await(t, "the leader", began)
+	etcdtest.Await(t, "the leader", began)
 	swift := observe(t, e, "jobs")
 	const n, size = 30, 500_000
 	var last string

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"log/slog"
 	"slices"
 	"sync"
 	"time"
@@ -13,21 +14,21 @@ import (
 	"example.com/leader/internal/lease"
 	"example.com/leader/internal/queue"
 	"example.com/leader/internal/retry"
-	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 )
 
-// A claim is an Elector's part in an election, from the begin of a campaign to the end of the
-// term: there may be one at a time.
+// A claim is an Elector's part in an election, from the beginning of a campaign to the end of the term.
+// There is at most one at a time.
 type claim struct {
 	e         *Elector
 	election  string
 	stop      context.CancelFunc // ends observe
 	observing sync.WaitGroup     // until observe has returned
+	term      *Leader            // nil until it is elected; guarded by e.mu
 
-	// Of report and observe alone, which run once at a time.
+	// Used by report and observe alone, one of which runs at a time.
 	over  bool          // there is nothing more to observe
-	pause retry.Backoff // before it begins again
+	pause retry.Backoff // before observe is started again
 }
 
 func (e *Elector) claim(election string) (*claim, error) {
@@ -43,7 +44,7 @@ func (e *Elector) claim(election string) (*claim, error) {
 	if taken {
 		return nil, fmt.Errorf("%w: %q", ErrCampaigning, election)
 	}
-	if e.opts.hooks.LeaderChanged != nil {
+	if e.opts.hooks.watchLeader() {
 		var ctx context.Context
 		ctx, c.stop = context.WithCancel(e.ctx)
 		c.observing.Add(1)
@@ -51,7 +52,7 @@ func (e *Elector) claim(election string) (*claim, error) {
 		e.observers[election] = c
 		e.mu.Unlock()
 		e.watching.Go(func() {
-			if former != nil { // what it tells is older
+			if former != nil { // what it reports is older, and comes first
 				former.observing.Wait()
 			}
 			c.report(ctx)
@@ -80,7 +81,7 @@ func (c *claim) report(ctx context.Context) {
 	c.observe(ctx)
 }
 
-// release lets the next campaign in. It may be called again. Whoever calls it waits for observing then.
+// release lets the next campaign begin. It may be called again. Its caller then waits for observing.
 func (c *claim) release() {
 	e := c.e
 	e.mu.Lock()
@@ -92,8 +93,7 @@ func (c *claim) release() {
 	c.stop()
 }
 
-// observe calls Hooks.LeaderChanged. A campaign after a lost term does not repeat what the one
-// before it has reported.
+// observe calls Hooks.LeaderChanged. A campaign does not repeat what the campaign before it has reported.
 func (c *claim) observe(ctx context.Context) {
 	e := c.e
 	err := queue.New(e.client, c.election).Observe(ctx, e.warn(c.election, "observing is being retried"), e.opts.ttl,
@@ -103,7 +103,7 @@ func (c *claim) observe(ctx context.Context) {
 			news := current && e.reports.news(c.election, leader)
 			e.mu.Unlock()
 			if news {
-				e.opts.hooks.LeaderChanged(c.election, Candidate(leader))
+				e.opts.hooks.leaderChanged(c.election, Candidate(leader))
 				c.pause.Reset()
 			}
 			return current
@@ -114,23 +114,23 @@ func (c *claim) observe(ctx context.Context) {
 	}
 }
 
-// maxReports is how many elections without a campaign or term reports remembers.
+// maxReports is for how many elections in which the Elector has no part reports are remembered.
 const maxReports = 100
 
-// reports is what Hooks.LeaderChanged was last called with, by election.
+// reports is what Hooks.LeaderChanged was last called with in each election.
 type reports struct {
 	seed maphash.Seed
 	last map[string]report
-	idle []string // elections without a claim, the longest without one first
+	idle []string // elections without a claim, in the order in which they lost it
 }
 
-// A report is as much of a candidate as it takes to know it again.
+// A report is what it takes to recognise a candidate.
 type report struct {
 	token int64
 	value uint64 // a hash: the value itself may be 1 MiB
 }
 
-// news reports whether the leader is not the one that was reported last, and remembers it.
+// news reports whether this leader was not the last one that was reported, and remembers it.
 func (r *reports) news(election string, leader queue.Candidate) bool {
 	if r.last == nil {
 		r.seed, r.last = maphash.MakeSeed(), make(map[string]report)
@@ -154,13 +154,17 @@ func (r *reports) unclaimed(election string) {
 	}
 }
 
-// how says what is special about a campaign.
-type how struct {
-	try bool // it does not wait behind others
-	run bool // Run looks after the term
-}
+// A caller is the method that campaigns.
+type caller int
 
-func (e *Elector) campaign(ctx context.Context, name, value string, how how) (*Leader, error) {
+const (
+	byCampaign    caller = iota
+	byTryCampaign        // does not wait behind other candidates
+	byRun                // resigns the term itself
+)
+
+// campaign campaigns in the election. ctx is that of begin.
+func (e *Elector) campaign(ctx context.Context, name, value string, by caller) (*Leader, error) {
 	election, err := e.opts.election(name)
 	if err != nil {
 		return nil, err
@@ -168,17 +172,13 @@ func (e *Elector) campaign(ctx context.Context, name, value string, how how) (*L
 	if value, err = e.value(value); err != nil {
 		return nil, err
 	}
-	if err := e.enter(); err != nil {
-		return nil, err
-	}
-	defer e.exit()
 	c, err := e.claim(election) //nolint:contextcheck // a claim lasts as long as the term, not as ctx
 	if err != nil {
 		return nil, err
 	}
-	// Here is the rule "what the user's code does cannot lose anything": hooks and the logger may panic or
-	// exit the goroutine. That goes on to the caller, but what was begun is ended first: here, in announce, in
-	// stand, in watch and in runTerm.
+	// The rule "what the user's code does cannot lose anything" is enforced here, in announce, in joinAndWait, in
+	// watch and in runTerm. Hooks and the logger may panic or exit the goroutine. The panic reaches the caller, but
+	// claim, key and lease are seen to first.
 	returned := false
 	defer func() {
 		if !returned {
@@ -186,12 +186,12 @@ func (e *Elector) campaign(ctx context.Context, name, value string, how how) (*L
 		}
 	}()
 	started := time.Now()
-	e.opts.hooks.Campaigning(election)
-	l, err := e.candidate(ctx, c, value, how)
+	e.opts.hooks.campaigning(election)
+	l, err := e.newCampaign(ctx, c, value, by).win() //nolint:contextcheck // the campaign has it
 	if err != nil {
 		c.release()
 		c.observing.Wait()
-		e.opts.hooks.CampaignFailed(election, err)
+		e.opts.hooks.campaignFailed(election, err)
 	} else {
 		l.announce(ctx, value, time.Since(started))
 	}
@@ -202,7 +202,9 @@ func (e *Elector) campaign(ctx context.Context, name, value string, how how) (*L
 // maxLogged is how much of a value is logged, in bytes.
 const maxLogged = 100
 
-// announce tells that the term has begun. If the logger or the hook panics it is resigned.
+func logged(value string) string { return value[:min(len(value), maxLogged)] }
+
+// announce reports that the term has begun. If the logger or a hook panics, the term is resigned.
 func (l *Leader) announce(ctx context.Context, value string, waited time.Duration) {
 	told := false
 	defer func() {
@@ -212,90 +214,76 @@ func (l *Leader) announce(ctx context.Context, value string, waited time.Duratio
 		}
 	}()
 	func() {
-		defer l.e.opts.hooks.Elected(l.claim.election, l, waited) // also when the log handler ends this goroutine: Ended follows
-		l.e.log(l.claim.election).Info("elected", "token", l.token, "key", l.key, "value", value[:min(len(value), maxLogged)], "waited", waited)
+		defer l.e.opts.hooks.elected(l, waited) // also if the log handler ends this goroutine, because Ended follows
+		l.e.log(l.claim.election).Info("elected", "token", l.token, "key", l.key, "value", logged(value), "waited", waited)
 	}()
 	told = true
 }
 
-// A campaigning is a campaign under way: one candidacy after another, until one is elected.
-type campaigning struct {
+// A campaign makes one candidacy after another, until a candidate is elected.
+type campaign struct {
 	e     *Elector
+	ctx   context.Context
 	claim *claim
 	value string
-	how   how
+	by    caller
 
-	ctx    context.Context // the caller's
-	bound  context.Context // ends with ctx and with the Elector or its client
-	loop   *retry.Loop     // of requests
-	again  *retry.Loop     // of candidacies
-	denied *retry.Loop     // of leases to which somebody else has attached a key
-	stood  time.Time       // when the present candidacy began
+	requests *retry.Loop
+	rejoins  *retry.Loop // of candidacies, each of which was lost
+	denials  *retry.Loop // of leases, to each of which somebody else has attached a key
 }
 
-// newCampaigning returns a campaign, and what ends its context.
-func (e *Elector) newCampaigning(ctx context.Context, c *claim, value string, how how) (k *campaigning, unbind func()) {
-	bound, unbind := e.bind(ctx)
-	return &campaigning{
-		e: e, claim: c, value: value, how: how, ctx: ctx, bound: bound,
-		loop:   e.loop(c.election, "campaign is being retried"),
-		again:  e.loop(c.election, "candidacy was lost, joining again"),
-		denied: e.loop(c.election, "campaign is being retried"),
-	}, unbind
+func (e *Elector) newCampaign(ctx context.Context, c *claim, value string, by caller) *campaign {
+	k := &campaign{
+		e: e, ctx: ctx, claim: c, value: value, by: by,
+		requests: e.loop(c.election, "campaign is being retried"),
+		rejoins:  e.loop(c.election, "candidacy was lost, joining again"),
+		denials:  e.loop(c.election, "campaign is being retried"),
+	}
+	k.requests.Over = func(failures int, lasted time.Duration) {
+		e.log(c.election).Info("requests of the campaign work again", "failures", failures, "lasted", lasted)
+	}
+	return k
 }
 
-// candidate stands until it is elected, or cannot be.
-func (e *Elector) candidate(ctx context.Context, c *claim, value string, how how) (*Leader, error) {
-	k, unbind := e.newCampaigning(ctx, c, value, how)
-	defer unbind()
+// win returns the candidate that is elected, or why none can be.
+func (k *campaign) win() (*Leader, error) {
 	for {
-		l, err := k.stand() //nolint:contextcheck // k has it
+		joined := time.Now()
+		l, err := k.candidate()
+		if err == nil {
+			err = l.joinAndWait(k)
+		}
 		if err == nil {
 			return l, nil
 		}
-		if err := k.retry(err); err != nil {
-			return nil, err
+		if time.Since(joined) > k.e.opts.ttl {
+			k.rejoins.OK() // a candidacy that lasted so long ends the streak of lost ones
+		}
+		switch {
+		case errors.Is(err, errAttached):
+			err = k.denials.Retry(k.ctx, retry.Passing(err))
+		case errors.Is(err, errLost):
+			err = k.rejoins.Retry(k.ctx, retry.Passing(err))
+		}
+		if err != nil {
+			return nil, k.failure(err)
 		}
 	}
 }
 
-func (k *campaigning) stand() (*Leader, error) {
-	k.stood = time.Now()
-	l, err := k.enlist()
-	if err != nil {
-		return nil, err
-	}
-	return l, l.stand(k)
-}
-
-// retry blocks for a pause after the end of a candidacy, and returns nil if another one is worth a try.
-func (k *campaigning) retry(err error) error {
-	if time.Since(k.stood) > k.e.opts.ttl {
-		k.again.OK() // what lasted that long is no streak
-	}
-	again := k.again
-	switch {
-	case errors.Is(err, errAttached):
-		again = k.denied
-	case !errors.Is(err, errLost):
-		return k.failure(err)
-	}
-	if err := again.Again(k.bound, retry.Passing(err)); err != nil {
-		return k.failure(err)
-	}
-	return nil
-}
-
-// failure is what Campaign returns for its end by err.
-func (k *campaigning) failure(err error) error {
-	last := cmp.Or(k.loop.Last(), k.again.Last(), k.denied.Last())
-	over := k.bound.Err() != nil || k.e.client.Ctx().Err() != nil // the one may come a moment before the other
+// failure is what Campaign returns if err has ended it.
+func (k *campaign) failure(err error) error {
+	last := cmp.Or(k.requests.Last(), k.rejoins.Last(), k.denials.Last())
+	over := k.ctx.Err() != nil || k.e.client.Ctx().Err() != nil // either may be the first
 	if over {
-		err = boundError(k.ctx)
+		err = whyEnded(k.ctx)
 	}
 	switch election := k.claim.election; {
 	case errors.Is(err, ErrClosed), errors.Is(err, ErrHeld):
 		return fmt.Errorf("%w: campaign in %q", err, election)
+	case errors.Is(err, rpctypes.ErrPermissionDenied):
+		return fmt.Errorf("leader: campaign in %q: %w: it needs the permission to read and write the keys below %q", election, err, election+"/")
 	case over && last != nil:
 		return fmt.Errorf("leader: campaign in %q: %w", election, retry.WithLast(err, last))
 	default:
@@ -303,22 +291,20 @@ func (k *campaigning) failure(err error) error {
 	}
 }
 
-// errLost says that a candidate lost its lease or its key before it was elected.
+// errLost says that a candidate has lost its lease or its key before it was elected.
 var errLost = errors.New("candidacy lost")
 
-// errAttached says that a join was denied although the key may be written: any user may attach a key of
-// their own to a lease that has none yet, and then etcd denies the lease to those who may not write
-// that key. It takes another lease.
+// errAttached says that a join was denied although the client may write the key. Any user may attach a key of
+// their own to a lease that has no key yet, and etcd then denies the lease to those who may not write that key.
+// The campaign takes another lease.
 var errAttached = errors.New("somebody else has attached a key to the lease")
 
-// enlist returns a candidate with a lease.
-func (k *campaigning) enlist() (*Leader, error) {
+// candidate returns a candidate with a lease, which has not joined yet.
+func (k *campaign) candidate() (*Leader, error) {
 	e, q := k.e, queue.New(k.e.client, k.claim.election)
-	e.removeLeft(k.bound, q)
-	if k.how.try { // do not ask for a lease in vain
-		leader, err := q.Leader(k.bound, func(ctx context.Context, read queue.Read) ([]*mvccpb.KeyValue, error) {
-			return retry.Do(ctx, k.loop, read)
-		})
+	e.removeLeft(k.ctx, q)
+	if k.by == byTryCampaign { // do not ask for a lease if somebody leads
+		leader, err := q.Leader(k.ctx, k.requests)
 		if err != nil {
 			return nil, err
 		}
@@ -328,15 +314,15 @@ func (k *campaigning) enlist() (*Leader, error) {
 	}
 
 	l := &Leader{
-		e: e, run: k.how.run, claim: k.claim, queue: q,
+		e: e, by: k.by, claim: k.claim, queue: q,
 		done: make(chan struct{}), resigning: make(chan struct{}, 1),
 	}
 	l.ctx, l.cancel = context.WithCancelCause(context.WithoutCancel(k.ctx))
 	for l.tracked == nil {
 		var err error
-		l.tracked, err = e.pool.Track(k.bound, k.loop, q.Key, l.evict)
+		l.tracked, err = e.pool.Track(k.ctx, k.requests, q.Key, l.evict)
 		if errors.Is(err, lease.ErrCrowded) {
-			err = k.loop.Again(k.bound, err)
+			err = k.requests.Retry(k.ctx, err)
 		}
 		if err != nil {
 			return nil, err
@@ -346,70 +332,82 @@ func (k *campaigning) enlist() (*Leader, error) {
 	return l, nil
 }
 
-// stand is one candidacy: it returns nil when the candidate is elected. Otherwise its lease or its key was
-// lost, or it has to give up: then it has left no key behind, and the lease to those who still use it.
-func (l *Leader) stand(k *campaigning) error {
-	// watched ends when the lease or the key is lost, and with the term.
-	watched, unwatch := context.WithCancel(l.session.Context())
+// joinAndWait joins the queue and waits. It returns nil when the candidate is elected. If its lease or its key was lost,
+// or the campaign is over, it removes the candidate and returns why.
+func (l *Leader) joinAndWait(k *campaign) (err error) {
+	watched, unwatch := context.WithCancel(context.WithoutCancel(l.session.Context()))
+	l.mu.Lock()
 	l.unwatch = unwatch
+	l.unhook = context.AfterFunc(l.session.Context(), func() { l.end(l.sessionCause()) })
+	l.mu.Unlock()
+	// The candidacy ends with the campaign as well, the term does not.
+	unbind := context.AfterFunc(k.ctx, func() { l.end(ErrResigned) })
+	defer unbind()
 	elected := false
-	defer func() { // also when the logger panics
+	defer func() { // also if the logger panics
 		if !elected {
 			l.withdraw(k.ctx)
 		}
 	}()
-	standing, cancel := context.WithCancel(k.bound)
-	defer cancel()
-	defer context.AfterFunc(watched, cancel)()
 	watch := func() {
 		l.watching = true
-		l.e.watching.Go(func() { l.watch(watched) }) //nolint:contextcheck // so does the watch
+		l.e.watching.Go(func() { l.watch(watched) }) //nolint:contextcheck // the watch has it
 	}
 
-	place, err := l.join(standing, k.loop, k.value)
+	place, err := l.join(k.requests, k.value)
 	if err == nil {
-		k.denied.OK()
+		k.denials.OK()
 	}
 	switch {
 	case err != nil:
-	case k.how.try && !place.First():
+	case k.by == byTryCampaign && !place.First():
 		err = ErrHeld
 	default:
 		loop := l.e.loop(l.claim.election, "watch of the own key is being retried")
 		l.deletion = l.queue.WatchDeletion(watched, loop, l.key, l.token)
-		err = l.queue.Wait(standing, k.loop, place, l.session.TTL(), l.deletion, watch)
+		if !place.First() {
+			l.logPlace(place)
+		}
+		err = l.queue.Wait(l.ctx, k.requests, place, l.session.TTL(), l.deletion, watch)
 	}
 	if errors.Is(err, queue.ErrGone) {
-		l.evict() // says why the candidacy is lost
+		l.evict() // sets the cause, which lost returns
+	}
+	if err == nil && !unbind() {
+		err = k.ctx.Err() // the end of ctx wins over the election
 	}
 	if err == nil {
 		err = l.elect()
 	}
 	if err != nil {
-		return l.lost(standing, k.bound, err)
+		return l.lost(err)
 	}
 	elected = true
 	if !l.watching {
 		watch()
 	}
-	if !place.First() { // else nobody was there to be behind
+	if !place.First() { // else nobody waits behind this candidate for a touch: who joins finds it the oldest
 		l.beginning.Go(l.touch)
 	}
 	return nil
 }
 
-// lost returns err, or errLost if the candidate has lost its lease or its key.
-func (l *Leader) lost(standing, bound context.Context, err error) error {
-	lost := standing.Err() != nil || errors.Is(err, errLost) || errors.Is(err, rpctypes.ErrLeaseNotFound) ||
-		errors.Is(err, queue.ErrGone) || errors.Is(err, queue.ErrTaken)
-	if lost && bound.Err() == nil {
-		return fmt.Errorf("%w: %w", errLost, cmp.Or(context.Cause(l.ctx), l.session.Cause(), err))
+// lost returns errLost with the reason if the candidate has lost its lease or its key, and err otherwise.
+func (l *Leader) lost(err error) error {
+	cause := context.Cause(l.ctx)
+	switch {
+	case errors.Is(cause, ErrResigned): // the campaign is over, and failure says why
+		return err
+	case cause != nil, errors.Is(err, errLost), errors.Is(err, rpctypes.ErrLeaseNotFound),
+		errors.Is(err, queue.ErrGone), errors.Is(err, queue.ErrTaken):
+		return fmt.Errorf("%w: %w", errLost, cmp.Or(cause, l.session.Cause(), err))
 	}
 	return err
 }
 
-// removeLeft deletes keys that former terms or campaigns of this Elector have left in the election, so
-// that it does not wait behind itself. What it cannot delete in the time of a request, renewals delete.
+// removeLeft deletes the keys that earlier terms or campaigns of this Elector have left in the election, so
+// that the next candidate does not wait behind them. It blocks for at most the time of a request. Renewals delete
+// what it could not delete.
 func (e *Elector) removeLeft(ctx context.Context, q *queue.Queue) {
 	left := e.pool.Abandoned(q.Key)
 	if len(left) == 0 {
@@ -422,10 +420,10 @@ func (e *Elector) removeLeft(ctx context.Context, q *queue.Queue) {
 	}
 }
 
-// join puts the key and says where in the queue that is.
-func (l *Leader) join(ctx context.Context, loop *retry.Loop, value string) (queue.Place, error) {
+// join puts the key and returns its place in the queue.
+func (l *Leader) join(loop *retry.Loop, value string) (queue.Place, error) {
 	put := l.queue.Join(l.session.ID(), value)
-	joining, err := retry.Do(ctx, loop, func(ctx context.Context) (queue.Joining, error) {
+	joining, err := retry.Do(l.ctx, loop, func(ctx context.Context) (queue.Joining, error) {
 		return lease.Attempt(ctx, l.tracked, put)
 	})
 	switch {
@@ -433,7 +431,7 @@ func (l *Leader) join(ctx context.Context, loop *retry.Loop, value string) (queu
 		l.session.Revoked()
 		return queue.Place{}, err
 	case errors.Is(err, rpctypes.ErrPermissionDenied):
-		_, denied := retry.Do(ctx, loop, func(ctx context.Context) (struct{}, error) {
+		_, denied := retry.Do(l.ctx, loop, func(ctx context.Context) (struct{}, error) {
 			return struct{}{}, l.queue.MayJoin(ctx, l.session.ID())
 		})
 		if denied != nil {
@@ -446,10 +444,27 @@ func (l *Leader) join(ctx context.Context, loop *retry.Loop, value string) (queu
 	}
 	l.token, l.modified = joining.Token, joining.Token
 	l.tracked.Joined(l.token)
-	return l.queue.Place(ctx, loop, joining, l.session.ID(), value)
+	return l.queue.Place(l.ctx, loop, joining, l.session.ID(), value)
 }
 
-// elect makes the candidate a leader, unless its lease or key is lost: then it returns why.
+// logPlace logs that the candidate waits, and for whom. It costs a request, so it is skipped if nothing is logged.
+func (l *Leader) logPlace(place queue.Place) {
+	log := l.e.log(l.claim.election)
+	if !log.Enabled(l.ctx, slog.LevelInfo) {
+		return
+	}
+	leader, err := l.queue.Leader(l.ctx, nil)
+	said := []any{"token", l.token}
+	if place.Number > 0 {
+		said = append(said, "place", place.Number)
+	}
+	if err == nil && leader.Token != l.token { // else nobody knows, or it is this one by now
+		said = append(said, "leader", logged(leader.Value))
+	}
+	log.Info("joined the queue", said...)
+}
+
+// elect makes the candidate the leader. If its lease or its key is lost it returns why instead.
 func (l *Leader) elect() error {
 	if !l.session.Valid() {
 		return fmt.Errorf("%w: %w", errLost, l.sessionCause())
@@ -463,36 +478,17 @@ func (l *Leader) elect() error {
 	l.beginning.Add(1) // until Hooks.Elected has returned
 	l.e.mu.Lock()
 	defer l.e.mu.Unlock()
-	l.e.terms[l] = struct{}{}
+	l.claim.term = l
 	return nil
 }
 
-// withdraw tidies up after a candidate that was not elected. The key comes first, and only then what
-// may wait for the user's code.
+// withdraw removes a candidate that was not elected. The key comes first, because closing the watch may wait for the
+// user's logger.
 func (l *Leader) withdraw(ctx context.Context) {
 	l.end(ErrResigned)
-	l.unwatch()
 	cctx, cancel := retry.Cleanup(ctx)
 	defer cancel()
-	var err error
-	if l.token != 0 && !l.session.Gone() {
-		err = retry.Persist(cctx, l.e.client, func(ctx context.Context) error {
-			return l.queue.Remove(ctx, l.key, l.token)
-		})
-	}
-	if err == nil {
-		l.tracked.Drop() // abandons it if a join has no answer yet
-	} else {
-		l.tracked.Abandon()
-	}
-	l.tracked.Release()
-	err = errors.Join(err, l.session.Finish(cctx))
-	switch {
-	case l.session.Gone():
-		err = nil
-	case err == nil && l.tracked.Abandoned(): // others use the lease
-		err = l.tracked.Remove(cctx)
-	}
+	err := l.remove(cctx)
 	switch {
 	case l.watching:
 		<-l.done

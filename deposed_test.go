@@ -18,9 +18,8 @@ import (
 	"google.golang.org/grpc/stats"
 )
 
-// Pitfall 8: An etcd leader that was paused, deposed meanwhile, and goes on acknowledges renewals that its
-// successor knows nothing of: the lease expires seconds before a client that believes it thinks.
-// Stock believes it.
+// An etcd leader that was paused, deposed meanwhile, and goes on acknowledges renewals that its successor knows nothing
+// of: the lease expires seconds before a client that believes it thinks. Stock believes it.
 func TestRenewalsThatADeposedEtcdLeaderAcknowledgesDoNotCount(t *testing.T) {
 	t.Parallel()
 	members := etcdtest.StartProcesses(t, 3)
@@ -67,7 +66,7 @@ func renewalsAcknowledgedByADeposedLeader(t *testing.T, members []*etcdtest.Memb
 	}))
 	l := lead(t, e, "jobs", "")
 	defer resign(t, l)
-	if r := await(t, "a renewal", renewals); r.err != nil {
+	if r := etcdtest.Await(t, "a renewal", renewals); r.err != nil {
 		t.Fatal(r.err)
 	}
 	if err := raftLeader.Pause(); err != nil {
@@ -80,7 +79,7 @@ func renewalsAcknowledgedByADeposedLeader(t *testing.T, members []*etcdtest.Memb
 	}
 	refused := false
 	for {
-		r := await(t, "a renewal", renewals)
+		r := etcdtest.Await(t, "a renewal", renewals)
 		refused = refused || errors.Is(r.err, leader.ErrRefused)
 		if r.err != nil {
 			continue
@@ -152,7 +151,7 @@ func renewalThatADeposedLeaderDoesNotKnow(t *testing.T, members []*etcdtest.Memb
 		t.Fatal(err)
 	}
 	for {
-		err := await(t, "a renewal", renewals)
+		err := etcdtest.Await(t, "a renewal", renewals)
 		if !l.IsLeader() {
 			t.Fatalf("the term has ended with %v after a renewal that failed with %v", context.Cause(l.Context()), err)
 		}

@@ -6,9 +6,7 @@ import (
 	"fmt"
 	"iter"
 	"log/slog"
-	"maps"
 	"os"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,26 +14,25 @@ import (
 	"example.com/leader/internal/lease"
 	"example.com/leader/internal/queue"
 	"example.com/leader/internal/retry"
-	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/connectivity"
 )
 
-// An Elector takes part in elections, in any number of them, over one client, one lease and one
-// set of options. Most services want its [Elector.Run], or [Elector.Campaign] for a single term.
+// An Elector takes part in any number of elections, over one client, one lease and one set of options.
+// Most services call its [Elector.Run], or [Elector.Campaign] for a single term. It is safe for concurrent
+// use.
 //
-// The lease is granted at the first campaign, replaced when it is lost, and revoked when the last
-// leader has resigned. All terms on it end together when it cannot be renewed, which is also so when
-// the right to write the key of one is withdrawn: etcd refuses the renewal of the whole lease then.
+// The lease is granted at the first campaign, replaced when it is lost, and revoked when nobody campaigns
+// or leads any more. All terms on it end together when it cannot be renewed. That includes the case that
+// the permission to write the key of one of them is withdrawn: etcd then refuses to renew the lease.
 //
-// There is more than one lease only after a campaign was given up while etcd had not answered its join, and
-// others kept the lease: that join may still arrive, so the next campaign in the same election takes another
-// lease, of eight at most. So it does where a stranger has attached a key to the lease.
+// There may be more than one lease, but at most eight. If a campaign is given up while etcd has not answered its join,
+// and other terms keep the lease alive, the join may still arrive. So the next campaign in the same election takes
+// another lease. It also does so if another user of etcd has attached a key to the lease.
 //
-// An Elector is safe for concurrent use. One that is not in use has no goroutines and nothing in etcd,
-// so it need not be closed. Two things may outlast the use: a grant that was cut short is waited for,
-// for 5 s at most, and revoked; and the lease of a term that has expired is revoked as soon as etcd can
-// be reached, which is tried for an hour.
+// An Elector that is not in use has no goroutines and nothing in etcd, so it need not be closed. Two things may
+// continue after the use: a grant that was cut short is awaited for at most 5 s, and its lease revoked; and the lease
+// of a term that expired is revoked as soon as etcd can be reached again, within an hour.
 type Elector struct {
 	client   *clientv3.Client
 	opts     options
@@ -43,20 +40,19 @@ type Elector struct {
 	identity string
 	ctx      context.Context // ends when Close is called
 	cancel   context.CancelFunc
-	watching retry.Group // watches of own keys, and what they do at a term's end
+	watching retry.Group // goroutines that watch own keys, remove lost terms, or call Hooks.LeaderChanged
 
 	mu        sync.Mutex
-	calls     int                  // campaigns and Runs under way
-	idle      chan struct{}        // made by Close, closed when there are no more calls
-	claims    map[string]*claim    // who campaigns or leads, by election
-	observers map[string]*claim    // whose observe has not returned, the newest of each election
-	terms     map[*Leader]struct{} // elected, and not ended
+	calls     int               // campaigns and Runs under way
+	idle      chan struct{}     // made by Close, closed when there are no more calls
+	claims    map[string]*claim // who campaigns or leads, by election
+	observers map[string]*claim // whose report has not returned; in each election the newest
 	reports   reports
 }
 
 // New returns an Elector, or an error for a nil client or a bad option. It sends no request. The
-// client is borrowed: it must stay open while the Elector is in use, and is never closed by it. A
-// client whose KV, Watcher and Lease are those of go.etcd.io/etcd/client/v3/namespace works too.
+// client must stay open while the Elector is in use; the Elector never closes it. A client whose KV,
+// Watcher and Lease are those of go.etcd.io/etcd/client/v3/namespace works too.
 func New(client *clientv3.Client, opts ...Option) (*Elector, error) {
 	if client == nil {
 		return nil, errors.New("leader: client: must not be nil")
@@ -71,130 +67,138 @@ func New(client *clientv3.Client, opts ...Option) (*Elector, error) {
 		identity:  newIdentity(),
 		claims:    make(map[string]*claim),
 		observers: make(map[string]*claim),
-		terms:     make(map[*Leader]struct{}),
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.pool = lease.NewPool(client, lease.Config{TTL: o.ttl, Margin: o.margin, Renewal: e.renewal})
 	return e, nil
 }
 
-// Campaign blocks until this instance is elected and returns its term. value is what others see
-// of it; "" means a default identity, <hostname>-<unix milliseconds>-<pid>, which stays the same
-// for the Elector.
+// Campaign blocks until this instance is elected in the election name, and returns its term. value is what
+// others see of it, for example its address; "" means a default identity, <hostname>-<unix milliseconds>-<pid>,
+// which is the same for all calls of an Elector.
 //
-// ctx bounds the campaign and not the term, as a dialer's does; its values reach [Leader.Context].
-// If ctx ends just as the election is won, either may be returned. Whoever has won must
-// [Leader.Resign] in the end, also when the process is about to exit: else nobody leads until the
-// lease has expired.
+// ctx bounds the campaign, not the term, as a dialer's context does. Its values reach [Leader.Context]. If ctx
+// ends just as the election is won, the term or ctx's error may be returned. Call [Leader.Resign] in the end,
+// also when the process is about to exit. Otherwise nobody leads until the lease has expired.
 //
-// Campaign outlives whatever may heal: etcd out of reach or without a quorum, the candidate's own
-// lease lost, its key deleted, an expired auth token. If lease or key were lost it joins again, at
-// the end of the queue. It returns early only
-//   - when ctx ends: the error wraps ctx's and the last failure seen;
-//   - when the Elector or its client is closed, with [ErrClosed];
-//   - for what cannot heal: [ErrInvalidName], [ErrCampaigning], a value of more than 1 MiB,
+// Campaign retries every transient failure: etcd that is unreachable or has no quorum, an expired auth token,
+// the loss of the candidate's own lease or key. After such a loss the candidate joins again, at the end of the
+// queue. Campaign fails only
+//   - when ctx ends: the error wraps ctx's error and the last failure;
+//   - when the Elector or its client is closed: [ErrClosed];
+//   - for what retrying cannot change: [ErrInvalidName], [ErrCampaigning], a value of more than 1 MiB,
 //     permission denied, failed authentication, a request that etcd rejects as invalid.
 //
-// However it fails, it leaves no candidate behind; where etcd cannot be reached it tries for 2 s and
-// leaves the rest to the lease. A request that is not answered is sent again after 0.25 s, to the next
-// endpoint, while the first one waits.
+// A campaign that fails leaves no candidate behind. If etcd cannot be reached it tries for 2 s; then the key disappears
+// when its lease expires. A request that has no answer after 0.25 s is sent again, to the next endpoint, while the
+// first one waits.
 func (e *Elector) Campaign(ctx context.Context, name, value string) (*Leader, error) {
-	return e.campaign(ctx, name, value, how{})
+	return e.campaignOnce(ctx, name, value, byCampaign)
 }
 
-// TryCampaign is like [Elector.Campaign] but does not wait behind others: it returns [ErrHeld] if
-// somebody leads or is before it in the queue. It waits for etcd as Campaign does, so ctx should
-// have a deadline.
+// TryCampaign is [Elector.Campaign], except that it does not wait behind other candidates: it returns
+// [ErrHeld] if somebody leads or is before it in the queue. It retries requests as Campaign does, so give
+// ctx a deadline.
 func (e *Elector) TryCampaign(ctx context.Context, name, value string) (*Leader, error) {
-	return e.campaign(ctx, name, value, how{try: true})
+	return e.campaignOnce(ctx, name, value, byTryCampaign)
 }
 
-// Run campaigns in the election and calls lead while this instance leads it. It blocks until lead
-// has returned while it still led, until ctx ends, or until campaigning fails for good. name, value
-// and what cannot heal are those of [Elector.Campaign].
+func (e *Elector) campaignOnce(ctx context.Context, name, value string, by caller) (*Leader, error) {
+	ctx, end, err := e.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	return e.campaign(ctx, name, value, by)
+}
+
+// Run campaigns in the election name and calls lead each time this instance is elected. It blocks until lead
+// returns during a term, until ctx ends, or until a campaign fails. name, value and the failures are those of
+// [Elector.Campaign].
 //
-// lead gets a context that ends with the term or with ctx, while [Leader.Context] ends with the
-// term alone, and must return soon after it: within the margin ([WithMargin]) if work must not
-// overlap with the next leader's. Nobody else is let in before that if ctx has ended, since Run
-// resigns only after lead has returned.
+// lead gets a context that ends with the term or with ctx. ([Leader.Context] ends with the term alone.) lead must
+// return soon after its context has ended: within the margin ([WithMargin]) if its work must not overlap with the
+// next leader's. If ctx has ended, nobody else is elected before lead has returned, because Run resigns only then.
 //
-//   - lead returned while leading, or resigned itself: Run resigns and returns lead's error.
-//   - The term was lost: Run waits for lead, logs its error, campaigns again, with backoff, and
-//     calls lead again. If lead returned just as the term was lost, the loss counts. lead is not
-//     called for a term that is over already, because a hook has taken its time.
-//   - ctx ended: Run waits for lead, resigns within 2 s, and returns ctx's error, joined with that
-//     of lead if lead's is another.
+//   - lead returns during a term, or resigns the term itself: Run resigns and returns lead's error.
+//   - The term is lost: Run waits for lead, logs its error, campaigns again after a pause, and calls lead
+//     again. If lead returns just as the term is lost, the loss counts. lead is not called for a term that
+//     ended before the call, as may happen while a hook blocks.
+//   - ctx ends: Run waits for lead, resigns within 2 s, and returns ctx's error, joined with lead's error
+//     if that is another one.
 //   - The Elector or its client is closed: the same, with [ErrClosed].
-//   - lead panics: Run resigns before the panic goes on.
+//   - lead panics: Run resigns before the panic continues.
 //
-// A failure to resign is logged, not returned: the lease takes care of it.
+// If Run cannot resign it logs that and does not return it. The key disappears when its lease expires.
 func (e *Elector) Run(ctx context.Context, name, value string, lead func(ctx context.Context, l *Leader) error) error {
 	if lead == nil {
 		return errors.New("leader: Run: lead must not be nil")
 	}
-	if err := e.enter(); err != nil {
+	ctx, end, err := e.begin(ctx)
+	if err != nil {
 		return err
 	}
-	defer e.exit()
-	bound, unbind := e.bind(ctx)
-	defer unbind()
+	defer end()
 	backoff := retry.Backoff{Min: 100 * time.Millisecond, Max: 5 * time.Second}
 	for {
-		l, err := e.campaign(ctx, name, value, how{run: true})
+		l, err := e.campaign(ctx, name, value, byRun)
 		if err != nil {
 			return err
 		}
 		elected := time.Now()
-		lost, err := e.runTerm(ctx, bound, l, lead)
+		lost, err := e.runTerm(ctx, l, lead)
 		if !lost {
 			return err
 		}
-		e.log(l.claim.election).Info("campaigning again after a lost term", "token", l.token, "lead", err)
-		if time.Since(elected) > e.opts.ttl {
-			backoff.Reset() // it was a success
+		log := e.log(l.claim.election).With("token", l.token)
+		if err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.Cause(l.ctx)) {
+			log.Info("campaigning again after a lost term")
+		} else {
+			log.Warn("campaigning again after a lost term", "error", err)
 		}
-		if backoff.Wait(bound) != nil {
-			return boundError(ctx)
+		if time.Since(elected) > e.opts.ttl {
+			backoff.Reset() // a term of that length ends the streak of short ones
+		}
+		if backoff.Wait(ctx) != nil {
+			return whyEnded(ctx)
 		}
 	}
 }
 
 // runTerm calls lead for one term and resigns. lost says that the term ended before lead did.
-func (e *Elector) runTerm(ctx, bound context.Context, l *Leader, lead func(context.Context, *Leader) error) (lost bool, err error) {
-	lctx, cancel := context.WithCancelCause(bound)
+func (e *Elector) runTerm(ctx context.Context, l *Leader, lead func(context.Context, *Leader) error) (lost bool, err error) {
+	lctx, cancel := context.WithCancelCause(ctx)
 	stop := context.AfterFunc(l.ctx, func() { cancel(context.Cause(l.ctx)) })
-	defer func() { // also when lead panics
+	defer func() { // also if lead panics
 		stop()
 		cancel(nil)
 		l.letGo(ctx)
 	}()
-	if l.IsLeader() { // Hooks.Elected may have taken its time, or resigned
+	if l.IsLeader() { // Hooks.Elected may have blocked, or resigned
 		err = lead(lctx, l)
 	}
 	switch {
-	case bound.Err() != nil:
-		berr := boundError(ctx)
-		if err == nil || errors.Is(err, berr) || errors.Is(err, bound.Err()) {
-			return false, berr
+	case ctx.Err() != nil:
+		why := whyEnded(ctx)
+		if err == nil || errors.Is(err, why) || errors.Is(err, ctx.Err()) {
+			return false, why
 		}
-		return false, errors.Join(berr, err)
+		return false, errors.Join(why, err)
 	case !l.IsLeader() && !errors.Is(context.Cause(l.ctx), ErrResigned):
 		return true, err
 	}
 	return false, err
 }
 
-// Current returns the candidate that leads, or [ErrNoLeader]. It sends one request, or two if other
-// data lies under the election's prefix, and blocks for at most 5 s each. A request that has no answer
+// Current returns the candidate that leads, or [ErrNoLeader]. It sends one request, or two if there is
+// other data below the election's name, and blocks for at most 5 s each. A request that has no answer
 // is sent again, to the next endpoint, while the first one waits.
 func (e *Elector) Current(ctx context.Context, name string) (Candidate, error) {
 	q, err := e.queue(name)
 	if err != nil {
 		return Candidate{}, err
 	}
-	c, err := q.Leader(ctx, func(ctx context.Context, read queue.Read) ([]*mvccpb.KeyValue, error) {
-		return retry.First(ctx, e.client, read)
-	})
+	c, err := q.Leader(ctx, nil)
 	if err != nil {
 		return Candidate{}, fmt.Errorf("leader: read who leads %q: %w", name, e.orClosed(ctx, err))
 	}
@@ -204,8 +208,8 @@ func (e *Elector) Current(ctx context.Context, name string) (Candidate, error) {
 	return Candidate(c), nil
 }
 
-// Candidates returns all candidates in the order of the queue, the leader first; none is not an
-// error. It sends one request, as [Elector.Current] does, and blocks for at most 5 s.
+// Candidates returns all candidates in the order of the queue, the leader first. An election without
+// candidates is no error. It sends one request, as [Elector.Current] does, and blocks for at most 5 s.
 func (e *Elector) Candidates(ctx context.Context, name string) ([]Candidate, error) {
 	q, err := e.queue(name)
 	if err != nil {
@@ -222,18 +226,20 @@ func (e *Elector) Candidates(ctx context.Context, name string) ([]Candidate, err
 	return cs, nil
 }
 
-// Observe yields who leads the election: the present state at once, then every change of the
-// leader or its value, in order and never going back. The zero Candidate means that nobody leads.
+// Observe yields who leads the election name: the present state at once, then each change of the leader
+// or of its value, in order and never going back. The zero Candidate means that nobody leads.
 //
-// It goes on through disconnects, compactions and changes of etcd's leader; states that came and went
-// meanwhile may be left out, the latest never is. So it is with states that the loop's body is too slow
-// for: up to 64 of them, or 1 MiB of values, wait for it. It ends with a last pair that carries an
-// error, when ctx ends (ctx's), on what cannot heal, such as permission denied, or when the Elector or
-// its client is closed ([ErrClosed]). Breaking out of the loop ends it without one.
+// Disconnects, compactions and changes of etcd's leader do not end it. It may leave out states that came
+// and went meanwhile, but never the latest one. It also leaves out states if the loop's body is slow: up to
+// 64 of them, or 1 MiB of values, wait for it.
 //
-// It needs no lease and is no candidate. Each loop over what it returns observes anew, and keeps
-// the list of all candidates in memory. What it says may be outdated when it arrives: it must not
-// be used to decide whether oneself leads.
+// The loop ends with a last pair that carries an error: ctx's error when ctx ends, [ErrClosed] when the
+// Elector or its client is closed, or what retrying cannot change, such as permission denied. Breaking out
+// of the loop ends it without an error.
+//
+// Observe needs no lease and is no candidate. Each loop over what it returns observes anew, and keeps the
+// list of all candidates in memory. A state may be outdated when it arrives, so it must not be used to
+// decide whether this instance leads.
 func (e *Elector) Observe(ctx context.Context, name string) iter.Seq2[Candidate, error] {
 	return func(yield func(Candidate, error) bool) {
 		q, err := e.queue(name)
@@ -243,8 +249,8 @@ func (e *Elector) Observe(ctx context.Context, name string) iter.Seq2[Candidate,
 			err = q.Observe(bound, e.warn(q.Name(), "observing is being retried"), e.opts.ttl, func(c queue.Candidate) bool {
 				return yield(Candidate(c), nil)
 			})
-			if err != nil && (bound.Err() != nil || e.client.Ctx().Err() != nil) {
-				err = boundError(ctx)
+			if why := whyEnded(bound); err != nil && (bound.Err() != nil || e.client.Ctx().Err() != nil) && !errors.Is(err, why) {
+				err = why // else err also says what has failed last
 			}
 		}
 		switch {
@@ -256,11 +262,12 @@ func (e *Elector) Observe(ctx context.Context, name string) iter.Seq2[Candidate,
 	}
 }
 
-// Evict ends the present term of the election, whoever leads, by deleting the leader's key. It is
-// an operator's tool: the leader learns of it through its watch, milliseconds later or, where its
-// watch is dead, at its next renewal; only Guard and Token protect what it does until then. A
-// leader by stock concurrency.Election never learns of it: such a process is to be stopped first.
-// Evict ends no later term than the one it finds. It returns [ErrNoLeader] if nobody leads, and
+// Evict ends the present term of the election, whoever leads, by deleting the leader's key. It is an
+// operator's tool: the next candidate is elected at once, while the leader learns of it from its watch,
+// milliseconds later, or, if its watch is dead, at its next renewal. Until then only Guard and Token protect
+// what it does. A leader by stock concurrency.Election never learns of it, so stop such a process first.
+//
+// Evict ends only the term that it finds, not a later one. It returns [ErrNoLeader] if nobody leads. It
 // blocks for as long as a few requests take, each at most 5 s.
 func (e *Elector) Evict(ctx context.Context, name string) error {
 	c, err := e.Current(ctx, name)
@@ -279,13 +286,13 @@ func (e *Elector) Evict(ctx context.Context, name string) error {
 	return nil
 }
 
-// Close ends all terms and campaigns of the Elector and revokes the lease. Campaigns and Runs
-// return [ErrClosed]; Close waits for them, and so for the functions that Runs have called, before
-// it lets go of their elections. Terms of Campaign end here at once, with [ErrResigned].
+// Close ends all terms and campaigns of the Elector and revokes the lease. Terms of Campaign end at once,
+// with [ErrResigned]. Campaigns and Runs return [ErrClosed]. Close waits for them, and so for the functions
+// that Runs have called, before it gives up their elections.
 //
-// It blocks until etcd has confirmed and all goroutines of the Elector have ended, or until ctx ends,
-// and may then be called again to retry. What it could not revoke expires. The function that Run has
-// called must not call it without a bound: each would wait for the other.
+// It blocks until etcd has confirmed and all goroutines of the Elector have ended, or until ctx ends. After
+// an error it may be called again. A lease that it could not revoke expires. The function that Run has called
+// must not call Close without a deadline: each would wait for the other.
 func (e *Elector) Close(ctx context.Context) error {
 	e.mu.Lock()
 	if e.idle == nil {
@@ -297,19 +304,19 @@ func (e *Elector) Close(ctx context.Context) error {
 	e.mu.Unlock()
 	e.cancel()
 	for _, l := range e.leading() {
-		if !l.run {
+		if l.by != byRun {
 			l.abandon()
 		}
 	}
 	if err := retry.Wait(ctx, e.idle); err != nil {
-		_ = e.pool.Close(ctx) // fails, but ends the renewals of what nobody uses
+		_ = e.pool.Close(ctx) // it fails, as ctx has ended, but stops the renewals of leases that nobody uses
 		return fmt.Errorf("leader: close: a campaign or Run has not returned: %w", err)
 	}
 	for _, l := range e.leading() {
 		l.abandon()
 	}
-	// Nobody uses a lease any more: one revocation deletes the keys of all.
-	// What a term that was lost a moment ago still does comes after that, and may leave something to revoke.
+	// Nobody uses the lease any more, so one revocation deletes all keys. Then terms that were lost a moment ago are
+	// waited for, which may leave another lease to revoke.
 	if err := errors.Join(e.pool.Close(ctx), e.watching.Wait(ctx), e.pool.Close(ctx)); err != nil {
 		return fmt.Errorf("leader: close: %w", err)
 	}
@@ -320,37 +327,42 @@ func (e *Elector) Close(ctx context.Context) error {
 func (e *Elector) leading() []*Leader {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return slices.Collect(maps.Keys(e.terms))
+	var terms []*Leader
+	for _, c := range e.claims {
+		if c.term != nil {
+			terms = append(terms, c.term)
+		}
+	}
+	return terms
 }
 
-// enter counts a campaign or Run, for Close to wait for.
-func (e *Elector) enter() error {
+// begin counts a campaign or Run, so that Close waits for it, and binds its context. end ends both.
+func (e *Elector) begin(ctx context.Context) (bound context.Context, end func(), err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if err := e.closed(); err != nil {
-		return err
+	if err := e.closedLocked(); err != nil {
+		return nil, nil, err
 	}
 	e.calls++
-	return nil
+	bound, unbind := e.bind(ctx)
+	return bound, func() {
+		unbind()
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		if e.calls--; e.calls == 0 && e.idle != nil {
+			close(e.idle)
+		}
+	}, nil
 }
 
-func (e *Elector) exit() {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.calls--; e.calls == 0 && e.idle != nil {
-		close(e.idle)
-	}
-}
-
-// closed is called with e.mu held.
-func (e *Elector) closed() error {
+func (e *Elector) closedLocked() error {
 	if e.idle != nil || e.client.Ctx().Err() != nil {
 		return ErrClosed
 	}
 	return nil
 }
 
-// bind returns a context that ends with ctx and when the Elector or its client is closed.
+// bind returns a context that also ends when the Elector or its client is closed.
 func (e *Elector) bind(ctx context.Context) (bound context.Context, unbind func()) {
 	bound, cancel := context.WithCancelCause(ctx)
 	closed := func() { cancel(ErrClosed) }
@@ -359,18 +371,18 @@ func (e *Elector) bind(ctx context.Context) (bound context.Context, unbind func(
 	return bound, func() { stop1(); stop2(); cancel(nil) }
 }
 
-// boundError is why a context of bind has ended.
-func boundError(ctx context.Context) error {
-	if ctx.Err() == nil {
+// whyEnded is the error for a context of bind that has ended, or is about to end because the client is closed.
+func whyEnded(bound context.Context) error {
+	switch cause := context.Cause(bound); {
+	case cause == nil, errors.Is(cause, ErrClosed):
 		return ErrClosed
+	case !errors.Is(cause, bound.Err()):
+		return fmt.Errorf("%w: %w", bound.Err(), cause)
 	}
-	if cause := context.Cause(ctx); !errors.Is(cause, ctx.Err()) {
-		return fmt.Errorf("%w: %w", ctx.Err(), cause)
-	}
-	return ctx.Err()
+	return bound.Err()
 }
 
-// orClosed returns err, or ErrClosed if what has ended by it did so because the client is closed.
+// orClosed returns ErrClosed if that the client is closed explains err, and err otherwise.
 func (e *Elector) orClosed(ctx context.Context, err error) error {
 	if ctx.Err() == nil && e.client.Ctx().Err() != nil {
 		return ErrClosed
@@ -378,7 +390,7 @@ func (e *Elector) orClosed(ctx context.Context, err error) error {
 	return err
 }
 
-// queue returns the queue of the election name, if it is a name and the Elector is open.
+// queue returns the queue of the election name, or an error for a bad name or a closed Elector.
 func (e *Elector) queue(name string) (*queue.Queue, error) {
 	election, err := e.opts.election(name)
 	if err != nil {
@@ -386,11 +398,12 @@ func (e *Elector) queue(name string) (*queue.Queue, error) {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return queue.New(e.client, election), e.closed()
+	return queue.New(e.client, election), e.closedLocked()
 }
 
 func (e *Elector) log(election string) *slog.Logger { return e.opts.log.With("election", election) }
 
+// loop returns a loop that logs the first failure of each streak as warning.
 func (e *Elector) loop(election, warning string) *retry.Loop {
 	return &retry.Loop{Client: e.client, Warn: e.warn(election, warning)}
 }
@@ -399,22 +412,21 @@ func (e *Elector) warn(election, warning string) func(error) {
 	return func(err error) { e.log(election).Warn(warning, "error", err) }
 }
 
-// maxSilent is how many renewals in a row go without an answer on an open connection before that is
-// worth a warning.
+// maxSilent is after how many renewals in a row without an answer on an open connection a warning is logged.
 const maxSilent = 2
 
-// renewal is told of every renewal of a lease.
+// renewal logs a renewal of a lease and calls the hooks.
 func (e *Elector) renewal(r lease.Renewal) {
-	// The hooks are called also when the log handler ends this goroutine.
+	// The hooks are deferred so that they are called even if the log handler ends this goroutine.
 	log := func() *slog.Logger { return e.opts.log.With("lease", fmt.Sprintf("%x", r.Lease)) }
 	if r.Err == nil {
-		defer e.opts.hooks.Renewed(r.Lease, r.Took, r.Deadline)
+		defer e.opts.hooks.renewed(r.Lease, r.Took, r.Deadline)
 		if r.Before > 0 {
 			log().Info("renewals of the lease work again", "failures", r.Before, "deadline", r.Deadline)
 		}
 		return
 	}
-	defer e.opts.hooks.RenewFailed(r.Lease, r.Took, r.Err)
+	defer e.opts.hooks.renewFailed(r.Lease, r.Took, renewalError(r.Err))
 	if r.Failures == 1 {
 		log().Warn("renewal of the lease is being retried", "deadline", r.Deadline, "error", r.Err)
 	}
@@ -423,11 +435,24 @@ func (e *Elector) renewal(r lease.Renewal) {
 	}
 }
 
+// renewalError is the error of a renewal in errors that users can match.
+func renewalError(err error) error {
+	switch {
+	case errors.Is(err, lease.ErrRefused):
+		return ErrRefused
+	case errors.Is(err, lease.ErrRevoked):
+		return fmt.Errorf("%w: %w", ErrEvicted, err)
+	case errors.Is(err, lease.ErrExpired):
+		return ErrExpired
+	}
+	return err
+}
+
 // lastIdentity is the time of the newest default identity, in milliseconds.
 var lastIdentity atomic.Int64
 
-// newIdentity returns <hostname>-<unix milliseconds>-<pid>. No two of a process are of the same
-// millisecond, and the pid tells the processes of a machine apart.
+// newIdentity returns <hostname>-<unix milliseconds>-<pid>. No two of a process have the same
+// millisecond, and the pid tells apart the processes of a machine.
 func newIdentity() string {
 	host, err := os.Hostname()
 	if err != nil {
@@ -442,7 +467,7 @@ func newIdentity() string {
 	}
 }
 
-// value returns what to campaign with or to proclaim.
+// value returns the value to campaign with or to proclaim.
 func (e *Elector) value(value string) (string, error) {
 	if value == "" {
 		return e.identity, nil

@@ -8,8 +8,8 @@ import (
 	"example.com/leader/internal/etcdtest"
 )
 
-// Pitfall 30: A member that really lags. It was paused while a leader resigned and joined again, and the
-// candidate's watch is opened there: "now" is before the key was created that the watch is for.
+// A member that really lags. It was paused while a leader resigned and joined again, and the candidate's watch is
+// opened there: "now" is before the key was created that the watch is for.
 func TestWatchAtAMemberThatWasPausedElectsNobody(t *testing.T) {
 	t.Parallel()
 	const ttl = 6 * time.Second

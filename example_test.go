@@ -59,7 +59,7 @@ func ExampleCampaign() {
 	// Output:
 	// leading: true
 	// work may go on: true
-	// the term has ended: leadership resigned
+	// the term has ended: leader: term resigned
 }
 
 // Campaign, then proclaim at every tick to learn whether one still leads, do a piece of work, and
@@ -96,7 +96,7 @@ func ExampleLeader_Proclaim() {
 	// piece 3
 	// piece 4
 	// piece 5
-	// leader: election: not leader: leadership resigned
+	// leader: election: not leader: leader: term resigned
 }
 
 // A write that etcd refuses once the term is over, however late it arrives.

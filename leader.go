@@ -1,34 +1,36 @@
-// Package leader lets exactly one of several instances of a service do the work, by an election
-// on etcd.
+// Package leader elects a leader among the instances of a service, on etcd: at most one instance works at a time, and it
+// is told to stop before another can be elected.
 //
-// It does not make it impossible that two instances work at the same time: work that ignores its
-// context goes on after the term has ended, and a process that was paused in the middle of a write
-// finishes that write when it goes on. What the package guarantees is that an instance knows in
-// time: its context is cancelled and [Leader.IsLeader] is false before etcd lets another one win.
-// To protect a resource from what knows too late, use [Leader.Guard] if the resource is in etcd and
-// [Leader.Token] if it is elsewhere.
+// A service calls [Run], which campaigns and calls a function each time this instance is elected; or [Campaign], for one
+// term. An [Elector] takes part in many elections over one lease, and observes them.
 //
-// A service calls [Run], which campaigns, calls a function while it leads, and campaigns again when
-// leadership is lost; or [Campaign], for one term. An [Elector] does the same for many elections
-// over one lease, and observes them.
+// # What is guaranteed, and what is not
 //
-// The argument behind "in time" needs etcd to keep a lease for its TTL. Where it does not, because
-// an operator deletes the key or revokes the lease, or because a leader of etcd that was paused
-// for longer than the TTL goes on and revokes what its successor has renewed
-// (etcd-io/etcd#15247), two terms overlap until the watch event arrives that ends the first one:
-// milliseconds, in which guard and token hold all the same.
+// When a term ends, its context is cancelled and [Leader.IsLeader] is false before etcd lets another candidate win.
+// This rests on etcd keeping a lease for its TTL. etcd does not do so if an operator deletes the key or revokes the
+// lease, or if a leader of etcd that was paused for longer than the TTL resumes and revokes what its successor has
+// renewed (etcd-io/etcd#15247). Then two terms overlap until the leader has received the event of its key's deletion:
+// milliseconds, or until the next renewal if its watch is dead.
 //
-// Elections are those of go.etcd.io/etcd/client/v3/concurrency: same keys, same order, so that
-// candidates of this package, of [concurrency.Election] and of etcdctl elect can compete in one
-// election. A candidate of the election "name" is whatever key is called name/<lease in hex>, so other
-// data must not be; anything else under name/ is left alone.
+// The package cannot stop work. Work that ignores its context continues after the term, and a process that is paused in
+// the middle of a write finishes that write when it resumes. To protect a resource from such work, use [Leader.Guard]
+// if the resource is in etcd and [Leader.Token] if it is elsewhere. Both also protect it while two terms overlap.
 //
-// Set DialKeepAliveTime and DialKeepAliveTimeout in the client's configuration, to 10 s and 2 s for
-// example. Without them a connection that dies without a sign, because a NAT or a load balancer has
-// forgotten it, is noticed only when TCP gives up: nobody leads for up to 15 minutes.
+// # Elections
 //
-// The values of a context that is given to a call reach [Leader.Context] and the call's own requests.
-// They, and outgoing gRPC metadata among them, do not reach watches and renewals, which are shared.
+// Elections are those of go.etcd.io/etcd/client/v3/concurrency: the same keys in the same order. Candidates of this package,
+// of [concurrency.Election] and of etcdctl elect can compete in one election. Each key name/<lease in hex> is a candidate of
+// the election "name". Do not store other data under such a key. Other keys under name/ are ignored.
+//
+// # The client
+//
+// Set DialKeepAliveTime and DialKeepAliveTimeout in the client's configuration, for example to 10 s and 2 s. Without
+// them a connection that died without a sign, because a NAT or a load balancer forgot it, is noticed only when TCP
+// gives up: nobody leads for up to 15 minutes. If you set Username, set DialTimeout as well. Without it clientv3.New
+// blocks, and logs nothing, until etcd can be reached.
+//
+// The values of a context that is given to a call reach [Leader.Context] and the call's own requests. They do not reach
+// watches and renewals, which several calls share; nor does outgoing gRPC metadata.
 package leader
 
 import (
@@ -48,7 +50,7 @@ import (
 
 // Errors of calls.
 var (
-	// ErrNotLeader is returned, wrapped, by [Leader.Proclaim] once the term has ended. It also
+	// ErrNotLeader is returned, wrapped, by [Leader.Proclaim] after the term has ended. It also
 	// matches [concurrency.ErrElectionNotLeader].
 	ErrNotLeader = fmt.Errorf("leader: %w", concurrency.ErrElectionNotLeader)
 
@@ -61,7 +63,7 @@ var (
 	ErrHeld = errors.New("leader: election is held by another candidate")
 
 	// ErrCampaigning is returned, wrapped, for a campaign in an election in which the same Elector
-	// campaigns or leads already: both would be one and the same candidate.
+	// campaigns or leads already: the two would share a key.
 	ErrCampaigning = errors.New("leader: this Elector campaigns or leads in the election already")
 
 	// ErrClosed is returned, wrapped, when the Elector or its client is closed.
@@ -70,38 +72,38 @@ var (
 	// ErrInvalidName is returned, wrapped, for an election name that is empty or ends in a slash.
 	ErrInvalidName = errors.New("leader: invalid election name")
 
-	// ErrRefused is given to [Hooks].RenewFailed when etcd answered a renewal and the answer does not
-	// count, since etcd's own leader changed meanwhile: it may come from one that was already deposed
-	// and whose word about a lease is worth nothing.
-	ErrRefused = lease.ErrRefused
+	// ErrRefused is given to [Hooks].RenewFailed when etcd answered a renewal but the answer does not
+	// count, because etcd changed its own leader meanwhile. The answer may be of a leader that was already
+	// deposed, which cannot know whether the lease lives.
+	ErrRefused = errors.New("leader: renewal answered by an etcd leader that may have been deposed")
 )
 
 // Why a term ended: the [context.Cause] of [Leader.Context], possibly wrapped.
 var (
-	// ErrResigned says that it was given up, by [Leader.Resign], [Elector.Close] or the end of Run.
-	ErrResigned = errors.New("leadership resigned")
+	// ErrResigned says that the term was given up, by [Leader.Resign], [Elector.Close] or the end of Run.
+	ErrResigned = errors.New("leader: term resigned")
 
-	// ErrExpired says that the lease could not be renewed in time, or that the client was closed, so
-	// that it can be renewed no more: then the cause matches [ErrClosed] as well.
-	ErrExpired = errors.New("leadership expired: the lease could not be renewed in time")
+	// ErrExpired says that the lease could not be renewed in time. If the reason is that the client was
+	// closed, the cause also matches [ErrClosed].
+	ErrExpired = errors.New("leader: term expired: the lease could not be renewed in time")
 
 	// ErrEvicted says that somebody else deleted the key or revoked the lease.
-	ErrEvicted = errors.New("leadership ended by somebody else")
+	ErrEvicted = errors.New("leader: term ended by somebody else")
 )
 
-// maxValue is how long a value may be: less than what etcd takes in a request by default.
+// maxValue is how long a value may be, in bytes: less than etcd's default limit for a request.
 const maxValue = 1 << 20
 
 // A Candidate is a candidate as the others see it. The zero value is nobody.
 type Candidate struct {
-	Value string           // what it campaigned with or proclaimed last
+	Value string           // what it campaigned with, or has proclaimed since
 	Token int64            // its fencing token, the create revision of its key
 	Key   string           // its key in etcd
 	Lease clientv3.LeaseID // the lease in the key's name
 }
 
-// Campaign blocks until this instance is elected in the election name, as [Elector.Campaign] of
-// an Elector that is used once: [Leader.Resign] also revokes the lease.
+// Campaign blocks until this instance is elected in the election name, and returns its term. It is
+// [Elector.Campaign] of an Elector that is used once, so [Leader.Resign] also revokes the lease.
 func Campaign(ctx context.Context, client *clientv3.Client, name, value string, opts ...Option) (*Leader, error) {
 	e, err := New(client, opts...)
 	if err != nil {
@@ -110,9 +112,8 @@ func Campaign(ctx context.Context, client *clientv3.Client, name, value string, 
 	return e.Campaign(ctx, name, value)
 }
 
-// Run calls lead while this instance leads the election name, and again when it leads again after
-// its term was lost. It blocks until lead has returned while it still led, or ctx ends, as
-// [Elector.Run] of an Elector that is used once.
+// Run campaigns in the election name and calls lead each time this instance is elected, until lead
+// returns during a term or ctx ends. It is [Elector.Run] of an Elector that is used once.
 func Run(ctx context.Context, client *clientv3.Client, name, value string, lead func(ctx context.Context, l *Leader) error, opts ...Option) error {
 	e, err := New(client, opts...)
 	if err != nil {
@@ -121,14 +122,21 @@ func Run(ctx context.Context, client *clientv3.Client, name, value string, lead 
 	return e.Run(ctx, name, value, lead)
 }
 
-// A Leader is one term of leadership. A term that has ended stays so: whoever wants to lead again
-// campaigns again and gets another.
+// A Leader is one term of leadership. A term that has ended does not begin again: campaign again to
+// get another.
 //
-// A Leader is safe for concurrent use. Of its methods only Proclaim and Resign send requests or
-// block.
+// A Leader is safe for concurrent use. Only its methods Proclaim and Resign send requests or block.
 type Leader struct {
+	// A Leader is a candidate first. Its life, of which each step is taken once at most:
+	//
+	//	waits     from campaign.candidate; ctx is live, elected is false
+	//	leads     from elect; ctx is live, elected is true
+	//	ended     from end, by whoever calls it first; ctx is cancelled, with the cause
+	//	removed   from remove; the key is dropped or abandoned, and the lease given back if nobody else uses it
+	//	told      from tell, if it has led; Hooks.Ended has returned, and done is closed
+
 	e       *Elector
-	run     bool // Run looks after the term
+	by      caller
 	claim   *claim
 	queue   *queue.Queue
 	session *lease.Session
@@ -136,8 +144,9 @@ type Leader struct {
 	key     string
 	token   int64
 
-	ctx       context.Context // the term's
+	ctx       context.Context // of the candidacy, then of the term
 	cancel    context.CancelCauseFunc
+	unhook    func() bool        // forgets the session's context, with which ctx ends
 	beginning sync.WaitGroup     // Hooks.Elected and touch, in a term
 	deletion  *queue.Deletion    // of the key, until watch or withdraw has seen to it
 	watching  bool               // watch has begun: with the term, or before if it may block
@@ -152,22 +161,21 @@ type Leader struct {
 
 	mu       sync.Mutex
 	elected  bool      // set only while ctx has not ended
-	ended    time.Time // set before ctx ends
+	endedAt  time.Time // set before ctx ends
 	modified int64     // revision of the key's last change, as far as is known
 }
 
-// Context returns a context that is cancelled when the term ends, with a [context.Cause] that is
-// [ErrResigned], [ErrExpired] or [ErrEvicted]. It carries the values of Campaign's context but does
-// not end with it. It is for the work that a leader does. A timer cancels it, so in a process that
-// goes on after a pause it is live for a moment even if the term is over; IsLeader has no such
-// moment.
+// Context returns a context for the work that a leader does. It is cancelled when the term ends, with a [context.Cause]
+// that is [ErrResigned], [ErrExpired] or [ErrEvicted], possibly wrapped. It carries the values of Campaign's context
+// but does not end with it. A timer cancels it: in a process that resumes after a pause it may be live for a moment
+// although the term is over. IsLeader is right even in that moment.
 func (l *Leader) Context() context.Context { return l.ctx }
 
-// IsLeader reports whether the term still holds. It asks the clocks now and does not wait for a
-// timer to fire, so it is right even if the process or the machine was suspended a moment ago. It
-// sends no request and does not block. Once false it stays false.
+// IsLeader reports whether the term still holds. It reads the clocks and does not wait for a timer,
+// so it is right even if the process or the machine was suspended a moment ago. It sends no request
+// and does not block. Once false it stays false.
 //
-// Even so, what is done after it has returned true may come too late: see [Leader.Guard].
+// The term may end right after IsLeader has returned true: see [Leader.Guard].
 func (l *Leader) IsLeader() bool {
 	if l.ctx.Err() == nil && !l.session.Valid() {
 		l.end(l.sessionCause())
@@ -175,8 +183,8 @@ func (l *Leader) IsLeader() bool {
 	return l.ctx.Err() == nil
 }
 
-// Deadline is until when the term holds if nothing more is heard from etcd. Each renewal moves it,
-// about three times per TTL. It is not after the term's end if that came earlier.
+// Deadline is the latest time at which the term ends unless another renewal succeeds. Each renewal moves it, about
+// three times per TTL. Once the term has ended, Deadline is no later than that end.
 func (l *Leader) Deadline() time.Time {
 	deadline := l.session.Deadline()
 	if l.IsLeader() {
@@ -184,39 +192,41 @@ func (l *Leader) Deadline() time.Time {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.ended.Before(deadline) {
-		return l.ended
+	if l.endedAt.Before(deadline) {
+		return l.endedAt
 	}
 	return deadline
 }
 
 // Token is the term's fencing token, the create revision of its key. It is positive and larger than
-// that of every earlier term of the election. (One exception: if somebody deletes the keys of a leader
-// and of the candidate behind it together, that candidate may lead for milliseconds without a key, with
-// a token below that of the next term, which may have begun already.) A resource that remembers the
-// largest token it has seen and refuses smaller ones is safe, from the new term's first write on, from
-// a leader that does not know yet that its own term is over.
+// that of every earlier term of the election. A resource that remembers the largest token it has seen
+// and refuses smaller ones is protected from a leader that does not yet know it was replaced, from the
+// new term's first write on.
+//
+// There is one exception to the order. If somebody deletes the keys of a leader and of the candidate
+// behind it together, that candidate may lead for milliseconds without a key, while the next term,
+// which has a larger token, may have begun.
 func (l *Leader) Token() int64 { return l.token }
 
 // Key is the term's key in etcd, <name>/<lease in hex>, the name with the prefix of [WithPrefix].
 func (l *Leader) Key() string { return l.key }
 
-// Guard returns a comparison for the If of an etcd transaction. It holds only while this term does:
-// not after its key is gone, not in a later term of the same process. The transaction must be sent
-// to the same etcd, with the same namespace if there is one.
+// Guard returns a comparison for the If of an etcd transaction. It holds for as long as the term's key
+// is there, so it fails before another candidate is elected, and in a later term of the same process.
+// The transaction must be sent to the same etcd, with the same namespace if there is one.
 func (l *Leader) Guard() clientv3.Cmp {
 	return clientv3.Compare(clientv3.CreateRevision(l.key), "=", l.token)
 }
 
-// Proclaim changes the value that others see of the leader, to one of at most 1 MiB; "" means the
-// default identity of [Elector.Campaign]. It returns nil if the term still held when etcd had
-// confirmed, so it also serves to ask etcd whether one still leads. It returns [ErrNotLeader], with
-// the cause, once the term has ended, and ends the term if it finds the key gone. Any other error
-// leaves the term as it is, and open whether the value was changed.
+// Proclaim changes the value that others see of the leader. The value has at most 1 MiB; "" means the
+// default identity of [Elector.Campaign].
 //
-// A call that was not answered may still change the value later, but not once a later call has succeeded.
+// It returns nil if the term still held when etcd had confirmed the change, so it can also be used to
+// ask etcd whether one still leads. After the term has ended it returns [ErrNotLeader], with the cause.
+// If it finds the key gone, it ends the term. After any other error the term is as before, and the
+// value may or may not have changed: it may even change later, but not after a later call has succeeded.
 //
-// It sends one request, or a few if an earlier call was not answered, and blocks until they are
+// It sends one request, or a few if an earlier call was not answered. It blocks until they are
 // answered, ctx or the term ends, or 5 s have passed.
 func (l *Leader) Proclaim(ctx context.Context, value string) error {
 	value, err := l.e.value(value)
@@ -241,8 +251,8 @@ func (l *Leader) Proclaim(ctx context.Context, value string) error {
 	return nil
 }
 
-// proclaim changes the value if nobody has changed the key since this term did so last. Else a request
-// of an earlier call, which was not answered and arrives late, would replace the value of a later one.
+// proclaim changes the value if the key has not changed since this term knew its revision. Without that, a request
+// of an earlier call that was not answered and arrives late would replace the value of a later call.
 func (l *Leader) proclaim(ctx context.Context, value string) error {
 	for {
 		l.mu.Lock()
@@ -276,20 +286,20 @@ func (l *Leader) changed(rev int64) {
 	l.modified = max(l.modified, rev)
 }
 
-// Resign ends the term. Its context is cancelled, with [ErrResigned], and IsLeader is false before
-// etcd is asked to delete the key and then, if nothing else uses it, to revoke the lease. Another
-// candidate may lead before Resign returns, so work must have stopped before it is called.
+// Resign ends the term. First the context is cancelled with [ErrResigned], and IsLeader is false. Then
+// etcd is asked to delete the key and, if nothing else uses the lease, to revoke it. Another candidate
+// may lead before Resign returns, so stop the work before you call it.
 //
-// It blocks until etcd has confirmed, ctx ends, or 5 s have passed. If it fails it may be called again
-// to retry; the term is over all the same. A key that is left goes with its lease, which is not renewed
-// on its behalf; where other terms of the Elector share the lease, their renewals delete the key. It
-// returns nil for a term that was lost or resigned before.
+// It blocks until etcd has confirmed, ctx ends, or 5 s have passed. Even if it fails the term is over, and Resign may
+// be called again to retry. A key that is left is deleted by the renewals of other terms on the lease; if there are
+// none, nobody renews the lease, and the key disappears when it expires. Resign returns nil for a term that was lost,
+// or has been resigned before.
 func (l *Leader) Resign(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, retry.RequestTimeout)
 	defer cancel()
 	l.end(ErrResigned)
 	select {
-	case l.resigning <- struct{}{}: // wins over ctx: the lease is to be given back in any case
+	case l.resigning <- struct{}{}: // wins over ctx: the renewals must stop in any case
 	default:
 		select {
 		case l.resigning <- struct{}{}:
@@ -304,13 +314,13 @@ func (l *Leader) Resign(ctx context.Context) error {
 		}
 	}
 	select {
-	case <-l.done: // in moments: it has nothing to ask etcd for
+	case <-l.done: // soon, unless a hook blocks: watch has nothing to ask etcd for
 	case <-ctx.Done():
 	}
 	return nil
 }
 
-// end ends the term, or the candidacy. The first cause stands.
+// end ends the term, or the candidacy. The first cause wins.
 func (l *Leader) end(cause error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -318,24 +328,21 @@ func (l *Leader) end(cause error) {
 		return
 	}
 	if l.elected {
-		l.ended = time.Now()
-		l.e.mu.Lock()
-		delete(l.e.terms, l)
-		l.e.mu.Unlock()
+		l.endedAt = time.Now()
 		l.claim.release() // first: who waits for the term's end may campaign at once
 		if !errors.Is(cause, ErrResigned) {
 			l.tidying.Add(1)
 			l.e.watching.Go(l.tidy)
 		}
 	}
+	l.unhook()
 	l.cancel(cause)
 	if !errors.Is(cause, ErrResigned) {
-		l.unwatch() // else whoever resigns does, once the key has been seen to: nothing is to come in between
+		l.unwatch() // remove does so on a resignation: the deletion must not wait behind the watch's cancellation
 	}
 }
 
-// evict ends the term because its key is gone: deleted by somebody else, unless by etcd since the
-// lease had expired.
+// evict ends the term because its key is gone. Somebody else has deleted it, or etcd has because the lease expired.
 func (l *Leader) evict() {
 	if l.session.Valid() {
 		l.end(fmt.Errorf("%w: key %q deleted", ErrEvicted, l.key))
@@ -355,14 +362,11 @@ func (l *Leader) sessionCause() error {
 	return ErrExpired
 }
 
-// watch ends the term when its key or its session is gone, and tells of the end. ctx ends with the
-// session and with the term.
+// watch ends the term when its key is gone, and reports the end. ctx is cancelled by end, or on a resignation by remove.
 func (l *Leader) watch(ctx context.Context) {
 	defer close(l.done)
-	// The context must not end later than it says because a request does.
-	defer context.AfterFunc(l.session.Context(), func() { l.end(l.sessionCause()) })()
 	defer func() {
-		if r := recover(); r != nil { // the logger panics, which ends the program: nobody is to wait for the lease then
+		if r := recover(); r != nil { // the logger panics, which ends the program: give the lease back before
 			l.end(ErrResigned)
 			select {
 			case l.resigning <- struct{}{}:
@@ -374,9 +378,8 @@ func (l *Leader) watch(ctx context.Context) {
 			}
 			panic(r)
 		}
-		// It may also have ended this goroutine.
+		// The logger may also have ended this goroutine.
 		<-ctx.Done()
-		l.end(l.sessionCause()) // unless the term has ended for another reason
 		l.mu.Lock()
 		elected := l.elected
 		l.mu.Unlock()
@@ -396,17 +399,15 @@ func (l *Leader) watchKey(ctx context.Context) {
 	}
 }
 
-// tidy gives the lease of a lost term back. No code of the user's can hold it up.
+// tidy removes a lost term. It runs in a goroutine of its own, where no code of the user's can hold it up.
 func (l *Leader) tidy() {
 	defer l.tidying.Done()
-	l.tracked.Drop() // deleted, or about to be with its lease, which nobody renews any more
-	l.tracked.Release()
 	cctx, cancel := retry.Cleanup(l.e.client.Ctx())
 	defer cancel()
-	l.unrevoked = l.session.Finish(cctx)
+	l.unrevoked = l.remove(cctx)
 }
 
-// tell tells of the end of a term.
+// tell reports the end of a term, to the log and to Hooks.Ended.
 func (l *Leader) tell() {
 	l.beginning.Wait()
 	l.claim.observing.Wait()
@@ -414,7 +415,7 @@ func (l *Leader) tell() {
 	var log *slog.Logger
 	defer l.tidying.Wait() // also when the log handler or the hook panics
 	func() {
-		defer l.e.opts.hooks.Ended(l.claim.election, l, cause) // also when the log handler ends this goroutine
+		defer l.e.opts.hooks.ended(l, cause) // also when the log handler ends this goroutine
 		log = l.e.log(l.claim.election).With("token", l.token)
 		if errors.Is(cause, ErrResigned) {
 			log.Info("resigned")
@@ -431,9 +432,9 @@ func (l *Leader) tell() {
 	}
 }
 
-// touch tells the next candidate that this one leads. Where that fails, or comes too late, a request
-// more elects the next one. It also tells whether the key is still there: if it was taken together with
-// that of the candidate before, either event may have come first.
+// touch rewrites the key once, so that the next candidate learns that this one leads. If that fails or
+// comes too late, the next election costs one more request. touch also finds out if the key is gone: if it was
+// deleted together with that of the candidate before, the other event may have come first.
 func (l *Leader) touch() {
 	rctx, cancel := retry.Request(l.ctx)
 	defer cancel()
@@ -450,19 +451,33 @@ func (l *Leader) touch() {
 	}
 }
 
-// leave deletes the key of a term that was resigned. l.resigning is held.
+// leave removes a term that was resigned. l.resigning is held.
 func (l *Leader) leave(ctx context.Context) error {
 	if l.left {
 		return nil
 	}
-	l.tracked.Release()
-	rctx, cancel := retry.Request(ctx)
-	defer cancel()
-	// The deletion comes first and alone: on a cluster a revocation hands over more slowly.
+	err := l.remove(ctx)
+	l.left = err == nil
+	return err
+}
+
+// remove sees to key and lease at the end of a candidacy or a term, in this order:
+//
+//  1. It deletes the key. That of a lost term is gone, or goes with the lease, whose margin is promised to work that
+//     has to stop. The deletion comes alone: on a cluster a revocation hands over more slowly.
+//  2. It ends the watch. The deletion must not wait behind its cancellation.
+//  3. It drops the key, or abandons it if the deletion had no answer: renewals on behalf of others delete it then.
+//  4. It gives the lease back, unless others use it. Then it deletes what a join without an answer may have put.
+//
+// It may be called again after an error.
+func (l *Leader) remove(ctx context.Context) error {
+	l.mu.Lock()
+	lost := l.elected && !errors.Is(context.Cause(l.ctx), ErrResigned)
+	l.mu.Unlock()
 	var err error
-	if !l.session.Gone() {
-		err = retry.Persist(rctx, l.e.client, func(ctx context.Context) error {
-			return l.session.Election(l.queue.Prefix(), l.key, l.token).Resign(ctx)
+	if l.token != 0 && !lost && !l.session.Gone() {
+		err = retry.Persist(ctx, l.e.client, func(ctx context.Context) error {
+			return l.session.Election(l.queue.Prefix(), l.key, l.token).Resign(ctx) // it forgets the key, answered or not
 		})
 	}
 	l.unwatch()
@@ -471,12 +486,14 @@ func (l *Leader) leave(ctx context.Context) error {
 	} else {
 		l.tracked.Abandon()
 	}
-	err = errors.Join(err, l.session.Finish(rctx))
-	if err != nil && !l.session.Gone() {
-		return err
+	err = errors.Join(err, l.session.Finish(ctx))
+	switch {
+	case l.session.Gone():
+		return nil
+	case err == nil && !lost && l.tracked.Abandoned():
+		return l.tracked.Remove(ctx)
 	}
-	l.left = true
-	return nil
+	return err
 }
 
 // abandon ends the term and leaves its key to whoever renews the lease, or to the lease's end.
@@ -484,10 +501,9 @@ func (l *Leader) abandon() {
 	l.end(ErrResigned)
 	l.unwatch()
 	l.tracked.Abandon()
-	l.tracked.Release()
 }
 
-// letGo resigns for a caller who cannot: what is left then, the lease takes care of.
+// letGo resigns on behalf of a caller that cannot handle an error. What is left goes with the lease.
 func (l *Leader) letGo(ctx context.Context) {
 	rctx, cancel := retry.Cleanup(ctx)
 	defer cancel()

@@ -106,8 +106,8 @@ func TestCandidateTakesAnotherLeaseWhereAStrangerHasAttachedAKey(t *testing.T) {
 	if kv := onlyKey(t, service, "svc/jobs/"); attack.attacked[clientv3.LeaseID(kv.Lease)] || string(kv.Key) != l.Key() {
 		t.Errorf("the candidate leads with %v, on a lease that a stranger has attached a key to", kv)
 	}
-	await(t, "a renewal", renewed)
-	await(t, "a renewal", renewed)
+	etcdtest.Await(t, "a renewal", renewed)
+	etcdtest.Await(t, "a renewal", renewed)
 	if !l.IsLeader() || !guarded(t, service, l) {
 		t.Errorf("the term has ended: %v", context.Cause(l.Context()))
 	}
@@ -290,48 +290,6 @@ func TestCandidateWithoutTheRightIsDeniedAtOnceAndLeavesNothing(t *testing.T) {
 	awaitExpiry(t, root)
 }
 
-// A logChannel gets each record that is logged, without the attributes of [slog.Logger.With].
-type logChannel chan slog.Record
-
-func (c logChannel) Enabled(context.Context, slog.Level) bool { return true }
-func (c logChannel) WithAttrs([]slog.Attr) slog.Handler       { return c }
-func (c logChannel) WithGroup(string) slog.Handler            { return c }
-func (c logChannel) Handle(_ context.Context, r slog.Record) error {
-	select {
-	case c <- r.Clone():
-	default: // nobody asks for so many
-	}
-	return nil
-}
-
-// awaitRecord waits until the message has been logged. It fails if the campaign ends first.
-func awaitRecord(t *testing.T, log logChannel, message string, campaign <-chan outcome) slog.Record {
-	t.Helper()
-	timeout := time.After(patience)
-	for {
-		select {
-		case r := <-log:
-			if r.Message == message {
-				return r
-			}
-		case o := <-campaign:
-			t.Fatalf("Campaign ended while %q was awaited: %v", message, o.err)
-		case <-timeout:
-			t.Fatalf("waited in vain for %q to be logged", message)
-		}
-	}
-}
-
-// awaitThat receives until that is true of what it has received.
-func awaitThat[T any](t *testing.T, what string, c <-chan T, that func(T) bool) {
-	t.Helper()
-	for {
-		if that(await(t, what, c)) {
-			return
-		}
-	}
-}
-
 // receivesLittle returns a client that refuses messages of 256 KiB and more.
 func receivesLittle(t *testing.T, m *etcdtest.Member) *clientv3.Client {
 	t.Helper()
@@ -354,7 +312,7 @@ func TestCampaignOutlivesALargeValueOfTheOneBefore(t *testing.T) {
 	next := campaign(t.Context(), e, "jobs", "third")
 	awaitQueue(t, client, "jobs", queued(3))
 	resign(t, first)
-	if err := await(t, "stock Campaign", won).err; err != nil {
+	if err := etcdtest.Await(t, "stock Campaign", won).err; err != nil {
 		t.Fatal(err)
 	}
 	if err := election.Proclaim(t.Context(), tooLarge); err != nil {
@@ -379,14 +337,14 @@ func TestLargeValueOfAnotherEndsNoWatchForGood(t *testing.T) {
 	next := campaign(t.Context(), e, "held", "next")
 	awaitQueue(t, client, "held", queued(2))
 	observed := observe(t, e, "noisy")
-	if c := await(t, "the leader", observed); c.Value != "quiet" {
+	if c := etcdtest.Await(t, "the leader", observed); c.Value != "quiet" {
 		t.Errorf("observed %+v", c)
 	}
 	if err := noisy.Proclaim(t.Context(), tooLarge); err != nil {
 		t.Fatal(err)
 	}
 	for retried := make(map[string]bool); len(retried) < 3; {
-		r := await(t, "the warnings of three watches", log)
+		r := etcdtest.Await(t, "the warnings of three watches", log)
 		if strings.HasSuffix(r.Message, "is being retried") {
 			retried[r.Message] = true
 		}
@@ -427,7 +385,7 @@ func TestCampaignsShareOneStreamWhateverMetadataTheirContextsHave(t *testing.T) 
 	}
 	const renewals = 5
 	for range renewals {
-		await(t, "a renewal", renewed)
+		etcdtest.Await(t, "a renewal", renewed)
 	}
 	// On a busy machine a watch or a renewal may take so long that it is tried again on another stream.
 	for method, most := range map[string]int64{
@@ -443,7 +401,7 @@ func TestCampaignsShareOneStreamWhateverMetadataTheirContextsHave(t *testing.T) 
 	}
 	cancel()
 	for _, c := range waiting {
-		if o := await(t, "Campaign", c); !errors.Is(o.err, context.Canceled) {
+		if o := etcdtest.Await(t, "Campaign", c); !errors.Is(o.err, context.Canceled) {
 			t.Errorf("Campaign: %v", o.err)
 		}
 	}
@@ -560,16 +518,16 @@ func TestRateLimitDelaysAndEndsNothing(t *testing.T) {
 			case o := <-next:
 				t.Fatalf("Campaign: %v", o.err)
 			}
-			await(t, "a renewal", renewed)
+			etcdtest.Await(t, "a renewal", renewed)
 			resign(t, first)
 			l := awaitLeader(t, next)
-			await(t, "a renewal", renewed)
-			await(t, "a renewal", renewed)
+			etcdtest.Await(t, "a renewal", renewed)
+			etcdtest.Await(t, "a renewal", renewed)
 			if !l.IsLeader() {
 				t.Errorf("the term has ended: %v", context.Cause(l.Context()))
 			}
 			observed := observe(t, e, name)
-			if c := await(t, "the leader", observed); c.Value != "second" {
+			if c := etcdtest.Await(t, "the leader", observed); c.Value != "second" {
 				t.Errorf("observed %+v", c)
 			}
 			resign(t, l)

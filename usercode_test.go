@@ -3,21 +3,19 @@ package leader_test
 import (
 	"context"
 	"errors"
-
 	"fmt"
 	"log/slog"
 	"maps"
 	"runtime"
 	"slices"
-
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"example.com/leader"
+	"example.com/leader/internal/etcdtest"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
-
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -72,14 +70,6 @@ func (m *misdeed) options() []leader.Option {
 	}
 }
 
-// A handler handles log records.
-type handler func(slog.Record)
-
-func (handler) Enabled(context.Context, slog.Level) bool          { return true }
-func (h handler) WithAttrs([]slog.Attr) slog.Handler              { return h }
-func (h handler) WithGroup(string) slog.Handler                   { return h }
-func (h handler) Handle(_ context.Context, rec slog.Record) error { h(rec); return nil }
-
 // ending calls f in a goroutine and says how that ends: by returning, by Goexit, or by a panic with this
 // value.
 func ending(f func()) <-chan any {
@@ -98,8 +88,7 @@ func ending(f func()) <-chan any {
 	return c
 }
 
-// Pitfall 33: what was begun is ended before a panic goes on. The TTL is so long that nothing of it
-// expires.
+// What was begun is ended before a panic goes on. The TTL is so long that nothing of it expires.
 func TestPanicAndGoexitReachTheCallerAndLeaveNothing(t *testing.T) {
 	_, client := start(t)
 	for _, test := range []struct{ place, by string }{
@@ -113,6 +102,9 @@ func TestPanicAndGoexitReachTheCallerAndLeaveNothing(t *testing.T) {
 		{"log: elected", "Campaign"},
 		{"log: elected", "Run"},
 		{"log: campaign is being retried", "Campaign"},
+		{"log: requests of the campaign work again", "Campaign"},
+		{"log: joined the queue", "Campaign"},
+		{"log: joined the queue", "Run"},
 		{"log: candidacy was lost, joining again", "Campaign"},
 		{"log: campaigning again after a lost term", "Run"},
 		{"lead", "Run"},
@@ -138,12 +130,14 @@ func TestPanicAndGoexitReachTheCallerAndLeaveNothing(t *testing.T) {
 					defer cancel()
 					m.armed.Store(true)
 					var first *leader.Leader
-					waits := test.place == "CampaignFailed" || test.place == "log: candidacy was lost, joining again"
+					waits := test.place == "CampaignFailed" || test.place == "log: candidacy was lost, joining again" || test.place == "log: joined the queue"
 					switch {
 					case waits:
 						first = lead(t, others, name, "")
 					case test.place == "log: campaign is being retried":
 						m.loseRepliesUntilDone(kv)
+					case test.place == "log: requests of the campaign work again":
+						kv.loseReplies(1)
 					}
 					ended := ending(func() {
 						switch test.by {
@@ -168,11 +162,12 @@ func TestPanicAndGoexitReachTheCallerAndLeaveNothing(t *testing.T) {
 						if _, err := client.Delete(t.Context(), own); err != nil {
 							t.Fatal(err)
 						}
+					case test.place == "log: joined the queue": // the candidate leaves by itself
 					case waits && test.by != "TryCampaign":
 						awaitQueue(t, client, name, queued(2))
 						cancel()
 					}
-					if got := await(t, "the caller's end", ended); got != how {
+					if got := etcdtest.Await(t, "the caller's end", ended); got != how {
 						t.Errorf("the call has ended by %v, want %v", got, how)
 					}
 					if first != nil {
@@ -302,8 +297,7 @@ func awaitRenewed(t *testing.T, what string, l *leader.Leader, since time.Time) 
 	return true
 }
 
-// Pitfall 33: hooks and log handlers that are called in goroutines of the library. (A panic there ends the
-// process.)
+// Hooks and log handlers that are called in goroutines of the library. (A panic there ends the process.)
 func TestGoexitInAHookOrALogHandlerLosesNothing(t *testing.T) {
 	goexit(t, map[string][]error{
 		"Ended":          {leader.ErrResigned, leader.ErrEvicted, leader.ErrExpired},
@@ -317,7 +311,7 @@ func TestGoexitInAHookOrALogHandlerLosesNothing(t *testing.T) {
 	})
 }
 
-// Pitfall 33.
+// The same for what is logged of a broken watch.
 func TestGoexitInALogHandlerThatIsToldOfABrokenWatchLosesNothing(t *testing.T) {
 	goexit(t, map[string][]error{watchIsRetried: {leader.ErrExpired, leader.ErrEvicted, leader.ErrResigned}})
 }
@@ -354,7 +348,7 @@ func goexit(t *testing.T, places map[string][]error) {
 	}
 	for _, l := range terms {
 		if !atEnd(l) {
-			await(t, l.what, l.done)
+			etcdtest.Await(t, l.what, l.done)
 		}
 	}
 	reached := time.Now()
@@ -376,12 +370,12 @@ func goexit(t *testing.T, places map[string][]error) {
 		}
 	}
 	for _, l := range terms {
-		await(t, "the end after "+l.what, l.l.Context().Done())
+		etcdtest.Await(t, "the end after "+l.what, l.l.Context().Done())
 		awaitEnd(t, l.l, l.cause)
 		if atEnd(l) {
-			await(t, l.what, l.done)
+			etcdtest.Await(t, l.what, l.done)
 		}
-		if cause := await(t, "Ended after "+l.what, l.ended); !errors.Is(cause, l.cause) {
+		if cause := etcdtest.Await(t, "Ended after "+l.what, l.ended); !errors.Is(cause, l.cause) {
 			t.Errorf("%s: Ended was told %v", l.what, cause)
 		}
 	}
@@ -389,14 +383,14 @@ func goexit(t *testing.T, places map[string][]error) {
 		awaitQueue(t, client, l.name, queued(0))
 		l.lease.keepAlive.Store(nil)
 		resign(t, lead(t, l.e, l.name, "")) // the next one is like any other
-		if cause := await(t, "Ended after "+l.what, l.ended); !errors.Is(cause, leader.ErrResigned) {
+		if cause := etcdtest.Await(t, "Ended after "+l.what, l.ended); !errors.Is(cause, leader.ErrResigned) {
 			t.Errorf("%s: of the next term Ended was told %v", l.what, cause)
 		}
 	}
 }
 
-// Pitfall 33: while the user's code blocks, its Elector's other terms are renewed and end in time, keys
-// are deleted, and the next campaign begins.
+// While the user's code blocks, its Elector's other terms are renewed and end in time, keys are deleted, and the next
+// campaign begins.
 func TestUserCodeThatBlocksHoldsUpNothingElse(t *testing.T) {
 	_, client := start(t)
 	others := newElector(t, client)
@@ -441,7 +435,7 @@ func TestUserCodeThatBlocksHoldsUpNothingElse(t *testing.T) {
 				return err
 			})
 			if place == "Elected" {
-				s.l = await(t, "a term", s.elected)
+				s.l = etcdtest.Await(t, "a term", s.elected)
 			}
 		case "CampaignFailed":
 			s.l = lead(t, others, s.name, "")
@@ -455,7 +449,7 @@ func TestUserCodeThatBlocksHoldsUpNothingElse(t *testing.T) {
 			call(func() error {
 				return s.e.Run(t.Context(), s.name, "", func(context.Context, *leader.Leader) error { s.at("lead"); return nil })
 			})
-			s.l = await(t, "a term", s.elected)
+			s.l = etcdtest.Await(t, "a term", s.elected)
 		default:
 			s.l = lead(t, s.e, s.name, "")
 			s.reach(t, 2)
@@ -471,7 +465,7 @@ func TestUserCodeThatBlocksHoldsUpNothingElse(t *testing.T) {
 		}
 	}
 	for _, s := range scenes {
-		await(t, s.place, s.done)
+		etcdtest.Await(t, s.place, s.done)
 	}
 	reached := time.Now()
 	for _, s := range scenes {
@@ -493,7 +487,7 @@ func TestUserCodeThatBlocksHoldsUpNothingElse(t *testing.T) {
 	for _, s := range scenes {
 		awaitEnd(t, s.other, leader.ErrExpired)
 		awaitEnd(t, s.again, leader.ErrExpired)
-		if late := await(t, "the end", s.late); late > wildTTL/5 {
+		if late := etcdtest.Await(t, "the end", s.late); late > wildTTL/5 {
 			t.Errorf("%s blocks: the term ended %v late, more than the margin", s.place, late)
 		}
 	}
@@ -503,34 +497,13 @@ func TestUserCodeThatBlocksHoldsUpNothingElse(t *testing.T) {
 	release()
 	for _, s := range scenes {
 		for _, returned := range s.calls {
-			if err := await(t, "a call, after "+s.place+" was released", returned); err != nil {
+			if err := etcdtest.Await(t, "a call, after "+s.place+" was released", returned); err != nil {
 				t.Errorf("%s blocked, and then a call returned %v", s.place, err)
 			}
 		}
 		resign(t, lead(t, s.e, s.name, ""))
 	}
 	awaitExpiry(t, client)
-}
-
-// A service closes its Elector with a ctx that ended with it. Where nothing is left to do, nothing can
-// fail.
-func TestCloseThatHasNothingToDoReturnsNilWhateverItsCtx(t *testing.T) {
-	_, client := start(t)
-	cancelled, cancel := context.WithCancel(t.Context())
-	cancel()
-	used := newElector(t, client)
-	resign(t, lead(t, used, "jobs", ""))
-	if err := used.Close(cancelled); err != nil {
-		t.Errorf("Close after the last term was resigned: %v", err)
-	}
-	for range 50 {
-		e := newElector(t, client)
-		for range 2 {
-			if err := e.Close(cancelled); err != nil {
-				t.Fatalf("Close of an idle Elector: %v", err)
-			}
-		}
-	}
 }
 
 func TestGoexitInLeaderChangedLosesNoLaterChange(t *testing.T) {
@@ -544,12 +517,12 @@ func TestGoexitInLeaderChangedLosesNoLaterChange(t *testing.T) {
 	}}))
 	l := lead(t, e, "jobs", "first")
 	for value := ""; value != "first"; {
-		value = await(t, "LeaderChanged", told)
+		value = etcdtest.Await(t, "LeaderChanged", told)
 	}
 	if err := l.Proclaim(t.Context(), "second"); err != nil {
 		t.Fatal(err)
 	}
-	if got := await(t, "LeaderChanged, though an earlier call has ended its goroutine", told); got != "second" {
+	if got := etcdtest.Await(t, "LeaderChanged, though an earlier call has ended its goroutine", told); got != "second" {
 		t.Errorf("told of %q, want %q", got, "second")
 	}
 	resign(t, l)
@@ -583,7 +556,7 @@ func TestLogHandlerThatIsToldOfAGrantAndBlocksHoldsUpNoOtherCampaign(t *testing.
 		}
 	}))))
 	held := campaign(t.Context(), e, "a", "")
-	await(t, "the log handler", reached)
+	etcdtest.Await(t, "the log handler", reached)
 	resign(t, lead(t, e, "b", ""))
 	close(release)
 	resign(t, awaitLeader(t, held))
@@ -641,7 +614,7 @@ func TestHookThatEndsItsGoroutineKeepsNothingFromTheNext(t *testing.T) {
 		leader.WithHooks(leader.Hooks{Ended: func(string, *leader.Leader, error) { runtime.Goexit() }}),
 		leader.WithHooks(leader.Hooks{Ended: func(_ string, _ *leader.Leader, cause error) { ended <- cause }}))
 	resign(t, lead(t, e, "jobs", ""))
-	if cause := await(t, "the next hook", ended); !errors.Is(cause, leader.ErrResigned) {
+	if cause := etcdtest.Await(t, "the next hook", ended); !errors.Is(cause, leader.ErrResigned) {
 		t.Errorf("cause %v, want %v", cause, leader.ErrResigned)
 	}
 }
@@ -654,7 +627,7 @@ func TestResignReturnsThoughAHookBlocks(t *testing.T) {
 		<-released
 	}}))
 	l := lead(t, e, "jobs", "")
-	await(t, "LeaderChanged", reached)
+	etcdtest.Await(t, "LeaderChanged", reached)
 	if err := l.Resign(context.Background()); err != nil { // the key is gone, though not all hooks were told
 		t.Errorf("Resign() = %v", err)
 	}

@@ -66,7 +66,7 @@ func measureBlackhole(ctx context.Context, r *run) (*result, error) {
 		}
 	}
 	t := table{
-		caption: "A blackhole swallows everything between etcd and processes that lead, TTL 2 s: for how long the old leader believes on after its successor was elected, in ms",
+		caption: "Leaders are cut off from etcd without a sign, TTL 2 s: how long, in ms, the old leader still believes that it leads after its successor was elected.",
 		header:  []string{"contestant", "overlaps", "the longest", "median (p10 – p90), negative if nobody led in between", "trials"},
 	}
 	res := &result{}

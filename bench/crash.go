@@ -37,7 +37,7 @@ func victimElection(kill string, c contestant, i int) string {
 func measureCrash(ctx context.Context, r *run) (*result, error) {
 	res := &result{}
 	t := table{
-		caption: "From the SIGKILL of a process that leads, at a random moment, until the waiting successor has been elected, in ms; 1 member",
+		caption: "Time in ms from the SIGKILL of a process that leads, at a random moment, until the waiting successor has been elected. 1 member.",
 		header:  []string{"TTL", "contestant", "median (p10 – p90)", "trials", "× limit", "× stock"},
 	}
 	endpoints, err := r.cluster(1)

@@ -100,7 +100,7 @@ func measureCandidates(ctx context.Context, r *run) (*result, error) {
 	}
 
 	t := table{
-		caption: "Candidates in one election, each with a lease of its own: handoff in ms; what all of them send for it (watches: begins and ends of watches), but for renewals, and the events that all watches of all of them get; joins while the election grows to this size",
+		caption: "Candidates in one election, each with a lease of its own. Handoff in ms. Requests, watches (begun or ended) and events are those of all candidates in one handoff, without renewals (medians). Joins per second and events per join are measured while the election grows to this size.",
 		header:  []string{"candidates", "contestant", "handoff, median (p10 – p90)", "trials", "requests", "watches", "events", "joins per second", "events per join"},
 	}
 	for _, size := range sizes {
@@ -116,9 +116,9 @@ func measureCandidates(ctx context.Context, r *run) (*result, error) {
 	res.atMost(1.2, own.handoffs[largest].over(own.handoffs[2]), "leader: handoff with %d candidates / with 2", largest).
 		beside(limit.name, limits[largest].over(limits[2]))
 	fewest := medianInt(own.requests[sizes[1]]) // with two nobody is left to find a new predecessor
-	res.atMost(float64(fewest), float64(medianInt(own.requests[largest])), "leader: requests per handoff with %d, as with %d", largest, sizes[1])
+	res.atMost(float64(fewest), float64(medianInt(own.requests[largest])), "leader: requests per handoff with %d, at most as many as with %d", largest, sizes[1])
 	base := sizes[min(2, len(sizes)-1)] // fewer joins say little
-	res.atMost(1.2*own.joinEvents[base], own.joinEvents[largest], "leader: events per join with %d, up to 1.2 × as with %d", largest, base)
+	res.atMost(1.2*own.joinEvents[base], own.joinEvents[largest], "leader: events per join with %d, at most 1.2 × as many as with %d", largest, base)
 	handoff := lines{file: "candidates-handoff.svg", title: "Handoff by number of candidates", x: "candidates", y: "ms"}
 	requests := lines{file: "candidates-requests.svg", title: "Requests per handoff by number of candidates", x: "candidates", y: "requests"}
 	for _, c := range crowds {

@@ -111,7 +111,7 @@ func write(ctx context.Context, client *clientv3.Client, key string) {
 func measureHandoff(ctx context.Context, r *run) (*result, error) {
 	res := &result{}
 	t := table{
-		caption: "From before the leader resigns until the successor's campaign has returned, in ms; the successor has waited for 250 ms, client-go's for a random time",
+		caption: "Time in ms from just before the leader resigns until the successor's campaign has returned. The successor has waited for 250 ms, client-go's for a random time.",
 		header:  []string{"etcd", "contestant", "median (p10 – p90)", "trials", "× limit", "× stock"},
 	}
 	for _, s := range []setting{{members: 1}, {members: 3}} {
@@ -207,7 +207,7 @@ func polledHandoffs(ctx context.Context, from, to *clientv3.Client, election str
 func measureFreshSuccessor(ctx context.Context, r *run) (*result, error) {
 	res := &result{}
 	t := table{
-		caption: "The same, in ms; the successor has joined 15 ms before",
+		caption: "The same, but the successor joined only 15 ms before the leader resigned.",
 		header:  []string{"etcd", "contestant", "median (p10 – p90)", "trials", "× limit", "× stock"},
 	}
 	for _, s := range []setting{{members: 1}, {members: 3}, {members: 1, writers: 4}, {members: 3, writers: 4}} {
@@ -298,7 +298,7 @@ func measurePingPong(ctx context.Context, r *run) (*result, error) {
 		}
 	}
 	t := table{
-		caption: "Terms per second of two candidates that resign as soon as they are elected and campaign again; 1 member; the limit is a lease's grant, one put and the revocation for each term, of which neither of the two waits for the other's",
+		caption: "Terms per second of two candidates, each of which resigns as soon as it is elected, and campaigns again. 1 member. For the limit, each of the two grants a lease, puts one key and revokes the lease, again and again, and neither waits for the other.",
 		header:  []string{"contestant", "median (p10 – p90)", "rounds", "× limit", "× stock"},
 	}
 	for _, p := range players {
@@ -388,7 +388,7 @@ func unless(ctx context.Context, err error) error {
 func measureStart(ctx context.Context, r *run) (*result, error) {
 	res := &result{}
 	t := table{
-		caption: "From the call until elected, where nobody else is, at a client that has just connected, in ms; the limit is a lease's grant and one put",
+		caption: "Time in ms from the call until elected, in an election without other candidates, with a client that has just connected. The limit is the grant of a lease and one put.",
 		header:  []string{"etcd", "contestant", "median (p10 – p90)", "trials", "× limit", "× stock"},
 	}
 	contestants := []contestant{ours, stock, holster, clientGo, {limit.name, joinGranted, nil}}

@@ -37,7 +37,7 @@ func measureImporter(ctx context.Context, r *run) (*result, error) {
 	const logging = "stock, with log/slog"
 	programs := make(map[string]program)
 	t := table{
-		caption: "A program that campaigns and resigns, built with -trimpath",
+		caption: "A program that campaigns and resigns, built with -trimpath.",
 		header:  []string{"imports", "modules", "bytes", "bytes with -s -w"},
 	}
 	for _, p := range []struct{ imports, directory string }{{stock.name, "stock"}, {logging, "logging"}, {ours.name, "leader"}} {
@@ -50,11 +50,11 @@ func measureImporter(ctx context.Context, r *run) (*result, error) {
 	}
 	own, other, reference := programs[ours.name], programs[stock.name], programs[logging]
 	res := &result{tables: []table{t}}
-	res.atMost(1, float64(own.modules-other.modules), "modules of leader's that stock's has not (itself)")
+	res.atMost(1, float64(own.modules-other.modules), "modules that leader adds, itself included")
 	more := func(n, than int64) float64 { return 100 * float64(n-than) / float64(than) }
-	res.atMost(1, more(own.plain, other.plain), "bytes of leader's beyond stock's, in %%").
+	res.atMost(1, more(own.plain, other.plain), "bytes that leader adds, in %% of stock's").
 		beside(logging, more(reference.plain, other.plain))
-	res.atMost(1, more(own.bare, other.bare), "the same with -s -w").
+	res.atMost(1, more(own.bare, other.bare), "the same, with -s -w").
 		beside(logging, more(reference.bare, other.bare))
 	return res, nil
 }

@@ -211,7 +211,7 @@ func loads(ctx context.Context, t task, kinds ...string) (map[string]load, error
 func measureElections(ctx context.Context, r *run) (*result, error) {
 	window := r.pick(20, 10, 5) // seconds: whole thirds of the TTL
 	t := table{
-		caption: fmt.Sprintf("Elections that one process leads, TTL %v; per second of %d s in which nothing happens but renewals (requests: each message that is sent on a stream is one); goroutines and memory for each election but the first", leader.DefaultTTL, window),
+		caption: fmt.Sprintf("Elections that one process leads, TTL %v. Requests and CPU are means over %d s in which only renewals happen; each message on a stream is one request. Goroutines and memory are per election, without the first one unless it is the only one.", leader.DefaultTTL, window),
 		header:  []string{"elections", "contestant", "requests per s", "CPU, ms per s", "goroutines", "heap, KiB", "stack, KiB", "both, × stock", "both, × stock with a watch"},
 	}
 	kinds := []string{oneElector, manySessions, oneSession, watched}
@@ -221,7 +221,7 @@ func measureElections(ctx context.Context, r *run) (*result, error) {
 		byKind[kind] = make(map[int]load)
 	}
 	for _, n := range counts {
-		r.log("%d elections", n)
+		r.log("elections: %d", n)
 		endpoints, err := r.cluster(1) // for each, since the leases of killed processes go in the background
 		if err != nil {
 			return nil, err
@@ -269,7 +269,7 @@ func measureWaiting(ctx context.Context, r *run) (*result, error) {
 		return nil, err
 	}
 	t := table{
-		caption: fmt.Sprintf("A waiting candidate, with a lease of its own: mean of %d over one client", n),
+		caption: fmt.Sprintf("A waiting candidate with a lease of its own: the mean of %d candidates over one client.", n),
 		header:  []string{"contestant", "goroutines", "heap, KiB", "stack, KiB", "both, × stock", "both, × stock with a watch"},
 	}
 	own, other, reference := all[ours.name], all[stock.name], all[watched]

@@ -52,8 +52,8 @@ var rows = []row{
 
 func main() {
 	be()
-	only := flag.String("only", "", "measure these `rows`, as in 1,2, and no others")
-	quick := flag.Bool("quick", false, "make few trials: rough figures, in minutes")
+	only := flag.String("only", "", "measure only these `rows`, such as 1,2")
+	quick := flag.Bool("quick", false, "make few trials: rough figures, within minutes")
 	dir := flag.String("o", ".", "write README.md and the plots to this `directory`")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

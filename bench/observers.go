@@ -53,11 +53,11 @@ func observeStock(ctx context.Context, client *clientv3.Client, election string,
 func measureObservers(ctx context.Context, r *run) (*result, error) {
 	res := &result{}
 	t := table{
-		caption: "Observers of one election, in one process and over one client: from before the leader resigns until the last of them has seen its successor, in ms; their reads of etcd for it",
+		caption: "Observers of one election, in one process and over one client: time in ms from just before the leader resigns until the last observer has seen its successor, and how many reads the observers send for that.",
 		header:  []string{"observers", "contestant", "median (p10 – p90)", "trials", "reads", "× stock"},
 	}
 	for _, n := range []int{1, 100, 1000}[:r.pick(3, 3, 2)] {
-		r.log("%d observers", n)
+		r.log("observers: %d", n)
 		audiences, err := observed(ctx, r, n)
 		if err != nil {
 			return nil, err
@@ -66,8 +66,8 @@ func measureObservers(ctx context.Context, r *run) (*result, error) {
 		for _, a := range audiences {
 			t.add(append(append([]string{fmt.Sprint(n), a.name}, a.took.cells()...), fmt.Sprint(medianInt(a.reads)), number(a.took.over(stock.took)))...)
 		}
-		res.atMost(0, float64(medianInt(own.reads)), "%d observers: reads of leader", n)
-		res.atMost(1, own.took.over(stock.took), "%d observers: leader / stock", n)
+		res.atMost(0, float64(medianInt(own.reads)), "reads of leader, observers: %d", n)
+		res.atMost(1, own.took.over(stock.took), "leader / stock, observers: %d", n)
 	}
 	res.tables = []table{t}
 	return res, nil

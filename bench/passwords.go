@@ -78,7 +78,7 @@ func measurePasswords(ctx context.Context, r *run) (*result, error) {
 		}
 		idle.add(one)
 		for _, n := range sizes {
-			r.log("round %d of %d: %d leaders", round+1, rounds, n)
+			r.log("round %d of %d, leaders: %d", round+1, rounds, n)
 			for _, i := range rand.Perm(len(believers)) {
 				b := believers[i]
 				one, err := passwords(ctx, r, b, n, window)
@@ -90,9 +90,9 @@ func measurePasswords(ctx context.Context, r *run) (*result, error) {
 		}
 	}
 	t := table{
-		caption: fmt.Sprintf("Leaders with a user and a password, each with a client of its own, TTL %v, at an etcd of their own with its default bcrypt cost: "+
-			"the CPU time of etcd's process in %v in which nothing happens but renewals; authentications and requests, counted at the clients, where each message on a stream is a request; "+
-			"terms lost, for which nobody campaigns again", passwordTTL, window),
+		caption: fmt.Sprintf("Leaders with a user and a password, each with a client of its own, TTL %v. Each row has an etcd of its own, with its default bcrypt cost. "+
+			"CPU is the time that etcd's process uses in %v in which only renewals happen. Authentications and requests are counted at the clients; "+
+			"each message on a stream is one request. Lost terms are not replaced, because nobody campaigns again.", passwordTTL, window),
 		header: []string{"leaders", "contestant", "CPU, ms per minute", "per leader", "× stock", "authentications per leader, before", "per minute",
 			"renewals per leader and minute", "requests per renewal", "terms lost before", "in the interval"},
 	}
@@ -112,7 +112,7 @@ func measurePasswords(ctx context.Context, r *run) (*result, error) {
 		lost, led = lost+own.lostBefore+own.lost, led+own.leaders
 		// 72 requests a minute rather than 30, which makes 2.4 if each costs etcd the same: two for a renewal
 		// rather than one, and a renewal when it is due, where stock looks every half a second.
-		res.atMost(2.5, own.perMinute()/bills[stock.name][n].perMinute(), "%d leaders: etcd's CPU time, leader / stock", n)
+		res.atMost(2.5, own.perMinute()/bills[stock.name][n].perMinute(), "etcd's CPU time, leader / stock, leaders: %d", n)
 	}
 	res.atMost(0, float64(lost), "terms of leader lost, of %d", led)
 	res.tables = []table{t}

@@ -38,7 +38,7 @@ func measureRenewal(ctx context.Context, r *run) (*result, error) {
 	}
 	sleep(ctx, window)
 	t := table{
-		caption: fmt.Sprintf("What one leader costs that nothing happens to, per minute of %v; each message that is sent on a stream is a request; bytes are those of its connection, both ways", window),
+		caption: fmt.Sprintf("What one leader costs per minute while it only renews, measured over %v. Each message on a stream is one request. Bytes are those of its connection, in both directions.", window),
 		header:  []string{"contestant", "TTL", "requests", "bytes"},
 	}
 	for i, l := range leaders {

@@ -49,7 +49,7 @@ func Example() {
 	// leader_term_ends_total{election="my-service/leader",reason="resigned"} 1
 }
 
-// A service that shows its metrics on the address that is its argument.
+// A service that serves its metrics on the address in its first argument.
 func ExampleCollector_Hooks() {
 	var (
 		ctx    context.Context
@@ -70,7 +70,7 @@ func ExampleCollector_Hooks() {
 	}
 }
 
-// scrapeOf returns what Prometheus would see of a metric.
+// scrapeOf returns the lines that Prometheus would read of a metric.
 func scrapeOf(metric string) string {
 	response := httptest.NewRecorder()
 	http.DefaultServeMux.ServeHTTP(response, httptest.NewRequest(http.MethodGet, "/metrics", nil))
@@ -83,7 +83,7 @@ func scrapeOf(metric string) string {
 	return series.String()
 }
 
-// newClient returns a client of an etcd that runs until stop is called.
+// newClient starts an etcd, which runs until stop is called, and returns a client of it.
 func newClient() (client *clientv3.Client, stop func()) {
 	server, stopServer, err := leadertest.Start()
 	if err != nil {

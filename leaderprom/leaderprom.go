@@ -1,55 +1,58 @@
-// Package leaderprom tells Prometheus of elections: who leads and for how long still, how terms
-// begin and end, and how the lease behind them fares. [New] makes a Collector; its Hooks feed it.
+// Package leaderprom exports the state of elections to Prometheus: who leads, how long the term still holds, how terms
+// begin and end, and how renewals of the lease go. [New] makes a Collector. Give its Hooks to your Electors.
 //
-// About each election in which this process has campaigned, with the label election:
+// For each election in which this process has campaigned, with the label election:
 //
 //	leader_is_leader                    1 while this process leads, else 0
 //	leader_token                        fencing token of the term while this process leads, else 0
-//	leader_deadline_seconds             time left until the term's deadline, unless it is renewed; 0 for no term
+//	leader_deadline_seconds             time left until the term's deadline, unless it is renewed; 0 while not leading
 //	leader_terms_total                  terms that have begun
 //	leader_term_ends_total              terms that have ended, by reason
 //	leader_campaign_duration_seconds    histogram: how long the campaigns took that were won
 //
-// About the leases, without that label, since all elections of an Elector share one:
+// For the leases, without that label, because all elections of an Elector share one lease:
 //
 //	leader_renewal_duration_seconds     histogram: how long the renewals took that counted
 //	leader_renewal_failures_total       attempts that failed, by reason
 //
-// A term's reason is
+// The reasons why a term ends are
 //
 //	resigned    Resign, Close or the end of Run
 //	expired     the lease could not be renewed in time
 //	evicted     somebody else deleted the key or revoked the lease
 //
-// and that of a failed attempt to renew
+// The reasons why an attempt to renew fails are
 //
-//	refused            etcd answered it but changed its own leader: leader.ErrRefused
+//	refused            etcd answered, but its own leader changed meanwhile: leader.ErrRefused
 //	timeout            no answer in time, or none before the lease's deadline
-//	unavailable        etcd is out of reach, or says that it has no leader
+//	unavailable        the client has no connection to etcd, or etcd says that it has no leader
 //	lease_not_found    the lease was revoked
-//	permission_denied  etcd does not allow it, or does not know who asks
+//	permission_denied  etcd does not allow it, or does not accept the client's user or token
 //	other              none of these
 //
-// Whether this process leads is asked of the term at every scrape, not remembered, so that no scrape
-// says 1, or names the term's token, after the term is over. What Prometheus stores is as old as the last scrape all the same:
-// it is for people to look at, not for deciding who may work.
+// A client has no connection if the port refuses it, the host name is unknown or the certificate comes from an unknown
+// authority, for example. The reason is then unavailable. It used to be timeout, so a query for timeout alone no longer
+// counts these attempts. The reason is still timeout if the connection is open and etcd does not answer on it. It is
+// also timeout, with or without a connection, for an attempt that the lease's deadline ends.
 //
-// To count the terms of an election, use both leader_token and leader_terms_total, since each misses
-// some. leader_terms_total starts at 0 with the process, so Prometheus does not see a term that begins
-// before the process's first scrape: a process that is elected, exits and is started again shows 1 for
-// ever. leader_token differs in every term, whichever process leads, but a term that no scrape falls
-// into leaves no trace. This counts the tokens that scrapes have seen; "> 0" leaves out the times
-// without a leader:
+// Each scrape asks the term whether this process leads. So no scrape returns 1, or the term's token, after the term has
+// ended. But what Prometheus has stored is as old as the last scrape. It is for people to look at: do not let it decide
+// who may work.
+//
+// To count the terms of an election, use both leader_token and leader_terms_total, because each misses some.
+// leader_terms_total starts at 0 with the process, so Prometheus does not see a term that begins before the process's
+// first scrape: a process that is elected, exits and is started again shows 1 forever. leader_token differs in every
+// term, whichever process leads, but a term leaves no trace if there is no scrape during it. This counts the tokens
+// that scrapes have seen; "> 0" leaves out the times without a leader:
 //
 //	changes(max by (job, election) (leader_token > 0)[10m:15s])
 //
-// Every series is there before the first event that it counts: those of an election with its first
-// campaign, those of the leases from the start. None is dropped later, since a counter must not
-// start anew, so there are as many as elections that the process has ever campaigned in. How many
-// candidates an election has is not told: every scrape would have to ask etcd, in every process.
-// [leader.Elector.Candidates] does so where it is wanted.
+// Every series exists before the first event that it counts: those of an election from its first campaign, those of the
+// leases from the start. None is dropped later, because a counter must not start again. So there are as many as the
+// elections in which the process has ever campaigned. There is no metric for the number of candidates of an election:
+// every scrape would have to ask etcd, in every process. Call [leader.Elector.Candidates] where you need it.
 //
-// Next to this file are alert rules (alerts.yml) and a Grafana dashboard (dashboard.json).
+// The files alerts.yml and dashboard.json in this folder are alert rules and a Grafana dashboard.
 package leaderprom
 
 import (
@@ -62,7 +65,6 @@ import (
 	"time"
 
 	"example.com/leader"
-	"example.com/leader/internal/lease"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -70,11 +72,11 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// A Collector is a [prometheus.Collector] of the metrics of this package, for one process and any
-// number of Electors. Elections are told apart by name alone: where two Electors campaign in the
-// same one, counts add up, leader_is_leader says whether either leads, and leader_token is the larger one. Electors on different
-// etcds are better given a Collector each, registered with [prometheus.WrapRegistererWith] and a
-// label that tells the etcds apart.
+// A Collector is a [prometheus.Collector] of the metrics of this package, for one process and any number of Electors.
+// It tells elections apart by name alone. If two Electors campaign in the same election, their counts add up,
+// leader_is_leader says whether either leads, and leader_token is the larger token. If Electors use different etcds,
+// give each etcd a Collector of its own, and register it through [prometheus.WrapRegistererWith] with a label that names the
+// etcd.
 //
 // A Collector is safe for concurrent use.
 type Collector struct {
@@ -88,7 +90,7 @@ type Collector struct {
 	failures  *prometheus.CounterVec
 
 	mu        sync.Mutex
-	elections map[string]map[*leader.Leader]struct{} // terms that have not ended; an election without one stays
+	elections map[string]map[*leader.Leader]struct{} // terms that have not ended; no election is removed
 }
 
 // Why a term ended, for leader_term_ends_total.
@@ -113,17 +115,16 @@ const (
 
 var failureReasons = []string{refused, timeout, unavailable, leaseNotFound, permissionDenied, other}
 
-// New returns a Collector that has seen nothing yet. It is to be registered with Prometheus, and its
-// [Collector.Hooks] are to be given to the Electors. A registry takes one Collector, or several under
-// different labels.
+// New returns a Collector that has seen nothing yet. Register it with Prometheus, and give its [Collector.Hooks] to the
+// Electors. A registry takes one Collector, or several under different labels.
 func New() *Collector {
 	c := &Collector{
 		isLeader: prometheus.NewDesc("leader_is_leader",
-			"Whether this process leads the election (1) or not (0), asked at the scrape.", []string{"election"}, nil),
+			"Whether this process leads the election (1) or not (0), checked at each scrape.", []string{"election"}, nil),
 		token: prometheus.NewDesc("leader_token",
-			"Fencing token of this process's term, asked at the scrape; 0 while it does not lead.", []string{"election"}, nil),
+			"Fencing token of this process's term, checked at each scrape; 0 while it does not lead.", []string{"election"}, nil),
 		remaining: prometheus.NewDesc("leader_deadline_seconds",
-			"Time until the deadline of this process's term, unless the lease is renewed; 0 while it does not lead.", []string{"election"}, nil),
+			"Time until the deadline of this process's term, which each renewal moves; 0 while it does not lead.", []string{"election"}, nil),
 		terms: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "leader_terms_total",
 			Help: "Terms of this process that have begun.",
@@ -134,14 +135,14 @@ func New() *Collector {
 		}, []string{"election", "reason"}),
 		campaigns: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name: "leader_campaign_duration_seconds",
-			Help: "How long campaigns took that this process won.",
-			// Milliseconds where nobody led, a TTL after a crash, and else as long as others led.
+			Help: "How long the campaigns took that this process won.",
+			// Milliseconds if nobody led, a TTL after a crash, otherwise as long as others led.
 			Buckets: []float64{.001, .01, .1, 1, 5, 15, 60, 300, 1800, 2 * 3600, 12 * 3600, 48 * 3600},
 		}, []string{"election"}),
 		renewals: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "leader_renewal_duration_seconds",
-			Help: "How long renewals of a lease took that counted.",
-			// Milliseconds as a rule; later than some seconds another attempt is made.
+			Help: "How long the renewals of a lease took that counted.",
+			// Usually milliseconds. After some seconds the next attempt begins.
 			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
 		}),
 		failures: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -156,8 +157,9 @@ func New() *Collector {
 	return c
 }
 
-// Hooks returns what feeds the Collector, for [leader.WithHooks] of any number of Electors. Hooks of
-// your own go into another WithHooks. The hooks return at once, and do not ask for a watch.
+// Hooks returns the hooks that feed the Collector. Pass them to [leader.WithHooks], for any number of Electors, and
+// your own hooks to another WithHooks. The hooks return at once. They do not include LeaderChanged, which would cost a
+// watch.
 func (c *Collector) Hooks() leader.Hooks {
 	return leader.Hooks{
 		Campaigning: c.campaigning,
@@ -172,7 +174,7 @@ func (c *Collector) Hooks() leader.Hooks {
 	}
 }
 
-// campaigning makes the series of the election, unless they are there.
+// campaigning creates the series of the election, unless they exist.
 func (c *Collector) campaigning(election string) {
 	election = label(election)
 	c.terms.WithLabelValues(election)
@@ -242,8 +244,8 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 	c.failures.Collect(ch)
 }
 
-// snapshot returns the terms that have not ended, by election, for Collect to ask without c.mu: a term
-// has locks of its own.
+// snapshot returns the terms that have not ended, by election. Collect asks them without holding c.mu, because a term
+// has its own locks.
 func (c *Collector) snapshot() map[string][]*leader.Leader {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -254,19 +256,24 @@ func (c *Collector) snapshot() map[string][]*leader.Leader {
 	return terms
 }
 
-// label is the election's name as a label's value: etcd takes any bytes for a name, while Prometheus
-// wants UTF-8 and its client panics at anything else.
+// label is the election's name as the value of a label. etcd allows any bytes in a name. Prometheus requires UTF-8, and
+// its client panics at anything else.
 func label(election string) string { return strings.ToValidUTF8(election, "\uFFFD") }
 
-// failureReason tells why an attempt to renew failed: one of failureReasons.
+// failureReason returns why an attempt to renew failed: one of failureReasons.
 func failureReason(err error) string {
 	switch {
 	case errors.Is(err, leader.ErrRefused):
 		return refused
-	case errors.Is(err, lease.ErrExpired), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
-		return timeout // an attempt is cancelled by the lease's deadline
-	case errors.Is(err, lease.ErrRevoked):
+	case errors.Is(err, leader.ErrEvicted):
 		return leaseNotFound
+	case errors.Is(err, leader.ErrExpired):
+		return timeout // the lease's deadline ended the attempt
+	}
+	for _, denied := range []error{rpctypes.ErrAuthFailed, rpctypes.ErrUserEmpty} { // of the code for bad requests
+		if errors.Is(err, denied) {
+			return permissionDenied
+		}
 	}
 	code := status.Code(err)
 	var etcd rpctypes.EtcdError
@@ -274,14 +281,17 @@ func failureReason(err error) string {
 		code = etcd.Code()
 	}
 	switch code {
+	case codes.Unavailable: // first: without a connection the answer is also late, and the error matches both
+		return unavailable
 	case codes.DeadlineExceeded, codes.Canceled:
 		return timeout
-	case codes.Unavailable:
-		return unavailable
-	case codes.NotFound: // a lease is all that is asked for
+	case codes.NotFound: // only a lease can be missing
 		return leaseNotFound
 	case codes.PermissionDenied, codes.Unauthenticated:
 		return permissionDenied
+	}
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+		return timeout
 	}
 	return other
 }

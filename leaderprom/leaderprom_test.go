@@ -15,7 +15,6 @@ import (
 
 	"example.com/leader"
 	"example.com/leader/internal/etcdtest"
-	"example.com/leader/internal/lease"
 	"example.com/leader/leaderprom"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
@@ -26,7 +25,7 @@ import (
 )
 
 // patience is how long a test waits for an event that must come.
-const patience = 30 * time.Second
+const patience = etcdtest.Patience
 
 func start(t *testing.T) (*etcdtest.Member, *clientv3.Client) {
 	t.Helper()
@@ -68,18 +67,6 @@ func resign(t *testing.T, l *leader.Leader) {
 	t.Helper()
 	if err := l.Resign(t.Context()); err != nil {
 		t.Fatalf("Resign: %v", err)
-	}
-}
-
-// await returns what comes from a channel, or its zero value when the channel is closed.
-func await[T any](t *testing.T, what string, c <-chan T) T {
-	t.Helper()
-	select {
-	case v := <-c:
-		return v
-	case <-time.After(patience):
-		t.Fatalf("waited in vain for %s", what)
-		panic("not reached")
 	}
 }
 
@@ -153,7 +140,7 @@ func TestSeriesAreThereBeforeWhatTheyCountAndStay(t *testing.T) {
 		_, err := e.Campaign(ctx, "jobs", "")
 		failed <- err
 	}()
-	await(t, "the campaign", campaigning)
+	etcdtest.Await(t, "the campaign", campaigning)
 	maps.Copy(want, scrape{
 		`leader_campaign_duration_seconds_count{election="jobs"}`:   0,
 		`leader_is_leader{election="jobs"}`:                         0,
@@ -173,7 +160,7 @@ func TestSeriesAreThereBeforeWhatTheyCountAndStay(t *testing.T) {
 		t.Errorf("while it campaigns there are %v, want %v", got, want)
 	}
 	cancel()
-	if err := await(t, "the end of the campaign", failed); !errors.Is(err, context.Canceled) {
+	if err := etcdtest.Await(t, "the end of the campaign", failed); !errors.Is(err, context.Canceled) {
 		t.Errorf("Campaign: %v", err)
 	}
 	if got := watched(scraped(t, c)); !maps.Equal(got, want) {
@@ -238,7 +225,7 @@ func TestEvictionIsTold(t *testing.T) {
 	if err := e.Evict(t.Context(), "jobs"); err != nil {
 		t.Fatal(err)
 	}
-	if cause := await(t, "the end of the term", ended); !errors.Is(cause, leader.ErrEvicted) {
+	if cause := etcdtest.Await(t, "the end of the term", ended); !errors.Is(cause, leader.ErrEvicted) {
 		t.Errorf("the term ended with %v", cause)
 	}
 	expect(t, c, scrape{
@@ -260,12 +247,12 @@ func TestRenewalsAreToldAndSoIsExpiryWithoutThem(t *testing.T) {
 	})
 	e := newElector(t, etcdtest.NewClient(t, link.Endpoint), leader.WithTTL(2*time.Second), leader.WithHooks(c.Hooks()), hook, watch)
 	lead(t, e, "jobs")
-	await(t, "a renewal", renewed)
+	etcdtest.Await(t, "a renewal", renewed)
 	if n := scraped(t, c)["leader_renewal_duration_seconds_count"]; n < 1 {
 		t.Errorf("%v renewals are told of after the first", n)
 	}
 	link.Darken()
-	if cause := await(t, "the end of the term", ended); !errors.Is(cause, leader.ErrExpired) {
+	if cause := etcdtest.Await(t, "the end of the term", ended); !errors.Is(cause, leader.ErrExpired) {
 		t.Errorf("the term ended with %v", cause)
 	}
 	expect(t, c, scrape{
@@ -331,7 +318,7 @@ func TestTwoElectorsInOneElectionAddUp(t *testing.T) {
 		}
 	}
 	close(release)
-	if err := await(t, "Resign", resigned); err != nil {
+	if err := etcdtest.Await(t, "Resign", resigned); err != nil {
 		t.Errorf("Resign: %v", err)
 	}
 	expect(t, c, scrape{
@@ -370,16 +357,19 @@ func TestFailedRenewalsAreToldByReason(t *testing.T) {
 		{context.DeadlineExceeded, "timeout"},
 		{fmt.Errorf("renew: %w", context.DeadlineExceeded), "timeout"},
 		{context.Canceled, "timeout"},
-		{lease.ErrExpired, "timeout"},
+		{leader.ErrExpired, "timeout"},
 		{status.Error(codes.DeadlineExceeded, ""), "timeout"},
 		{status.Error(codes.Unavailable, "connection refused"), "unavailable"},
 		{rpctypes.ErrNoLeader, "unavailable"},
 		{fmt.Errorf("renew: %w", rpctypes.ErrNoLeader), "unavailable"},
 		{rpctypes.ErrLeaseNotFound, "lease_not_found"},
 		{rpctypes.ErrGRPCLeaseNotFound, "lease_not_found"},
-		{lease.ErrRevoked, "lease_not_found"},
+		{fmt.Errorf("%w: lease revoked", leader.ErrEvicted), "lease_not_found"},
+		{errors.Join(context.DeadlineExceeded, status.Error(codes.Unavailable, "connection refused")), "unavailable"},
 		{rpctypes.ErrPermissionDenied, "permission_denied"},
 		{rpctypes.ErrInvalidAuthToken, "permission_denied"},
+		{rpctypes.ErrAuthFailed, "permission_denied"},
+		{fmt.Errorf("the stream has ended: %w", status.Error(codes.Unavailable, "connection refused")), "unavailable"},
 		{rpctypes.ErrNoSpace, "other"},
 		{errors.New("of a kind that nobody knows"), "other"},
 	} {
@@ -391,6 +381,34 @@ func TestFailedRenewalsAreToldByReason(t *testing.T) {
 		if got := scraped(t, c); !maps.Equal(got, before) {
 			t.Errorf("after %q: %v, want %s and nothing else", test.err, got, series)
 		}
+	}
+}
+
+// Users look at the reason to find out what is wrong, so that of an etcd that is out of reach must not be "other".
+func TestRenewalsOfAClientThatCannotConnectAreUnavailable(t *testing.T) {
+	m, _ := start(t)
+	link := etcdtest.NewLink(t, m)
+	c := leaderprom.New()
+	e, err := leader.New(etcdtest.NewClient(t, link.Endpoint), leader.WithTTL(3*time.Second), leader.WithHooks(c.Hooks()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := e.Campaign(t.Context(), "jobs", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	link.Cut()
+	etcdtest.Await(t, "the end of the term", l.Context().Done())
+	link.Heal()
+	if err := e.Close(t.Context()); err != nil { // all has been told by then
+		t.Error(err)
+	}
+	got := scraped(t, c)
+	if n := got[`leader_renewal_failures_total{reason="unavailable"}`]; n == 0 {
+		t.Errorf("no renewal has failed as etcd was out of reach: %v", got)
+	}
+	if n := got[`leader_renewal_failures_total{reason="other"}`]; n > 0 {
+		t.Errorf("%v renewals have failed for no reason that is known", n)
 	}
 }
 

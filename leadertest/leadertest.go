@@ -59,8 +59,8 @@
 //   - Cut its network: call [Disconnect]. With the default margin, the instance sees leader.ErrExpired after about half
 //     to four fifths of the TTL. The others notice nothing until etcd expires the lease, up to half a second more than
 //     a TTL after the last renewal. Then the next candidate leads.
-//   - Crash it: call [Disconnect], which to the others looks the same. Unlike after a crash, the instance itself
-//     keeps working until it sees leader.ErrExpired.
+//   - Crash it: call [Disconnect], which looks the same to the others. Unlike after a crash, the instance itself keeps
+//     working until it sees leader.ErrExpired.
 //   - Make etcd unreachable: disconnect every client. Each term ends with leader.ErrExpired, and nobody leads until a
 //     client is reconnected.
 //
@@ -75,7 +75,8 @@
 // free ports of loopback only, so tests can run in parallel. It leaves nothing behind, not even a goroutine.
 //
 // Its data is in a temporary folder. It takes about 2 MB, and more as the test writes. For that, importing this package
-// sets wal.SegmentSizeBytes of etcd to 1 MB in the whole process; an etcd of the test's own gets it too.
+// sets wal.SegmentSizeBytes of etcd to 1 MB in the whole process; this also affects an etcd that the test starts
+// itself.
 //
 // If etcd cannot write its data, because the disk is full for example, the test fails with the reason. From then on
 // requests fail, or get no answer. Such a server takes up to 8 s to stop, and leaves goroutines behind.
@@ -129,7 +130,7 @@ func Start() (s *Server, stop func(), err error) {
 	})
 }
 
-// start calls failed if the etcd fails after its start.
+// start calls failed if the etcd fails after it has started.
 func start(failed func(error)) (s *Server, stop func(), err error) {
 	members, stopEtcd, err := etcdtest.RunWatched(1, failed)
 	if err != nil {
@@ -146,8 +147,8 @@ func start(failed func(error)) (s *Server, stop func(), err error) {
 // makes which the test starts. [Disconnect] cannot cut off such a client.
 func (s *Server) Endpoint() string { return s.member.Endpoint }
 
-// closeLinks must be called after the etcd has stopped: a link waits for its connections. The service may have left
-// some open, which the etcd breaks when it stops.
+// closeLinks must be called after the etcd has stopped, because a link waits for its connections. The service may have
+// left some open; they break when the etcd stops.
 func (s *Server) closeLinks() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -206,7 +207,8 @@ func Disconnect(tb testing.TB, client *clientv3.Client) (reconnect func()) {
 	}
 	n.disconnect(tb)
 	reconnect = func() { n.reconnect(tb) }
-	// Without this, a service that stops after the test would wait in vain, and etcd for the rest of a handshake.
+	// Without this, a service that stops after the test would wait for an answer that cannot come, and etcd for the
+	// rest of a handshake.
 	tb.Cleanup(reconnect)
 	return reconnect
 }
@@ -225,7 +227,7 @@ type network struct {
 func (n *network) disconnect(tb testing.TB) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if len(n.cutBy) == 0 { // to darken a dark link lets pass what it keeps
+	if len(n.cutBy) == 0 { // darkening a dark link again would let through what it holds back
 		n.link.Darken()
 	}
 	n.cutBy[tb] = true

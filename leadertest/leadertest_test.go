@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"example.com/leader"
+	"example.com/leader/internal/etcdtest"
 	"example.com/leader/leadertest"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/goleak"
@@ -27,18 +28,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // patience is how long a test waits for an event that must come.
-const patience = 30 * time.Second
-
-func await[T any](t *testing.T, what string, c <-chan T) T {
-	t.Helper()
-	select {
-	case v := <-c:
-		return v
-	case <-time.After(patience):
-		t.Fatalf("waited in vain for %s", what)
-		panic("not reached")
-	}
-}
+const patience = etcdtest.Patience
 
 // A scope is a test within a test, which may fail and ends when the outer one wants it to.
 type scope struct {
@@ -111,7 +101,7 @@ func TestDisconnectedLeaderExpiresBeforeAnotherLeads(t *testing.T) {
 	if first.IsLeader() {
 		t.Error("two lead")
 	}
-	await(t, "the end of the first term", first.Context().Done())
+	etcdtest.Await(t, "the end of the first term", first.Context().Done())
 	if cause := context.Cause(first.Context()); !errors.Is(cause, leader.ErrExpired) {
 		t.Errorf("the first term ended with %v", cause)
 	}

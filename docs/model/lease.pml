@@ -1,10 +1,10 @@
 /*
- * A term, its lease, and the raft terms of etcd: ../guarantees.md, "1. A term is over here before etcd lets
- * anybody else win". README.md says how this is checked, and what is left out.
+ * A term, its lease, and the raft terms of etcd: ../guarantees.md, "1. A term ends locally before etcd lets anybody
+ * else win". README.md says how this is checked, and what is left out.
  *
  * One session keeps one lease, whose key is the oldest of its queue: another wins as soon as the lease or the key
- * is gone. Time passes in ticks of etcd's clock. All else takes any time or none: requests, answers, pauses of the
- * process, elections of etcd's own leader.
+ * is gone. Time passes in ticks of etcd's clock. Everything else takes any time or none: requests, answers, pauses of
+ * the process, elections of etcd's own leader.
  */
 
 #define TTL      6      /* of the lease */
@@ -25,7 +25,7 @@
 #define SPAN TTL
 #endif
 
-#if defined(WITHOUT_WALL_CLOCK)         /* "Both clocks are asked" */
+#if defined(WITHOUT_WALL_CLOCK)         /* "Both clocks are read" */
 #define valid (age[MONOTONIC] < SPAN)
 #elif defined(WITHOUT_MONOTONIC_CLOCK)
 #define valid (age[WALL] < SPAN)
@@ -33,10 +33,10 @@
 #define valid (later(age) < SPAN)
 #endif
 
-#ifndef WITHOUT_SEND_TIME               /* "S is before sending" */
+#ifndef WITHOUT_SEND_TIME               /* "S is taken before sending" */
 #define counts_from(c) asked[c]
 #else
-#define counts_from(c) 0                /* it is when the answer comes */
+#define counts_from(c) 0                /* S is the moment when the answer comes */
 #endif
 
 #ifndef WITHOUT_SAME_TERM               /* "A renewal counts only with a read in the same raft term" */
@@ -45,7 +45,7 @@
 #define same_term true
 #endif
 
-#if defined(WITHOUT_READ_AFTERWARDS)    /* "So after the acknowledgement a linearizable read ... is sent" */
+#if defined(WITHOUT_READ_AFTERWARDS)    /* "So after the acknowledgement the library sends a linearizable read" */
 #define may_read true
 #elif defined(WITH_READ_BESIDE)              /* breaks nothing: see README.md */
 #define may_read (step == sent || step == received || step == acknowledged)
@@ -67,7 +67,7 @@
 #define may_revoke (earlier(age) >= TTL)
 #endif
 
-#ifndef WITHOUT_END_BEFORE_DELETION     /* "Resign ends the term here before it asks etcd to delete the key" */
+#ifndef WITHOUT_END_BEFORE_DELETION     /* "Resign ends the term locally before it asks etcd to delete the key" */
 #define end_term resigned = true; over = true; work = 0
 #else
 #define end_term skip
@@ -76,7 +76,7 @@
 /* ---- Assumptions. Each AGAINST_... takes one away, and must break a rule. ---- */
 
 /* 1. While etcd counts TTL, the local clock counts more than TTL - MARGIN, and what is left of the margin is enough
-   for work to stop: it misses a tick, and then none for a TTL. 2. One of the two clocks is like that. */
+   for work to stop: the clock misses a tick, and then none for a TTL. 2. One of the two clocks is like that. */
 #if defined(AGAINST_CLOCK_BOUND)
 #define APART 2
 #elif defined(AGAINST_SOUND_CLOCK)
@@ -86,14 +86,14 @@
 #endif
 
 /* 3. etcd keeps a lease for its TTL: no deposed leader revokes what its successor has renewed, and a successor gives
-   each lease its whole TTL anew. */
+   each lease its whole TTL again. */
 #ifndef AGAINST_WHOLE_TTL
 #define shortest TTL
 #else
-#define shortest 1                      /* it goes on where a checkpoint was */
+#define shortest 1                      /* the lease continues from a checkpoint */
 #endif
 
-/* 4. An acknowledgement answers the renewal that it seems to answer, and not a later one. */
+/* 4. An acknowledgement answers the renewal that it is matched to, and not an earlier one. */
 #ifndef AGAINST_ANSWERS_IN_ORDER
 #define given_up(acknowledgement) skip
 #else
@@ -101,8 +101,8 @@ byte former;
 #define given_up(acknowledgement) former = acknowledgement
 #endif
 
-/* 6. The raft term in an acknowledgement is one that the member has applied before it renews, and the leader that
-   renews is not of an older term. */
+/* 6. The raft term in an acknowledgement is one that the member has applied before it renews, and no leader of an
+   older term renews. */
 #ifndef AGAINST_NO_OLDER_LEADER
 #define oldest_leader header
 #else
@@ -120,14 +120,14 @@ bool finality = true;   /* a term that was over does not come back */
 #define judge(rule, holds) rule = (holds); assert(JUDGE)
 #endif
 
-/* Things that happen: with -DREACH=EVENT the model claims that one never does, which must be found false. */
+/* Things that happen: with -DREACH=EVENT the model claims that EVENT never does. Spin must refute that. */
 #define RENEWAL_COUNTS           1
 #define RENEWAL_IS_REFUSED       2  /* its read was answered in another raft term */
 #define DEPOSED_LEADER_RENEWS    3
-#define ANSWER_COMES_TOO_LATE    4  /* the deadline was earlier */
+#define ANSWER_COMES_TOO_LATE    4  /* the deadline came first */
 #define LEASE_EXPIRES            5  /* and another wins */
 #define TERM_IS_RESIGNED         6  /* and another wins */
-#define EXPIRED_LEASE_IS_REVOKED 7  /* by its owner, since etcd has prolonged it, and another wins */
+#define EXPIRED_LEASE_IS_REVOKED 7  /* by its owner, because etcd has prolonged it, and another wins */
 #define LAST_TERM_RENEWS         8  /* a renewal counts after all changes of etcd's leader */
 #ifndef REACH
 #define REACH 0
@@ -139,28 +139,28 @@ bool claim = true;
 
 /* Of etcd. */
 byte term = 1;              /* the newest raft term that has a leader */
-bool settled = true;        /* an entry of it is committed; before, its leader neither renews nor answers reads */
-bool unaware[TERMS + 1];    /* the leader of that term was deposed and does not know */
-bool granted;               /* the lease was */
-byte left;                  /* until it expires, as the leader of the newest term counts */
-bool won;                   /* lease or key is gone, and another has won */
+bool settled = true;        /* an entry of it is committed; until then its leader neither renews nor answers reads */
+bool unaware[TERMS + 1];    /* the leader of that term was deposed and does not know it */
+bool granted;               /* the lease has been granted */
+byte left;                  /* ticks until the lease expires, as counted by the leader of the newest term */
+bool won;                   /* the lease or the key is gone, and another has won */
 
-/* Of the session. S is the moment before the renewal was sent that counted last; the first one is the grant. */
-byte age[2] = TTL;          /* of S, by either clock */
-byte asked[2];              /* how long ago what is under way was sent, by either clock */
+/* Of the session. S is the moment before the last renewal that counted was sent; the first one is the grant. */
+byte age[2] = TTL;          /* of S, by each clock */
+byte asked[2];              /* how long ago the request that is under way was sent, by each clock */
 mtype = { granting, idle, sent, received, acknowledged };
 mtype step = granting;      /* what is under way: the grant, nothing, or a renewal */
 byte header;                /* the raft term in its acknowledgement; 0: none yet */
-byte seen;                  /* the raft term in the answer of the read that makes it count; 0: none yet */
+byte seen;                  /* the raft term in the answer to the read that makes the renewal count; 0: none yet */
 bool resigned;
 bool revoking;              /* the owner's request to delete the key or to revoke the lease is under way */
 #define believes (valid && !resigned)
 
-/* Of who watches. */
+/* Of the rules. */
 byte work;                  /* ticks until all work of the term has stopped */
 bool over;                  /* the term has been over */
-byte sound;                 /* the clock that is like assumption 1 */
-byte since = APART;         /* ticks since that has missed one */
+byte sound;                 /* the clock for which assumption 1 holds */
+byte since = APART;         /* ticks since the sound clock missed one */
 
 /* ---- The session ---- */
 
@@ -168,7 +168,7 @@ inline forget() {
   step = idle; header = 0; seen = 0; asked[MONOTONIC] = 0; asked[WALL] = 0
 }
 
-/* The renewal counts, or the grant. */
+/* The renewal or the grant counts. */
 inline count() {
   age[MONOTONIC] = counts_from(MONOTONIC); age[WALL] = counts_from(WALL);
   forget();
@@ -204,10 +204,10 @@ end:
             count()
        fi }
 
-  /* Resign. Work has stopped before it is called. */
+  /* Resign. Work has stopped before Resign is called. */
   :: d_step { believes && !revoking -> end_term; revoking = true }
 
-  /* What is left of an expired lease is revoked: etcd may have prolonged it. */
+  /* The lease of an expired session is revoked: etcd may have prolonged it. */
   :: d_step { step == idle && !believes && !resigned && may_revoke && !revoking -> revoking = true }
   od
 }
@@ -227,8 +227,8 @@ end:
   do
   :: d_step { step == granting && settled && !granted -> granted = true; left = TTL }
 
-  /* A renewal does not go through raft. The member that has it fills in the raft term of the last entry that it has
-     applied, and then has a leader renew. That one may have been deposed: what it counts is nobody's. */
+  /* A renewal does not go through raft. The member that receives it fills in the raft term of the last entry that it
+     has applied, and then lets a leader renew. That leader may have been deposed: then its count does not matter. */
   :: atomic { step == sent -> select(header : 1 .. term); step = received }
   :: atomic { step == received && !won ->
        select(t : oldest_leader .. term);
@@ -251,7 +251,7 @@ end:
   /* A linearizable read, answered by the leader that a quorum has confirmed. */
   :: d_step { step != granting && may_read && settled && seen == 0 -> seen = term }
 
-  /* Another leader is elected. The former one hears of it sooner or later. */
+  /* Another leader is elected. The former one learns of it sooner or later. */
   :: d_step { term < TERMS -> unaware[term] = settled; term++; settled = false }
   :: d_step { unaware[1] -> unaware[1] = false }
   :: d_step { unaware[2] -> unaware[2] = false }
@@ -314,10 +314,10 @@ active proctype time() {
 end:
   do
   :: d_step { !won -> tick(); advance(sound); since = (since < APART -> since + 1 : APART); look() }
-  :: d_step { !won && since == APART -> tick(); since = 1; look() }    /* the sound clock misses it */
+  :: d_step { !won && since == APART -> tick(); since = 1; look() }    /* the sound clock misses this tick */
 
-  /* The other clock stands still, as the monotonic one does in a suspended machine and as one that is set back seems
-     to do, until it is set forward. To count is no other than to be set forward at the end. */
+  /* The other clock stands still until it is set forward. The monotonic clock of a suspended machine stands still, and
+     a clock that is set back seems to. A clock that counts is the same as one that is set forward at the end. */
   :: d_step { !won -> age[1 - sound] = TTL; asked[1 - sound] = (step != idle -> TTL : 0); look() }
   od
 }

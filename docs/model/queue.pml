@@ -3,9 +3,9 @@
  * served", "3. No phantoms, zombies or orphans" and "Requests that arrive late". README.md says how this is checked,
  * and what is left out.
  *
- * Each candidate has one key, whose name comes back whenever it campaigns again, since other terms of its process keep
- * the lease alive. Requests are carried out at any time or never, watches begin anywhere in the past. Reads are
- * linearizable, and a read with what follows from it is one step.
+ * Each candidate has one key. Its name is the same whenever the candidate campaigns again, because other terms of its
+ * process keep the lease alive. Requests are carried out at any time or never. Watches begin anywhere in the past.
+ * Reads are linearizable. A read and what follows from it are one step.
  */
 
 #ifndef CANDIDATES
@@ -14,14 +14,15 @@
 #define REVISIONS 7     /* of etcd: each change of a key takes one, and there are no more */
 #define OPERATOR  1     /* how many keys an operator deletes */
 #if CANDIDATES == 2
-#define LATE 2          /* how many candidates have requests that may be late; of the others only the touch may */
+#define LATE 2          /* how many candidates have requests that may be late; of the others only a touch may */
 #else
 #define LATE 1
 #endif
 
 /* ---- Safeguards of the library. Each WITHOUT_... takes one away, and must break a rule. ---- */
 
-/* "An event counts only if it is newer than the key that is awaited ...; the watch of the own key obeys it as well". */
+/* "An event counts only if its mod revision is larger than the create revision of the awaited key ... The watch of the
+   own key follows it as well". */
 #ifndef WITHOUT_OLD_EVENT
 #define newer_than_awaited(revision) ((revision) > me.awaited)
 #else
@@ -33,7 +34,7 @@
 #define newer_than_own(revision) true
 #endif
 
-/* "The watch begins from now, and the key is read when the watch exists, so that no deletion falls between". */
+/* "The watch starts from now, and the key is read when the watch exists, so that no deletion is missed in between". */
 #if defined(WITHOUT_LOOK)
 #define look_finds(change) false
 #elif defined(WITHOUT_SECOND_WATCH_FIRST)
@@ -47,21 +48,21 @@
 #define own_look_finds(change) false
 #endif
 
-/* "It is not needed if it is known already that nobody is before the key that went". */
+/* "The read is not needed if the candidate already knows that nobody is before the key that went". */
 #ifndef WITHOUT_READ_OF_THE_PLACE
 #define event_elects me.oldest
 #else
 #define event_elects true
 #endif
 
-/* "The read that says whether nobody is before the candidate is sent when that one exists", the second watch. */
+/* "The read of who is before the leader is sent when the second watch exists". */
 #ifndef WITHOUT_SECOND_WATCH_FIRST
 #define watch_again pass_over()
 #else
 #define watch_again me.watch = 0; me.unlooked = true
 #endif
 
-/* ErrGone: who reads its place looks whether its own key is still there. */
+/* ErrGone: a candidate that reads its place checks that its own key still exists. */
 #ifndef WITHOUT_ERR_GONE
 #define own_key_is_missing (!exists(_pid))
 #else
@@ -101,7 +102,7 @@
 #else
 #define name_is_free true
 #endif
-#ifndef WITHOUT_CERTAIN         /* an abandoned key is forgotten once no attempt can put it any more */
+#ifndef WITHOUT_CERTAIN         /* an abandoned key is forgotten once no attempt to join can put it any more */
 #define may_forget (me.late != join)
 #else
 #define may_forget true
@@ -109,29 +110,29 @@
 
 /* ---- Rules. Each is true until it is broken. ---- */
 
-bool exclusion = true;  /* no two lead whose keys are both there */
-bool order = true;      /* nobody leads while an older key is there */
-bool tokens = true;     /* nobody leads with a token that is not larger than all before, unless its key is gone */
-bool eviction = true;   /* nobody is told that its key is gone while that is there */
-bool harmless = true;   /* no request that is late changes a key of a later candidacy */
+bool exclusion = true;  /* no two candidates lead while both their keys exist */
+bool order = true;      /* nobody is elected while an older key exists */
+bool tokens = true;     /* who is elected has a larger token than all before, unless its key is gone */
+bool eviction = true;   /* nobody is told that its key is gone while it exists */
+bool harmless = true;   /* no late request changes the key of a later candidacy */
 bool fencing = true;    /* no guarded write has an effect once a later term has begun */
-bool liveness = true;   /* nobody waits for a key that is gone, or keeps one that is gone, with nothing to tell it */
-bool orphans = true;    /* no key is without a candidate and without anybody who deletes it */
+bool liveness = true;   /* who waits for a key that is gone, or has lost its own, is still to learn it */
+bool orphans = true;    /* each key has an owner, or somebody who looks for it */
 #ifndef JUDGE
 #define judge(rule, holds) rule = (holds); assert(rule)
 #else                   /* -DJUDGE=RULE: one rule alone */
 #define judge(rule, holds) rule = (holds); assert(JUDGE)
 #endif
 
-/* Things that happen: with -DREACH=EVENT the model claims that one never does, which must be found false. */
+/* Things that happen: with -DREACH=EVENT the model claims that EVENT never does. Spin must refute that. */
 #define EVENT_ELECTS            1   /* without a read */
 #define READ_ELECTS             2   /* when the key before has gone */
 #define TOUCH_SHOWS_THE_OLDEST  3   /* so that the event elects */
-#define NAME_LEADS_AGAIN        4   /* a candidate whose key has been there before */
-#define MIDDLE_LEAVES           5   /* who is behind it waits for another */
-#define EVICTION_IS_HEARD       6   /* a leader hears that its key was deleted */
+#define NAME_LEADS_AGAIN        4   /* a candidate leads whose key existed before */
+#define MIDDLE_LEAVES           5   /* the candidate behind it waits for another */
+#define EVICTION_IS_HEARD       6   /* a leader learns that its key was deleted */
 #define PHANTOM_LEADS           7   /* its key and the one before it were deleted */
-#define DELETION_IS_REFUSED     8   /* it was late: its name is in use again */
+#define DELETION_IS_REFUSED     8   /* it was late: the name is in use again */
 #define JOIN_MAKES_AN_ORPHAN    9   /* it was late */
 #define ORPHAN_IS_SWEPT        10
 #define KEY_IS_FOUND           11   /* an earlier attempt to join has put it */
@@ -145,10 +146,10 @@ bool claim = true;
 /* ---- State ---- */
 
 typedef Key {
-  byte created, modified;       /* revisions; 0: it is not there */
-  byte events;                  /* how many there were */
-  byte at[REVISIONS];           /* the revision of each */
-  bool deleted[REVISIONS]       /* else it was put */
+  byte created, modified;       /* revisions; 0: the key does not exist */
+  byte events;                  /* how many there were so far */
+  byte at[REVISIONS];           /* the revision of each event */
+  bool deleted[REVISIONS]       /* otherwise the event is a put */
 }
 
 mtype = { joining, waiting, leading, leaving };
@@ -161,27 +162,27 @@ typedef Candidate {
   byte token;                   /* the create revision of its key; 0: it has none */
 
   byte before, awaited;         /* the candidate before it, and the create revision of that one's key */
-  bool oldest;                  /* it is known that nobody is before that one */
-  bool touched;                 /* that one was touched, so the place is to be read ahead */
-  bool waited;                  /* it has waited itself, so it has to touch its key */
-  byte watch;                   /* of the key before it: the number of the next event, from 1; 0: there is no watch */
-  byte own;                     /* the same of its own key */
+  bool oldest;                  /* it is known that nobody is before the candidate before */
+  bool touched;                 /* the candidate before has touched, so the place is to be read ahead */
+  bool waited;                  /* it has waited itself, so it has to touch its key when it leads */
+  byte watch;                   /* of the key before: the number of the next event, from 1; 0: no watch */
+  byte own;                     /* the same for its own key */
 #ifdef WITHOUT_SECOND_WATCH_FIRST
   bool unlooked;                /* the next watch begins without a read */
 #endif
 
-  mtype late;                   /* a request that is on its way, for as long as it likes */
-  byte revision;                /* the create revision that it is about */
-  bool unanswered;              /* an attempt to join was */
-  bool abandoned                /* nobody owns the key, which may be there, now or later: renewals look for it */
+  mtype late;                   /* a request that is under way, for any time */
+  byte revision;                /* the create revision that the late request is about */
+  bool unanswered;              /* an attempt to join has no answer */
+  bool abandoned                /* nobody owns the key, which may exist now or later: renewals look for it */
 }
 
 Key key[CANDIDATES];
 Candidate candidate[CANDIDATES];
 byte now;                       /* etcd's revision */
-byte newest;                    /* the largest token that has led */
-byte spared = OPERATOR;         /* keys that the operator may yet delete */
-byte i, n, a, b;                /* of single steps, and 0 between them */
+byte newest;                    /* the largest token of any leader so far */
+byte spared = OPERATOR;         /* how many keys the operator may still delete */
+byte i, n, a, b;                /* used within a step, and 0 between steps */
 
 #define me      candidate[_pid]
 #define mine    key[_pid]
@@ -199,7 +200,7 @@ inline record(gone) {
   mine.events++
 }
 
-/* A put is an event for those who wait to see a touch; the other watches pass over it. */
+/* A put is an event for those who wait to see a touch. The other watches pass over it. */
 inline put() {
   record(false);
   mine.modified = now;
@@ -235,7 +236,7 @@ inline rest() {
 #endif
 }
 
-/* Nobody stands for the key any more, and no deletion of it is under way. */
+/* The key has no candidate any more, and no deletion of it is under way. */
 inline drop() {
   rest();
   me.life = away; me.token = 0; me.waited = false; me.own = 0;
@@ -271,7 +272,7 @@ inline elect() {
   me.life = leading
 }
 
-/* Reads the place: the two newest keys before one's own, a and b. */
+/* Reads the place: a and b are the two newest keys before the own key. */
 inline place() {
   rest();
   a = CANDIDATES; b = CANDIDATES;
@@ -289,7 +290,7 @@ inline place() {
   i = 0;
 #ifdef WITHOUT_ERR_GONE
   if
-  :: !exists(_pid) -> a = b; b = CANDIDATES     /* the newest of three is taken for one's own */
+  :: !exists(_pid) -> a = b; b = CANDIDATES     /* the newest of the three is taken for the own key */
   :: else
   fi;
 #endif
@@ -307,7 +308,7 @@ inline joined(revision) {
   me.waited = (me.life == waiting)
 }
 
-/* The key that was awaited is gone. */
+/* The awaited key is gone. */
 inline proceed() {
   if
   :: event_elects -> reach(EVENT_ELECTS); elect()
@@ -324,8 +325,8 @@ inline proceed() {
   fi
 }
 
-/* Passes over the events that say nothing about the key that is awaited: old ones, and puts where there is nothing to
-   find out. */
+/* Passes over the events that say nothing about the awaited key: old ones, and puts if it is already known that nobody
+   is before it. */
 #define counts(e) (newer_than_awaited(waited_for.at[e]) && (waited_for.deleted[e] || !me.oldest))
 inline pass_over() {
   do
@@ -350,7 +351,7 @@ inline evicted() {
   drop()
 }
 
-/* "Requests that arrive late": c's key is changed by a request that is about the key of this create revision. */
+/* "Requests that arrive late": the key is changed by a request that is about the key with this create revision. */
 #define judge_late(revision_) judge(harmless, !(lives(_pid) && exists(_pid) && me.token != (revision_)))
 
 active [CANDIDATES] proctype campaigns() {
@@ -358,14 +359,14 @@ active [CANDIDATES] proctype campaigns() {
 
 end:
   do
-  /* Campaign. Which candidate is the first to do so makes no difference. */
+  /* Campaign. Which candidate campaigns first makes no difference, so they begin in order. */
   :: d_step { me.life == away && name_is_free && room && (_pid == 0 || key[_pid - 1].events > 0) -> me.life = joining }
   :: d_step { me.life == joining && join_allowed(_pid) && room -> put(); joined(now) }
   :: d_step { me.life == joining && !join_allowed(_pid) -> reach(KEY_IS_FOUND); joined(mine.created) }
   :: d_step { me.life == joining && may_be_late -> me.late = join; me.unanswered = true }   /* it is sent again */
   :: d_step { me.life == joining -> drop() }                                                     /* given up */
 
-  /* Wait for the key before. The watch begins now or in the past, and then the key is read. */
+  /* Wait for the key before. The watch begins now or in the past. Then the key is read. */
   :: atomic { me.life == waiting && me.watch == 0 ->
        if
        :: from = 1
@@ -386,7 +387,7 @@ end:
        fi }
   :: d_step { me.life == waiting && me.watch != 0 -> me.watch = 0; me.touched = false }          /* it breaks */
 
-  /* Look ahead: another watch, without puts, and then the read of who is before the key before. */
+  /* Look ahead: open another watch, without puts, and then read who is before the key before. */
   :: d_step { me.touched ->
        me.touched = false;
        if
@@ -403,7 +404,7 @@ end:
           n = 0
        fi }
 
-  /* The own key is watched, too. */
+  /* Each candidate and leader also watches its own key. */
   :: atomic { lives(_pid) && me.own == 0 ->
        if
        :: from = 1
@@ -419,7 +420,7 @@ end:
   :: d_step { lives(_pid) && me.own != 0 && me.own <= mine.events -> evicted() }
   :: d_step { lives(_pid) && me.own != 0 -> me.own = 0 }                                         /* it breaks */
 
-  /* A leader that has waited touches its key, once, and each writes under its guard. */
+  /* A leader that has waited touches its key once. Each leader writes under its guard. */
   :: d_step { me.life == leading && me.waited && me.late == none ->
        me.waited = false; me.late = touch; me.revision = me.token }
   :: d_step { me.life == leading && may_be_late -> me.late = write; me.revision = me.token }
@@ -437,7 +438,7 @@ end:
   :: d_step { me.abandoned && mine.created != 0 && may_be_late -> me.late = deletion; me.revision = mine.created }
   :: d_step { me.abandoned && mine.created == 0 && may_forget -> me.abandoned = false; me.unanswered = false }
 
-  /* A request that was late is carried out, or refused. */
+  /* A late request is carried out or refused. */
   :: d_step { me.late == join && join_allowed(_pid) && room ->
        judge_late(0);
        if
@@ -471,9 +472,9 @@ end:
   od
 }
 
-/* "No waiter is forgotten": in no state is there a candidate, or a key, that nothing will ever be done about. Who waits
-   for a key that is there waits for an older one. So whoever has the oldest key leads, or has something yet to do, or
-   renewals delete the key. */
+/* "No waiting candidate is forgotten": in each state, something is still to be done about each candidate and each key.
+   A candidate that waits for a key that exists waits for an older key. So whoever has the oldest key leads or has
+   something left to do, or renewals delete the key. */
 #define waits_in_vain(c) \
   (candidate[c].life == waiting && key[candidate[c].before].created != candidate[c].awaited && \
    candidate[c].watch > key[candidate[c].before].events && !candidate[c].touched)

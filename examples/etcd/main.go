@@ -1,8 +1,8 @@
-// Etcd runs an etcd to try things with, until it is interrupted. Its data is gone then.
+// Etcd runs an etcd for experiments until it is interrupted, and then deletes its data.
 //
 //	go run ./examples/etcd
 //
-// It listens on loopback only, for clients on -listen.
+// It listens on loopback only. The flag -listen sets the address for clients.
 package main
 
 import (

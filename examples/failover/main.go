@@ -1,14 +1,13 @@
 //go:build unix
 
-// Failover shows three workers, of which one leads at a time, through three ends of a leader: one
-// that is asked to stop, one that is killed, and one that is paused and does not know that it has
-// been replaced.
+// Failover shows three workers, at most one of which leads at a time. Their leader is ended in three ways: it is asked
+// to stop; it is killed; it is paused, so that it does not know that it was replaced.
 //
 //	go run ./examples/failover
 //
-// It starts an etcd of its own, in this process, unless -endpoints names another; the workers are
-// processes. At the end it checks that no two terms overlapped and that no increment was lost, and
-// exits with status 1 if that does not hold.
+// It starts an etcd of its own in this process, unless -endpoints names another. The workers are processes. At the end
+// it checks that no two terms overlapped and that no increment was lost. If one of these does not hold, it exits with
+// status 1.
 package main
 
 import (
@@ -29,10 +28,10 @@ import (
 )
 
 func main() {
-	endpoints := flag.String("endpoints", "", "etcd `host:port,…`; starts an etcd of its own if empty")
+	endpoints := flag.String("endpoints", "", "etcd `host:port,…`; if empty, starts an etcd of its own")
 	ttl := flag.Duration("ttl", 3*time.Second, "time to live of the leader's lease")
 	workers := flag.Int("workers", 3, "`number` of workers, at least 2")
-	name := flag.String("worker", "", "be the worker of this name; used by the demonstration itself")
+	name := flag.String("worker", "", "run as the worker of this `name`; the demonstration starts its workers with it")
 	flag.Parse()
 
 	var err error
@@ -91,7 +90,7 @@ func demonstrate(ctx context.Context, endpoints string, ttl time.Duration, worke
 	return errors.Join(d.checkTerms(), d.checkCounter(ctx, client))
 }
 
-// clean removes what an earlier run has left in an etcd that is not ours.
+// clean removes what an earlier run has left in an etcd that the demonstration did not start.
 func clean(ctx context.Context, client *clientv3.Client) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -99,7 +98,7 @@ func clean(ctx context.Context, client *clientv3.Client) error {
 	return err
 }
 
-// A failover runs the workers and keeps what they have told.
+// A failover runs the workers and collects what they report.
 type failover struct {
 	began     time.Time
 	endpoints string
@@ -153,7 +152,7 @@ func (d *failover) start(name string) error {
 	return nil
 }
 
-// wait handles events until one is what was waited for.
+// wait handles events until it has handled the one that is wanted.
 func (d *failover) wait(ctx context.Context, what string, wanted func(event) bool) error {
 	timeout := time.NewTimer(3*d.ttl + 15*time.Second)
 	defer timeout.Stop()
@@ -167,7 +166,7 @@ func (d *failover) wait(ctx context.Context, what string, wanted func(event) boo
 		case <-ctx.Done():
 			return fmt.Errorf("interrupted while waiting for %s", what)
 		case <-timeout.C:
-			return fmt.Errorf("waited in vain for %s", what)
+			return fmt.Errorf("timed out while waiting for %s", what)
 		}
 	}
 }
@@ -196,7 +195,7 @@ func (d *failover) handle(e event) {
 		if e.What == "lost" {
 			d.say("%s  knows that token %d is over: %s", e.Worker, e.Token, e.Cause)
 		} else {
-			d.say("%s  has stopped its work, resigns", e.Worker)
+			d.say("%s  has stopped its work and resigns", e.Worker)
 		}
 	case "refused":
 		d.say("%s  its write with token %d was refused", e.Worker, e.Token)
@@ -215,7 +214,7 @@ func nextLeader(after *term) func(event) bool {
 	return func(e event) bool { return e.What == "elected" && e.Token > after.token }
 }
 
-// increments waits until the leader has done some work.
+// increments matches the nth increment from now.
 func increments(n int) func(event) bool {
 	return func(e event) bool {
 		if e.What == "increment" {
@@ -265,7 +264,7 @@ func (d *failover) terminate(ctx context.Context, old *term) error {
 	return d.start(old.worker)
 }
 
-// kill leaves the lease to expire.
+// kill leaves the lease to expire, since the process cannot resign.
 func (d *failover) kill(ctx context.Context, old *term) error {
 	old.end = time.Now()
 	if err := d.signal(old.worker, syscall.SIGKILL); err != nil {
@@ -278,13 +277,13 @@ func (d *failover) kill(ctx context.Context, old *term) error {
 	return d.start(old.worker)
 }
 
-// pause stops the leader until another one leads, and lets it go on then.
+// pause stops the leader until another one leads, and then resumes it.
 func (d *failover) pause(ctx context.Context, old *term) error {
 	if err := d.signal(old.worker, syscall.SIGSTOP); err != nil {
 		return err
 	}
-	// While it is stopped it believes nothing. When it goes on, its one late write must be refused;
-	// checkCounter would find any other.
+	// A stopped process believes nothing. When it resumes, it makes one late write, which must be refused. checkCounter
+	// would find any other.
 	old.end = time.Now()
 	if err := d.wait(ctx, "the next leader", nextLeader(old)); err != nil {
 		return err
@@ -300,7 +299,7 @@ func (d *failover) pause(ctx context.Context, old *term) error {
 	resumed := time.Now()
 	return d.wait(ctx, "the stale leader's write", func(e event) bool {
 		if e.What == "lost" && e.Token == old.token && e.At.Sub(resumed) > d.ttl/4 {
-			d.finding("%s took %v to know that its term is over", e.Worker, e.At.Sub(resumed))
+			d.finding("%s took %v to learn that its term is over", e.Worker, e.At.Sub(resumed))
 		}
 		return e.Token == old.token && (e.What == "refused" || e.What == "accepted")
 	})
@@ -310,7 +309,7 @@ func (d *failover) signal(name string, sig os.Signal) error {
 	return d.procs[name].Signal(sig)
 }
 
-// reap waits for a process that was told to end, and hears what it still has to say.
+// reap waits for a process that was told to end, and handles what it still reports.
 func (d *failover) reap(name string) {
 	p := d.procs[name]
 	p.Reap(d.handle)
@@ -328,12 +327,12 @@ func (d *failover) stopAll() {
 	}
 }
 
-// checkTerms checks that tokens grow and that no two workers believed that they led.
+// checkTerms checks that tokens grow, and that no two workers believed at the same time that they led.
 func (d *failover) checkTerms() error {
 	errs := d.findings
 	for i, t := range d.terms {
 		if t.end.IsZero() {
-			errs = append(errs, fmt.Errorf("the term of %s, token %d, has no end", t.worker, t.token))
+			errs = append(errs, fmt.Errorf("the term of %s, token %d, has not ended", t.worker, t.token))
 		}
 		if i == 0 {
 			continue
@@ -348,13 +347,13 @@ func (d *failover) checkTerms() error {
 		}
 	}
 	if errs == nil {
-		fmt.Printf("\n%d terms, no two overlap, tokens grow.\n", len(d.terms))
+		fmt.Printf("\n%d terms: no two overlap, and tokens grow.\n", len(d.terms))
 	}
 	return errors.Join(errs...)
 }
 
-// checkCounter checks that every increment which was acknowledged is in etcd, once, and that the
-// tokens behind the increments never went back.
+// checkCounter checks that every acknowledged increment is in etcd exactly once, and that the tokens of the increments
+// never decrease.
 func (d *failover) checkCounter(ctx context.Context, client *clientv3.Client) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -368,14 +367,14 @@ func (d *failover) checkCounter(ctx context.Context, client *clientv3.Client) er
 	}
 	var errs []error
 	if len(counter.Kvs) == 0 || string(counter.Kvs[0].Value) != strconv.Itoa(len(notes.Kvs)) {
-		errs = append(errs, fmt.Errorf("the counter does not stand at the number of increments, %d", len(notes.Kvs)))
+		errs = append(errs, fmt.Errorf("the counter is not the number of increments, %d", len(notes.Kvs)))
 	}
 	tokens := make(map[int64]int64)
 	var last int64
 	for i, kv := range notes.Kvs {
 		token, err := strconv.ParseInt(string(kv.Value), 10, 64)
 		if n := int64(i + 1); err != nil || string(kv.Key) != journalKey(n) || token < last {
-			errs = append(errs, fmt.Errorf("increment %d is noted as %q = %q after token %d", n, kv.Key, kv.Value, last))
+			errs = append(errs, fmt.Errorf("increment %d is recorded as %q = %q after token %d", n, kv.Key, kv.Value, last))
 		} else {
 			tokens[n], last = token, token
 		}

@@ -19,7 +19,7 @@ const columns = 96
 func (d *failover) print() {
 	fmt.Println()
 	table := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', 0)
-	fmt.Fprintln(table, "event\tleader\ttoken\tnobody led for")
+	fmt.Fprintln(table, "event\tleader\ttoken\ttime without a leader")
 	for _, h := range d.handoffs {
 		fmt.Fprintf(table, "%s\t%s → %s\t%d → %d\t%v\n", h.what, h.from.worker, h.to.worker, h.from.token, h.to.token,
 			h.to.begin.Sub(h.from.end).Round(100*time.Microsecond))

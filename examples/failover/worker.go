@@ -21,10 +21,10 @@ import (
 const (
 	election   = "failover/election"
 	counterKey = "failover/counter"
-	journal    = "failover/journal/" // one key for each increment: who made it
+	journal    = "failover/journal/" // one key for each increment: the token of the term that made it
 )
 
-// An event is what a worker tells the demonstration, a line of JSON on its standard output.
+// An event is what a worker reports to the demonstration, as a line of JSON on its standard output.
 type event struct {
 	Worker string
 	At     time.Time
@@ -66,7 +66,7 @@ type work struct {
 
 func (w *work) report(e event) {
 	e.Worker, e.At = w.name, time.Now()
-	_ = w.out.Encode(e) // nobody listens any more: the end of standard input says so
+	_ = w.out.Encode(e) // fails when nobody listens any more; the end of standard input shows that
 }
 
 // lead increments a counter, twenty times a second, until the term ends.
@@ -80,7 +80,7 @@ func (w *work) lead(ctx context.Context, l *leader.Leader) error {
 		case err == nil:
 			w.report(event{What: "increment", Token: l.Token(), N: n})
 		case ctx.Err() == nil && l.IsLeader():
-			w.report(event{What: "failed", Token: l.Token(), Cause: err.Error()}) // and try again
+			w.report(event{What: "failed", Token: l.Token(), Cause: err.Error()}) // the next tick tries again
 		}
 		select {
 		case <-ctx.Done():
@@ -93,7 +93,7 @@ func (w *work) lead(ctx context.Context, l *leader.Leader) error {
 	}
 	w.report(event{What: "lost", Token: l.Token(), Cause: fmt.Sprint(context.Cause(l.Context()))})
 
-	// A real service would stop here. To show what the guard is for, write all the same.
+	// A real service would stop here. To show what the guard is for, this worker writes all the same.
 	late, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()
 	switch n, err := w.increment(late, l); {
@@ -109,8 +109,8 @@ func (w *work) lead(ctx context.Context, l *leader.Leader) error {
 
 var errRefused = errors.New("refused by the guard")
 
-// increment adds one to the counter and notes who did, in a transaction that holds only while the
-// term does.
+// increment adds one to the counter and records the token, in a transaction that takes effect only while the term
+// holds.
 func (w *work) increment(ctx context.Context, l *leader.Leader) (int64, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()

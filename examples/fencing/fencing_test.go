@@ -32,7 +32,7 @@ func TestStoryEndsAsTold(t *testing.T) {
 	for _, part := range []string{
 		"A  leads", "A  asks whether it leads, before it writes 110: true", "A  is paused",
 		"B  leads", "B  writes 200 to fenced: done",
-		"A  gets SIGCONT", "A  writes 110 to unfenced: done", "A  writes 110 to fenced: refused", "A  knows that its term is over: leadership expired",
+		"A  gets SIGCONT", "A  writes 110 to unfenced: done", "A  writes 110 to fenced: refused", "A  knows that its term is over: leader: term expired",
 		"without the token the price is 110", "with the token the price is 200",
 	} {
 		_, after, ok := strings.Cut(rest, part)

@@ -21,7 +21,7 @@ const (
 	newPrice   = 200 // B's
 )
 
-// instance is what both processes do: lead, and set the price while leading.
+// instance is what both processes do: they lead, and set the price while they lead.
 func instance(ctx context.Context, name, endpoint, database string) error {
 	db, err := open(database)
 	if err != nil {
@@ -49,10 +49,10 @@ func instance(ctx context.Context, name, endpoint, database string) error {
 type worker struct {
 	name string
 	db   *sql.DB
-	done bool // A's part of the story is told
+	done bool // this instance has played its part
 }
 
-// say tells the demonstration; mark is what it may wait for.
+// say reports to the demonstration, which may wait for the mark.
 func say(mark, format string, args ...any) { fmt.Println(mark, fmt.Sprintf(format, args...)) }
 
 func (w *worker) lead(ctx context.Context, l *leader.Leader) error {
@@ -66,7 +66,7 @@ func (w *worker) lead(ctx context.Context, l *leader.Leader) error {
 		if err := w.write(ctx, l, newPrice); err != nil {
 			return err
 		}
-		say("wrote", "goes on leading")
+		say("wrote", "continues to lead")
 		<-ctx.Done()
 		return ctx.Err()
 	}
@@ -74,11 +74,11 @@ func (w *worker) lead(ctx context.Context, l *leader.Leader) error {
 		return err
 	}
 	say("asked", "asks whether it leads, before it writes %d: %v", latePrice, l.IsLeader())
-	say("paused", "is paused just then, by SIGSTOP")
+	say("paused", "is paused by SIGSTOP, between the answer and the write")
 	if err := pause(); err != nil {
 		return err
 	}
-	// No check comes so close to the write that there is no room for a pause in between.
+	// However close to the write a check comes, a pause fits in between.
 	if err := w.write(ctx, l, latePrice); err != nil {
 		return err
 	}
@@ -87,13 +87,13 @@ func (w *worker) lead(ctx context.Context, l *leader.Leader) error {
 	return ctx.Err()
 }
 
-// pause stops the process where it is until SIGCONT, as a debugger, a frozen container or a machine that
-// is moved would, at a moment that they would not choose so well.
+// pause stops the process at this point until SIGCONT. A debugger, a frozen container or the migration of a virtual
+// machine also stops a process, but not at so well-chosen a moment.
 func pause() error {
 	if err := syscall.Kill(syscall.Getpid(), syscall.SIGSTOP); err != nil {
 		return err
 	}
-	time.Sleep(50 * time.Millisecond) // this thread may run on until the others have been stopped
+	time.Sleep(50 * time.Millisecond) // this thread may run for a moment until it is stopped too
 	return nil
 }
 
@@ -119,8 +119,8 @@ func (w *worker) write(ctx context.Context, l *leader.Leader, price int) error {
 	return nil
 }
 
-// exec runs a statement and returns how many rows it has changed. It does not end with the term, so that
-// it is the database that refuses, not luck that cancels in time.
+// exec runs a statement and returns how many rows it has changed. The statement does not end with the term: the
+// database must refuse it, rather than a cancellation that happens to come in time.
 func (w *worker) exec(ctx context.Context, statement string, args ...any) (int64, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()

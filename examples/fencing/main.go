@@ -1,14 +1,13 @@
 //go:build unix
 
-// Fencing shows what a fencing token is for: an instance is paused between its decision to write
-// and the write, past the end of its term, and writes all the same when it goes on. A row without a
-// token takes the late write, and the new leader's is lost. A row with a token refuses it.
+// Fencing shows what a fencing token is for. An instance decides to write and is then paused until its term is over.
+// When it resumes, it writes all the same. A row without a token accepts the late write, so the new leader's write is
+// lost. A row with a token refuses it.
 //
 //	go run .
 //
-// The two instances are processes, the pause is SIGSTOP, and the database is SQLite, which has no part
-// in the election; etcd runs in this process. It exits with status 1 if the story does not end as
-// told.
+// The two instances are processes, and SIGSTOP pauses one. The database is SQLite, which takes no part in the election.
+// etcd runs in this process. If the story ends in another way, the program exits with status 1.
 package main
 
 import (
@@ -30,13 +29,13 @@ import (
 	_ "modernc.org/sqlite"
 )
 
-// What an instance does to the price.
+// How an instance sets the price.
 const (
-	// withoutToken is how it goes wrong.
+	// withoutToken is the wrong way.
 	withoutToken = `UPDATE unfenced SET price = ? WHERE id = 1`
 
-	// withToken changes nothing if the row has seen a larger token. The comparison and the change are one
-	// statement: between a read and a write by itself another could come.
+	// withToken changes nothing if the row has seen a larger token. One statement both compares and changes: with a
+	// separate read, another write could come in between.
 	withToken = `UPDATE fenced SET price = ?1, token = ?2 WHERE id = 1 AND token <= ?2`
 )
 
@@ -47,7 +46,7 @@ const schema = `
 	INSERT INTO fenced (id, price, token) VALUES (1, 0, 0)`
 
 func main() {
-	name := flag.String("instance", "", "be the instance of this name; used by the demonstration itself")
+	name := flag.String("instance", "", "run as the instance of this `name`; the demonstration starts its instances with it")
 	endpoint := flag.String("endpoint", "", "etcd's `address`, for an instance")
 	database := flag.String("database", "", "the database's `file`, for an instance")
 	flag.Parse()
@@ -108,7 +107,7 @@ func (d *demo) say(format string, args ...any) {
 }
 
 func (d *demo) play(ctx context.Context, db *sql.DB) error {
-	d.say("a price is kept twice: in the table unfenced, and in fenced, which has a column for the token")
+	d.say("two tables hold a price: unfenced, and fenced, which also has a column for the token")
 	a, err := d.start(ctx, "A")
 	if err != nil {
 		return err
@@ -117,7 +116,7 @@ func (d *demo) play(ctx context.Context, db *sql.DB) error {
 	if err := d.until(ctx, a, "paused"); err != nil {
 		return err
 	}
-	// From here on A is stopped, or about to be: it has sent itself SIGSTOP.
+	// From here on A is stopped, or about to be, because it has sent itself SIGSTOP.
 	b, err := d.start(ctx, "B")
 	if err != nil {
 		return err
@@ -126,7 +125,7 @@ func (d *demo) play(ctx context.Context, db *sql.DB) error {
 	if err := d.until(ctx, b, "wrote"); err != nil {
 		return err
 	}
-	d.say("A  gets SIGCONT and goes on where it was, with its write")
+	d.say("A  gets SIGCONT and continues with its write")
 	if err := a.cmd.Process.Signal(syscall.SIGCONT); err != nil {
 		return err
 	}
@@ -143,8 +142,8 @@ func (d *demo) play(ctx context.Context, db *sql.DB) error {
 		return err
 	}
 	fmt.Println()
-	fmt.Printf("without the token the price is %d: the late write of A has replaced B's\n", unfenced)
-	fmt.Printf("with the token the price is %d: the database has refused A's\n", fenced)
+	fmt.Printf("without the token the price is %d: A's late write has replaced B's price\n", unfenced)
+	fmt.Printf("with the token the price is %d: the database has refused A's late write\n", fenced)
 	if unfenced != latePrice || fenced != newPrice {
 		return fmt.Errorf("prices are %d and %d, want %d and %d", unfenced, fenced, latePrice, newPrice)
 	}
@@ -155,7 +154,7 @@ func (d *demo) play(ctx context.Context, db *sql.DB) error {
 type proc struct {
 	name  string
 	cmd   *exec.Cmd
-	lines chan string // what it says, closed at its end
+	lines chan string // of its output; closed when it ends
 }
 
 func (d *demo) start(ctx context.Context, name string) (*proc, error) {
@@ -165,8 +164,8 @@ func (d *demo) start(ctx context.Context, name string) (*proc, error) {
 	}
 	cmd := exec.CommandContext(ctx, self, "-instance", name, "-endpoint", d.endpoint, "-database", d.database)
 	cmd.Stderr = os.Stderr
-	// A process group of its own: Ctrl-C is for the demonstration, which ends it, and should the
-	// demonstration be killed, the system ends a stopped process of a group that nobody is left to continue.
+	// A process group of its own, for two reasons. Ctrl-C reaches only the demonstration, which ends the instances. And
+	// if the demonstration is killed, the system ends a stopped process, because nobody is left who could resume it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
@@ -185,7 +184,8 @@ func (d *demo) start(ctx context.Context, name string) (*proc, error) {
 	return p, nil
 }
 
-// until repeats what an instance says, "mark text", up to and with the line of that mark.
+// until prints what an instance says, line by line, each of the form "mark text", up to and including the line with
+// this mark.
 func (d *demo) until(ctx context.Context, p *proc, mark string) error {
 	for {
 		select {
@@ -199,7 +199,7 @@ func (d *demo) until(ctx context.Context, p *proc, mark string) error {
 				return nil
 			}
 		case <-ctx.Done():
-			return fmt.Errorf("waited in vain for %q of %s: %w", mark, p.name, ctx.Err())
+			return fmt.Errorf("timed out while waiting for %q of %s: %w", mark, p.name, ctx.Err())
 		}
 	}
 }
@@ -209,7 +209,7 @@ func (p *proc) stop() error {
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		return err
 	}
-	for range p.lines { // until its end: only then may Wait close the pipe
+	for range p.lines { // until the output ends: only then may Wait close the pipe
 	}
 	if err := p.cmd.Wait(); err != nil {
 		return fmt.Errorf("%s: %w", p.name, err)
@@ -217,7 +217,7 @@ func (p *proc) stop() error {
 	return nil
 }
 
-// kill ends it, stopped or not, if it has not ended.
+// kill ends the instance, stopped or not, if it has not ended.
 func (p *proc) kill() {
 	if p.cmd.ProcessState == nil {
 		_ = p.cmd.Process.Kill()

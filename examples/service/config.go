@@ -17,24 +17,24 @@ import (
 	"go.uber.org/zap"
 )
 
-// A config is what flags and environment say.
+// A config holds the values of flags and environment.
 type config struct {
-	endpoints        []string // nil: an etcd of its own
+	endpoints        []string // nil: start an etcd
 	ca, cert, key    string   // paths of PEM files
 	user, password   string
 	listen, election string
 	ttl              time.Duration
 }
 
-// parse reads the flags, and the environment for those that are not given. It ends the process if
-// a flag is unknown or malformed.
+// parse reads the flags, and the environment for flags that are not given. It ends the process if a flag is unknown or
+// malformed.
 func parse(args []string, getenv func(string) string) (config, error) {
 	var c config
 	flags := flag.NewFlagSet("service", flag.ExitOnError)
-	endpoints := flags.String("endpoints", "", "etcd `host:port,…`, or https://host:port; starts an etcd of its own if empty")
-	flags.StringVar(&c.ca, "ca", "", "PEM `file` of the authorities that etcd's certificate is checked with")
-	flags.StringVar(&c.cert, "cert", "", "PEM `file` of the certificate to show to etcd")
-	flags.StringVar(&c.key, "key", "", "PEM `file` of its private key")
+	endpoints := flags.String("endpoints", "", "etcd `host:port,…`, or https://host:port; if empty, starts an etcd of its own")
+	flags.StringVar(&c.ca, "ca", "", "PEM `file` with the authorities to check etcd's certificate against")
+	flags.StringVar(&c.cert, "cert", "", "PEM `file` with the certificate to present to etcd")
+	flags.StringVar(&c.key, "key", "", "PEM `file` with the private key of -cert")
 	flags.StringVar(&c.user, "user", "", "`name` of the etcd user; the password is in $SERVICE_PASSWORD or -password-file")
 	passwordFile := flags.String("password-file", "", "`file` with the password of the etcd user")
 	flags.StringVar(&c.listen, "listen", "127.0.0.1:8080", "`address` to serve HTTP on")
@@ -46,12 +46,12 @@ func parse(args []string, getenv func(string) string) (config, error) {
 		name := "SERVICE_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
 		f.Usage += " [$" + name + "]"
 		if value := getenv(name); value != "" {
-			if ferr := f.Value.Set(value); ferr != nil { // before Parse, so that a flag wins
+			if ferr := f.Value.Set(value); ferr != nil { // before Parse, so that a flag overrides the environment
 				err = errors.Join(err, fmt.Errorf("%s=%s: %w", name, value, ferr))
 			}
 		}
 	})
-	_ = flags.Parse(args) // it exits
+	_ = flags.Parse(args) // it exits on an error
 	if err != nil {
 		return c, err
 	}
@@ -73,7 +73,7 @@ func parse(args []string, getenv func(string) string) (config, error) {
 	secure := c.ca != "" || c.cert != ""
 	switch {
 	case flags.NArg() > 0:
-		return c, fmt.Errorf("%q is no flag", flags.Arg(0))
+		return c, fmt.Errorf("%q is not a flag", flags.Arg(0))
 	case slices.Contains(c.endpoints, ""):
 		return c, fmt.Errorf("-endpoints %s: must not have an empty one", *endpoints)
 	case c.endpoints == nil && (secure || c.user != ""):
@@ -91,12 +91,12 @@ func parse(args []string, getenv func(string) string) (config, error) {
 }
 
 // client returns a client of etcd. It waits for etcd only to check a password, for at most 10 s, and gives up when ctx
-// ends. The client itself does not end with ctx, since resigning takes it.
+// ends. The client itself does not end with ctx, because resigning needs it.
 func (c *config) client(ctx context.Context) (*clientv3.Client, error) {
-	var secure *tls.Config // nil: https:// is checked with the system's authorities
+	var secure *tls.Config // nil: https:// is checked against the system's authorities
 	if c.ca != "" || c.cert != "" {
 		var err error
-		info := transport.TLSInfo{TrustedCAFile: c.ca, CertFile: c.cert, KeyFile: c.key} // reads a renewed certificate
+		info := transport.TLSInfo{TrustedCAFile: c.ca, CertFile: c.cert, KeyFile: c.key} // notices a renewed one
 		if secure, err = info.ClientConfig(); err != nil {
 			return nil, fmt.Errorf("-ca, -cert or -key: %w", err)
 		}
@@ -110,11 +110,11 @@ func (c *config) client(ctx context.Context) (*clientv3.Client, error) {
 		Username:    c.user,
 		Password:    c.password,
 		DialTimeout: 10 * time.Second,
-		// A NAT or a load balancer may forget a connection without a sign. Pings show that within 12 s; TCP alone may
+		// A NAT or a load balancer may forget a connection without a sign. Pings detect that within 12 s; TCP alone may
 		// take 15 minutes. etcd accepts a ping every 5 s (--grpc-keepalive-min-time).
 		DialKeepAliveTime:    10 * time.Second,
 		DialKeepAliveTimeout: 2 * time.Second,
-		Logger:               zap.NewNop(), // what matters is logged by those who send the requests
+		Logger:               zap.NewNop(), // those who send the requests log what matters
 	})
 	if !release() && err == nil { // ctx has ended, and so has clientCtx
 		err = errors.Join(context.Cause(ctx), client.Close())

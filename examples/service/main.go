@@ -1,10 +1,10 @@
-// Service is an HTTP service as in production, of whose instances one at a time does the work.
+// Service is an HTTP service as in production. At most one of its instances works at a time.
 //
 //	go run ./examples/service
 //
-// It starts an etcd of its own, to try it out, unless -endpoints names one. Every flag has an
-// environment variable to fall back to: SERVICE_TTL for -ttl. README.md shows two instances, and how
-// to deploy three.
+// To try it out, start it without -endpoints: it then starts an etcd of its own. Every flag can also be set by an
+// environment variable, such as SERVICE_TTL for -ttl. README.md shows how to run two instances, and how to deploy
+// three.
 package main
 
 import (
@@ -38,7 +38,7 @@ func main() {
 	}
 }
 
-// run serves until ctx ends, which is no error, or until something fails for good.
+// run serves until ctx ends, which is not an error, or until something fails permanently.
 func run(ctx context.Context, cfg config, log *slog.Logger) error {
 	tryout := cfg.endpoints == nil
 	if tryout {
@@ -52,7 +52,7 @@ func run(ctx context.Context, cfg config, log *slog.Logger) error {
 	}
 	client, err := cfg.client(ctx)
 	if err != nil && ctx.Err() != nil {
-		return nil // it was stopped while it waited for etcd
+		return nil // the service was stopped while it waited for etcd
 	}
 	if err != nil {
 		return fmt.Errorf("etcd client: %w", err)
@@ -64,7 +64,7 @@ func run(ctx context.Context, cfg config, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("-ttl %v: %w", cfg.ttl, err)
 	}
-	// Not the default registry, which the embedded etcd fills with metrics of its own.
+	// Not the default registry: the embedded etcd puts its own metrics there.
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collector, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 

@@ -20,9 +20,9 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// drainTimeout bounds the requests that are under way when the service stops. To stop the worker and
-// to resign comes before that and takes moments, or 2 s if etcd is away: the grace period of whoever
-// stops the service must have room for both.
+// drainTimeout bounds how long the service waits for open requests when it stops. Before that it stops the worker and
+// resigns, which takes moments, or 2 s if etcd does not answer. The grace period of whoever stops the service must
+// cover both.
 const drainTimeout = 10 * time.Second
 
 // A service is one instance.
@@ -33,23 +33,24 @@ type service struct {
 	log      *slog.Logger
 
 	leader atomic.Pointer[observed]      // nil until the first observation
-	term   atomic.Pointer[leader.Leader] // of this instance, the last one
+	term   atomic.Pointer[leader.Leader] // the last term of this instance
 }
 
-// An observed is what this instance knows of the leader.
+// An observed is what this instance knows about the leader.
 type observed struct {
 	value string // its value in the election, cut to maxValue bytes; "" if nobody leads
 	cut   int    // how many bytes of the value are missing
 	token int64  // 0 if nobody leads
 }
 
-// maxValue is how many bytes of a leader's value are kept, logged and answered. Whoever may write below the election's
-// name chooses a value, and etcd takes 1.5 MB of it; what this service campaigns with is far shorter.
+// maxValue is how many bytes of a leader's value the service keeps, logs and returns. Whoever may write below the
+// election's name chooses the value, and etcd accepts 1.5 MB. The value that this service campaigns with is far
+// shorter.
 const maxValue = 256
 
-// run serves and takes part in the election until ctx ends, which is no error, or something fails for
-// good. It stops in the order in which that is missed: the worker first, then leadership, so that
-// another instance goes on while this one answers the requests it still has, and then the rest.
+// run serves and takes part in the election until ctx ends, which is not an error, or until something fails
+// permanently. It stops in this order: the worker, then leadership, then the rest. So another instance can continue the
+// work while this one still answers open requests.
 func (s *service) run(ctx context.Context, listener net.Listener, metrics prometheus.Gatherer) error {
 	running, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
@@ -76,7 +77,7 @@ func (s *service) run(ctx context.Context, listener net.Listener, metrics promet
 	})
 
 	err := s.elector.Run(running, s.election, "", s.work)
-	fail(err) // not ready any more, whatever the reason
+	fail(err) // from now on the instance is not ready
 	if ctx.Err() != nil {
 		s.log.Info("draining", "cause", context.Cause(ctx))
 		err = nil
@@ -85,7 +86,7 @@ func (s *service) run(ctx context.Context, listener net.Listener, metrics promet
 	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
 	defer cancel()
 	if derr := server.Shutdown(drain); derr != nil {
-		s.log.Warn("requests are cut off", "error", derr)
+		s.log.Warn("open requests were cut off", "error", derr)
 		server.Close()
 	}
 	blind()
@@ -93,7 +94,7 @@ func (s *service) run(ctx context.Context, listener net.Listener, metrics promet
 	return err
 }
 
-// observe keeps in mind who leads, until ctx ends or for good.
+// observe stores who leads, until ctx ends or observing fails permanently.
 func (s *service) observe(ctx context.Context) error {
 	for c, err := range s.elector.Observe(ctx, s.election) {
 		if err != nil {
@@ -111,8 +112,8 @@ func (s *service) observe(ctx context.Context) error {
 	return nil
 }
 
-// cut returns the first maxValue bytes of a value, or a few less so as not to end within a character, and how many
-// bytes are missing.
+// cut returns the first maxValue bytes of a value, or a few fewer so that it does not cut a character, and the number
+// of bytes that are missing.
 func cut(value string) (beginning string, missing int) {
 	if len(value) <= maxValue {
 		return value, 0
@@ -121,27 +122,27 @@ func cut(value string) (beginning string, missing int) {
 	for end > maxValue-utf8.UTFMax && !utf8.RuneStart(value[end]) {
 		end--
 	}
-	return strings.Clone(value[:end]), len(value) - end // a clone, so that the rest is not kept in memory
+	return strings.Clone(value[:end]), len(value) - end // a clone, so that the rest does not stay in memory
 }
 
-// handler serves until running ends, and what is under way then.
+// handler returns the handler of all requests. /readyz fails once running has ended.
 func (s *service) handler(running context.Context, metrics prometheus.Gatherer) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}))
 	mux.HandleFunc("GET /leader", s.serveLeader)
 
-	// Alive is a process that answers. It says nothing about etcd: a restart would not bring that back.
+	// A process is alive if it answers. This says nothing about etcd: a restart would not bring etcd back.
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "alive") })
 
-	// Ready is who can answer requests: leader or follower, as soon as it knows who leads, so that an
-	// instance that cannot reach etcd from the start stops a rollout. Who loses etcd later stays
-	// ready and answers what it knows: else an outage of etcd took all instances away at once.
+	// An instance is ready, as leader or follower, once it knows who leads. So an instance that cannot reach etcd from
+	// the start stops a rollout. If it loses etcd later it stays ready, and answers with what it knows. Otherwise an
+	// outage of etcd would take away all instances at once.
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		switch {
 		case running.Err() != nil:
 			http.Error(w, "stopping", http.StatusServiceUnavailable)
 		case s.leader.Load() == nil:
-			http.Error(w, "who leads has not been observed yet", http.StatusServiceUnavailable)
+			http.Error(w, "leader not observed yet", http.StatusServiceUnavailable)
 		default:
 			fmt.Fprintln(w, "ready")
 		}
@@ -154,27 +155,27 @@ type status struct {
 	Leader string `json:"leader"`        // its value in the election, cut to maxValue bytes; "" if nobody leads
 	Cut    int    `json:"cut,omitempty"` // how many bytes of the value are missing
 	Token  int64  `json:"token"`         // 0 if nobody leads
-	Self   bool   `json:"self"`          // it is this instance, and its term holds
+	Self   bool   `json:"self"`          // the leader is this instance, and its term holds
 }
 
 func (s *service) serveLeader(w http.ResponseWriter, _ *http.Request) {
 	o := s.leader.Load()
 	if o == nil {
-		http.Error(w, "who leads has not been observed yet", http.StatusServiceUnavailable)
+		http.Error(w, "leader not observed yet", http.StatusServiceUnavailable)
 		return
 	}
 	term := s.term.Load()
 	w.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(w).Encode(status{ // an error says that the client is gone
+	_ = json.NewEncoder(w).Encode(status{ // fails if the client is gone
 		Leader: o.value,
 		Cut:    o.cut,
 		Token:  o.token,
-		Self:   term != nil && term.Token() == o.token && term.IsLeader(), // what was observed may be outdated
+		Self:   term != nil && term.Token() == o.token && term.IsLeader(), // the observation may be outdated
 	})
 }
 
-// work is what the leader does: a tick per second. It returns as soon as ctx ends, with the term or
-// the service; its requests end with ctx too, so no margin is too short for it.
+// work is what the leader does: one tick per second. It returns as soon as ctx ends, with the term or the service. Its
+// requests end with ctx too, so any margin is long enough for it.
 func (s *service) work(ctx context.Context, l *leader.Leader) error {
 	s.term.Store(l)
 	second := time.NewTicker(time.Second)
@@ -184,7 +185,7 @@ func (s *service) work(ctx context.Context, l *leader.Leader) error {
 		if err == nil {
 			s.log.Info("tick", "n", n, "token", l.Token())
 		} else if ctx.Err() == nil {
-			s.log.Warn("tick failed, the next will be tried", "token", l.Token(), "error", err)
+			s.log.Warn("tick failed, next one follows in a second", "token", l.Token(), "error", err)
 		}
 		select {
 		case <-ctx.Done():
@@ -196,8 +197,8 @@ func (s *service) work(ctx context.Context, l *leader.Leader) error {
 
 var errRefused = errors.New("refused by the guard: the term is over")
 
-// tick adds a tick to those in etcd and returns how many there are. The guard keeps a leader from it that
-// does not know yet that it has been replaced. One whose answer is lost may have been added.
+// tick adds a tick to those in etcd and returns how many there are. The guard refuses the tick of a leader that does
+// not yet know that it was replaced. If the answer is lost, the tick may still have been added.
 func (s *service) tick(ctx context.Context, l *leader.Leader) (n int64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
@@ -212,8 +213,8 @@ func (s *service) tick(ctx context.Context, l *leader.Leader) (n int64, err erro
 	if !resp.Succeeded {
 		return 0, errRefused
 	}
-	return resp.Responses[1].GetResponseRange().Kvs[0].Version, nil // etcd counts how often a key was put
+	return resp.Responses[1].GetResponseRange().Kvs[0].Version, nil // etcd counts how often the key was put
 }
 
-// ticksKey is not below the election, where candidates are.
+// ticksKey is outside the election: the keys below its name are candidates.
 func ticksKey(election string) string { return election + "-ticks" }

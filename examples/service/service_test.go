@@ -500,7 +500,7 @@ func TestBadSettingsAreRefused(t *testing.T) {
 		env  string // of SERVICE_TTL
 		want string
 	}{
-		{args: []string{"serve"}, want: `"serve" is no flag`},
+		{args: []string{"serve"}, want: `"serve" is not a flag`},
 		{env: "soon", want: "SERVICE_TTL=soon: parse error"},
 		{args: []string{"-endpoints", "a:1,,b:2"}, want: "-endpoints a:1,,b:2: must not have an empty one"},
 		{args: []string{"-ca", "ca.pem"}, want: "must be given with -endpoints"},

@@ -1,12 +1,12 @@
 //go:build unix
 
-// Shards shows three processes that share a hundred shards, each of which one process holds at a
-// time, by an election for each shard. One process is killed, and the others take its shards over.
+// Shards shows three processes that share a hundred shards. Each shard has an election, and its leader holds the shard.
+// So at most one process holds a shard at a time. One process is killed, and the others take over its shards.
 //
 //	go run ./examples/shards
 //
-// It starts an etcd of its own, in this process, unless -endpoints names another. At the end it
-// exits with status 1 if a shard had two holders at a time, or if the shards were not shared evenly.
+// It starts an etcd of its own in this process, unless -endpoints names another. It exits with status 1 if a shard had
+// two holders at a time, or if the shards were not shared evenly.
 package main
 
 import (
@@ -31,11 +31,11 @@ import (
 
 func main() {
 	var c config
-	flag.StringVar(&c.endpoints, "endpoints", "", "etcd `host:port,…`; starts an etcd of its own if empty")
+	flag.StringVar(&c.endpoints, "endpoints", "", "etcd `host:port,…`; if empty, starts an etcd of its own")
 	flag.DurationVar(&c.ttl, "ttl", 3*time.Second, "time to live of a process's lease")
 	flag.IntVar(&c.shards, "shards", 100, "`number` of shards, at least 1")
 	flag.IntVar(&c.processes, "processes", 3, "`number` of processes, 2 to 9")
-	name := flag.String("process", "", "be the process of this name; used by the demonstration itself")
+	name := flag.String("process", "", "run as the process of this `name`; the demonstration starts its processes with it")
 	flag.Parse()
 
 	var err error
@@ -52,7 +52,7 @@ func main() {
 	}
 }
 
-// A config is what the flags say.
+// A config holds the values of the flags.
 type config struct {
 	endpoints string
 	ttl       time.Duration
@@ -90,7 +90,7 @@ func demonstrate(ctx context.Context, c config) error {
 	}
 	s := newShards(c)
 	defer s.stopAll()
-	fmt.Printf("each column is a shard, and who holds it\n\n")
+	fmt.Printf("each column is a shard, and shows which process holds it\n\n")
 	for i := range c.processes {
 		if err := s.start(fmt.Sprint(i + 1)); err != nil {
 			return err
@@ -110,7 +110,7 @@ func demonstrate(ctx context.Context, c config) error {
 	return s.check()
 }
 
-// shards runs the processes and keeps what they have told.
+// shards runs the processes and collects what they report.
 type shards struct {
 	config
 	began  time.Time
@@ -160,7 +160,7 @@ func (s *shards) handle(e event) {
 	}
 }
 
-// holders returns who holds a shard: one process, none, or more if something is wrong.
+// holders returns which processes hold a shard: one or none, or more if something is wrong.
 func (s *shards) holders(shard int) []string {
 	var names []string
 	for _, t := range s.terms[shard] {
@@ -171,7 +171,7 @@ func (s *shards) holders(shard int) []string {
 	return names
 }
 
-// settle waits until every shard has one holder and nobody holds more than its share.
+// settle waits until every shard has one holder and no process holds more than its share.
 func (s *shards) settle(ctx context.Context) error {
 	timeout := time.NewTimer(3*s.ttl + 30*time.Second)
 	defer timeout.Stop()
@@ -186,11 +186,11 @@ func (s *shards) settle(ctx context.Context) error {
 		case <-ctx.Done():
 			return fmt.Errorf("interrupted: %w", context.Cause(ctx))
 		case <-timeout.C:
-			return errors.New("waited in vain for the shards to be shared")
+			return errors.New("timed out while waiting for the shards to be shared evenly")
 		}
 	}
 	s.print()
-	s.say("every shard has a holder, and nobody more than %d", share(s.shards, len(s.procs)))
+	s.say("every shard has a holder, and no process holds more than %d", share(s.shards, len(s.procs)))
 	return nil
 }
 
@@ -211,7 +211,7 @@ func (s *shards) settled() bool {
 	return true
 }
 
-// print shows who holds what, if that has changed.
+// print prints who holds what, if that has changed.
 func (s *shards) print() {
 	var row strings.Builder
 	held := make(map[string]int)
@@ -224,7 +224,7 @@ func (s *shards) print() {
 			row.WriteString(names[0])
 			held[names[0]]++
 		default:
-			row.WriteString("?") // the news of the one before is still under way
+			row.WriteString("?") // the report of the previous holder has not arrived yet
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.procs)) {
@@ -236,7 +236,7 @@ func (s *shards) print() {
 	}
 }
 
-// kill ends a process without a chance to resign. Its lease has to expire.
+// kill ends a process without a chance to resign, so its lease has to expire.
 func (s *shards) kill(name string) error {
 	p := s.procs[name]
 	killed := time.Now()
@@ -276,7 +276,7 @@ func (s *shards) check() error {
 		for i, t := range terms {
 			count++
 			if t.end.IsZero() {
-				errs = append(errs, fmt.Errorf("shard %d: the term of %s, token %d, has no end", shard, t.process, t.token))
+				errs = append(errs, fmt.Errorf("shard %d: the term of %s, token %d, has not ended", shard, t.process, t.token))
 			}
 			if i > 0 && t.begin.Before(terms[i-1].end) {
 				before := terms[i-1]
@@ -286,7 +286,7 @@ func (s *shards) check() error {
 		}
 	}
 	if errs == nil {
-		fmt.Printf("\n%d terms of %d shards, no two of a shard overlap.\n", count, s.shards)
+		fmt.Printf("\n%d terms of %d shards: no two terms of a shard overlap.\n", count, s.shards)
 	}
 	return errors.Join(errs...)
 }

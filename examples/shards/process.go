@@ -17,8 +17,8 @@ import (
 	"example.com/leader/examples/internal/demo"
 )
 
-// An event is what a process tells the demonstration, a line of JSON on its standard output: that it
-// holds a shard from now on, or no longer.
+// An event is what a process reports to the demonstration, as a line of JSON on its standard output: that it holds a
+// shard from now on, or that it no longer does.
 type event struct {
 	Process string
 	At      time.Time
@@ -29,27 +29,29 @@ type event struct {
 
 // A process is an instance of a service that holds its share of the shards.
 //
-// It waits in the queue of every shard, so that the shards of a process that dies are taken over as
-// soon as its lease has expired, and a queue has as many candidates as there are processes. Who holds
-// more than an even share gives the rest to the next in line, and queues up again. That next one may
-// hold enough itself; it does the same, so that a shard comes to rest after fewer handoffs than
-// there are processes.
+// It campaigns for every shard. So a queue has as many candidates as there are processes, and when a process dies,
+// others take over its shards as soon as its lease has expired. A process that holds more than an even share gives the
+// excess to the next in line, and queues up again. The next one may hold enough itself; it then does the same. So a
+// shard comes to rest after fewer handoffs than there are processes.
 //
-// For that nobody has to assign shards, or to be told who there is. The price is a key in etcd, and
-// a watch, for each shard and process, which is fine for hundreds of shards and not for millions; more
-// handoffs than an assignment would need, when a process joins; and that a share is counted in shards,
-// whatever work they are. All shards of a process are on one lease, and are lost with it together.
+// Nobody has to assign shards, or to know which processes there are. The price:
+//
+//   - For each shard and process there is a key in etcd and a watch. That is fine for hundreds of shards, not for
+//     millions.
+//   - When a process joins, there are more handoffs than an assignment would need.
+//   - A share is counted in shards, however much work each is.
+//   - All shards of a process are on one lease, and are lost with it together.
 type process struct {
 	name    string
 	shards  int
 	elector *leader.Elector
 
 	mu   sync.Mutex
-	held map[int]context.CancelCauseFunc // by shard: gives it to the next in line
+	held map[int]context.CancelCauseFunc // by shard: the function gives it to the next in line
 	out  *json.Encoder
 }
 
-// serve is the life of a process, until it is asked to end.
+// serve runs a process until it is asked to end.
 func serve(name string, c config) error {
 	asked, stop := demo.Context() // in a service this is signal.NotifyContext
 	defer stop()
@@ -67,13 +69,14 @@ func serve(name string, c config) error {
 	ctx, fail := context.WithCancelCause(asked)
 	defer fail(nil)
 	var parts sync.WaitGroup
-	for _, shard := range rand.Perm(c.shards) { // processes that start together begin with different ones
+	// In random order, so that processes that start together begin with different shards.
+	for _, shard := range rand.Perm(c.shards) {
 		parts.Go(func() { fail(p.take(ctx, shard)) })
 	}
 	p.balance(ctx)
 	parts.Wait()
 	if asked.Err() != nil {
-		return nil // each shard has been resigned
+		return nil // the process has resigned each shard
 	}
 	return context.Cause(ctx)
 }
@@ -93,7 +96,7 @@ func (p *process) take(ctx context.Context, shard int) error {
 		if !errors.Is(err, errExcess) {
 			return err
 		}
-		// At once: balance, which ended it, takes its time.
+		// Campaign again without a pause: balance, which ended the term, runs only once a second.
 	}
 }
 
@@ -115,7 +118,7 @@ func (p *process) work(ctx context.Context, shard int, l *leader.Leader) error {
 	return context.Cause(ctx)
 }
 
-// balance gives shards away while the process holds more than its share.
+// balance gives away shards, once a second, while the process holds more than its share.
 func (p *process) balance(ctx context.Context) {
 	second := time.NewTicker(time.Second)
 	defer second.Stop()
@@ -128,30 +131,30 @@ func (p *process) balance(ctx context.Context) {
 		queue, err := p.elector.Candidates(ctx, election(rand.IntN(p.shards)))
 		if err != nil || len(queue) == 0 {
 			if err != nil && ctx.Err() == nil {
-				slog.Warn("how many processes there are is not known", "process", p.name, "error", err)
+				slog.Warn("number of processes unknown, shards not balanced", "process", p.name, "error", err)
 			}
 			continue
 		}
 		p.mu.Lock()
 		excess := len(p.held) - share(p.shards, len(queue))
-		for shard, release := range p.held { // in no order
+		for shard, release := range p.held { // in random order
 			if excess <= 0 {
 				break
 			}
 			release(errExcess)
-			delete(p.held, shard) // now: its work may take a while to end
+			delete(p.held, shard) // at once, because its work may take a while to end
 			excess--
 		}
 		p.mu.Unlock()
 	}
 }
 
-// share is how many shards a process may hold.
+// share is how many shards a process may hold at most.
 func share(shards, processes int) int { return (shards + processes - 1) / processes }
 
 func (p *process) report(e event) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	e.Process, e.At = p.name, time.Now()
-	_ = p.out.Encode(e) // nobody listens any more: the end of standard input says so
+	_ = p.out.Encode(e) // fails when nobody listens any more; the end of standard input shows that
 }

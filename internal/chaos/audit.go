@@ -13,7 +13,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// An audit records every change in etcd under root, as soon as one of the members tells of it.
+// An audit records every change in etcd under root, as soon as one of the members reports it.
 type audit struct {
 	*Recorder
 	cancel context.CancelFunc
@@ -45,7 +45,7 @@ func startAudit(s *system) (*audit, error) {
 	return a, nil
 }
 
-// follow records what a member tells, for as long as it does.
+// follow records what a member reports, until its watch ends.
 func (a *audit) follow(ctx context.Context, s *system, m *member) {
 	client, err := s.newRootClient(m)
 	if err != nil {
@@ -54,11 +54,11 @@ func (a *audit) follow(ctx context.Context, s *system, m *member) {
 	defer client.Close()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	// A member without a leader tells what it knows: this watch is patient.
+	// This watch does not require a leader: a member that has lost its leader still reports what it knows.
 	for resp := range client.Watch(ctx, root, clientv3.WithPrefix(), clientv3.WithPrevKV(), clientv3.WithRev(a.recorded()+1)) {
 		if err := resp.Err(); err != nil {
-			if err == rpctypes.ErrCompacted && resp.CompactRevision > a.recorded()+1 { //nolint:errorlint // as clientv3 gives it
-				a.add(oracle.Entry{Kind: oracle.Failure, Err: fmt.Sprintf("the audit of %d is compacted at %d", a.recorded(), resp.CompactRevision)})
+			if err == rpctypes.ErrCompacted && resp.CompactRevision > a.recorded()+1 { //nolint:errorlint // never wrapped
+				a.add(oracle.Entry{Kind: oracle.Failure, Err: fmt.Sprintf("the audit is at revision %d, and the history is compacted at %d", a.recorded(), resp.CompactRevision)})
 			}
 			return
 		}
@@ -72,7 +72,7 @@ func (a *audit) record(events []*clientv3.Event) {
 	known, t := a.rev, now()
 	for _, ev := range events {
 		if ev.Kv.ModRevision <= known {
-			continue // another member was faster
+			continue // another member has already reported it
 		}
 		e := oracle.Entry{T: t, Kind: oracle.Event, Op: "put", Rev: ev.Kv.ModRevision, Key: string(ev.Kv.Key), Token: ev.Kv.CreateRevision, Value: string(ev.Kv.Value), Lease: ev.Kv.Lease}
 		if ev.Type == clientv3.EventTypeDelete {
@@ -101,7 +101,7 @@ func (a *audit) stop(rev int64) error {
 	a.cancel()
 	a.wg.Wait()
 	if recorded := a.recorded(); recorded < rev {
-		return fmt.Errorf("the audit has come to revision %d of %d", recorded, rev)
+		return fmt.Errorf("the audit has reached revision %d of %d", recorded, rev)
 	}
 	a.add(oracle.Entry{Kind: oracle.AuditEnd, Rev: rev})
 	return nil

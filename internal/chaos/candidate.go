@@ -31,24 +31,24 @@ import (
 	"google.golang.org/grpc/backoff"
 )
 
-// A worker is what a process that takes part in elections is told.
+// A worker is the configuration of a process that takes part in elections.
 type worker struct {
 	Name, Dir      string
 	Seed           uint64
 	TTL, Margin    time.Duration
 	Endpoints      []string
-	Watches        string // the endpoint of watches, if they have one of their own
+	Watches        string // the endpoint for watches, if it is a separate one
 	User, Password string
 	Resource       string   // unix socket
 	Shared         []string // elections to lead over one Elector
 	Own            []string // elections to lead with a lease for each term
 	Stock          []string // elections for concurrency.Election
 	Observe        []string // elections to observe
-	Ask            []string // elections to ask about, and in which to evict leaders
-	Changes        bool     // it has the hook LeaderChanged
+	Ask            []string // elections for Current and Candidates, and in which to evict leaders
+	Changes        bool     // use the hook LeaderChanged
 }
 
-// A member of the elections, in its own process.
+// A candidate takes part in elections, in a process of its own.
 type candidate struct {
 	worker
 	*Recorder
@@ -59,7 +59,7 @@ type candidate struct {
 	samplers sync.WaitGroup
 }
 
-// run takes part in elections until ctx ends, and sees to it that nothing is left behind then.
+// run takes part in elections until ctx ends, and checks that nothing is left behind then.
 func (w worker) run(ctx context.Context) error {
 	r, err := newRecorder(w.Dir, w.Name)
 	if err != nil {
@@ -67,11 +67,11 @@ func (w worker) run(ctx context.Context) error {
 	}
 	client := w.dial(ctx, w.Endpoints)
 	if client == nil {
-		return nil // it has had no part in anything
+		return nil // it has not taken part in anything
 	}
 	watches := client
 	if w.Watches != "" {
-		// The library ends the backoff of its client's connections. It does not know this client.
+		// The library ends the backoff of its own client's connections. It does not know this client.
 		params := grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: requestTimeout}
 		params.Backoff.MaxDelay = 500 * time.Millisecond
 		if watches = w.dial(ctx, []string{w.Watches}, grpc.WithConnectParams(params)); watches == nil {
@@ -102,7 +102,7 @@ func (w worker) run(ctx context.Context) error {
 	close(alive)
 	beside.Wait()
 	if len(w.Stock) > 0 {
-		return nil // what stock leaves behind is its own affair
+		return nil // what stock leaves behind is not checked
 	}
 	c.samplers.Wait()
 	c.impulses.close()
@@ -118,8 +118,8 @@ func (w worker) run(ctx context.Context) error {
 	return nil
 }
 
-// dial makes the client, or returns nil when ctx ends. A client with a user authenticates at once, and cannot
-// be made while etcd does not answer.
+// dial makes the client, or returns nil when ctx ends. A client with a user authenticates at once, so it cannot be made
+// while etcd does not answer.
 func (w worker) dial(ctx context.Context, endpoints []string, opts ...grpc.DialOption) *clientv3.Client {
 	for {
 		client, err := clientv3.New(clientv3.Config{
@@ -144,7 +144,7 @@ func (c *candidate) fail(format string, args ...any) {
 	c.add(oracle.Entry{Kind: oracle.Failure, Err: fmt.Sprintf(format, args...)})
 }
 
-// leaving returns a context that ends with ctx, when it has been told that all campaigns are given up then.
+// leaving returns a context that ends with ctx, but only after it is recorded that all campaigns are now given up.
 func (c *candidate) leaving(ctx context.Context) (_ context.Context, leave func()) {
 	inner, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, func() {
@@ -154,7 +154,7 @@ func (c *candidate) leaving(ctx context.Context) (_ context.Context, leave func(
 	return inner, func() { stop(); cancel() }
 }
 
-// noticeStops records when the process did not run.
+// noticeStops records the times in which the process did not run.
 func (c *candidate) noticeStops(alive <-chan struct{}) {
 	ticker := time.NewTicker(oracle.PauseOf / 5)
 	defer ticker.Stop()
@@ -208,7 +208,7 @@ func (c *candidate) options() []leader.Option {
 	}
 }
 
-// onClock is a time on the clock of the history. Both clocks are asked at one moment.
+// onClock converts a time to the clock of the history. It reads both clocks at almost the same moment.
 func onClock(t time.Time) int64 {
 	for {
 		before := now()
@@ -219,13 +219,13 @@ func onClock(t time.Time) int64 {
 	}
 }
 
-// asEntry says in an entry who leads.
+// asEntry adds to an entry who leads.
 func asEntry(leads leader.Candidate, e oracle.Entry) oracle.Entry {
 	e.Token, e.Key, e.Value, e.Lease = leads.Token, leads.Key, leads.Value, int64(leads.Lease)
 	return e
 }
 
-// causeOf says which of the causes of a term's end that is, or "".
+// causeOf returns the cause of a term's end that err matches, or "".
 func causeOf(err error) string {
 	switch {
 	case errors.Is(err, leader.ErrResigned):
@@ -238,7 +238,7 @@ func causeOf(err error) string {
 	return ""
 }
 
-// failureOf says which of the failures of a campaign that is, or "".
+// failureOf returns the failure of a campaign that err matches, or "".
 func failureOf(err error) string {
 	switch {
 	case errors.Is(err, leader.ErrHeld):
@@ -251,7 +251,7 @@ func failureOf(err error) string {
 	return ""
 }
 
-// share takes part in elections over one Elector, and closes it in the middle of that now and then.
+// share takes part in elections over one Elector. Now and then it closes the Elector while it is in use.
 func (c *candidate) share(ctx context.Context) {
 	r := c.rand(0)
 	for life := 0; ctx.Err() == nil; life++ {
@@ -271,7 +271,7 @@ func (c *candidate) share(ctx context.Context) {
 			wg.Go(func() { c.ask(ctx, e, name, c.rand(100*life+60+i)) })
 		}
 		if len(c.Shared) == 0 {
-			wg.Wait() // it is there until the end, when all others have left
+			wg.Wait() // an observer stays until the end, when all others have left
 		} else {
 			sleep(ctx, r, 3*c.TTL, 12*c.TTL)
 		}
@@ -280,7 +280,7 @@ func (c *candidate) share(ctx context.Context) {
 	}
 }
 
-// close closes an Elector. What that cannot revoke expires.
+// close closes an Elector. What it cannot revoke expires.
 func (c *candidate) close(ctx context.Context, e *leader.Elector) {
 	began := now()
 	for _, name := range c.Shared {
@@ -305,10 +305,10 @@ func (c *candidate) close(ctx context.Context, e *leader.Elector) {
 type ways struct {
 	run       func(ctx context.Context, lead func(context.Context, *leader.Leader) error) error
 	campaigns []func(ctx context.Context) (*leader.Leader, error)
-	closable  bool // they end when their Elector is closed
+	closable  bool // the calls end when their Elector is closed
 }
 
-// over are those of an Elector.
+// over returns the ways of an Elector.
 func (c *candidate) over(e *leader.Elector, name string) ways {
 	return ways{
 		run: func(ctx context.Context, lead func(context.Context, *leader.Leader) error) error {
@@ -326,7 +326,7 @@ func (c *candidate) over(e *leader.Elector, name string) ways {
 	}
 }
 
-// own are those that take a lease for each term, or for each Run.
+// own returns the ways that take a lease for each term, or for each Run.
 func (c *candidate) own(election string) ways {
 	return ways{
 		run: func(ctx context.Context, lead func(context.Context, *leader.Leader) error) error {
@@ -354,7 +354,7 @@ func (c *candidate) lead(ctx context.Context, by ways, election string, r *rand.
 			err = by.run(campaigning, func(ctx context.Context, l *leader.Leader) error {
 				stop()
 				c.term(ctx, l, true, election, began, r)
-				began = now() // of the campaign after a lost term
+				began = now() // the beginning of the next campaign, after a lost term
 				return nil
 			})
 		}
@@ -372,8 +372,8 @@ func (c *candidate) lead(ctx context.Context, by ways, election string, r *rand.
 	}
 }
 
-// campaigning returns the context of a campaign. It may end before the candidate is elected: that gives the campaign
-// up. After stop it ends with ctx and cancel alone.
+// campaigning returns the context of a campaign. The context may end before the candidate is elected, which gives the
+// campaign up. After stop it ends only with ctx or by cancel.
 func (c *candidate) campaigning(ctx context.Context, election string, r *rand.Rand) (_ context.Context, stop, cancel func()) {
 	campaigning, end := context.WithCancel(ctx)
 	patience := time.Hour // as long as it takes
@@ -400,17 +400,17 @@ func (c *candidate) campaigning(ctx context.Context, election string, r *rand.Ra
 	return campaigning, stop, func() { stop(); end() }
 }
 
-// giveUp is the signal that makes a worker give up all its campaigns. A process that does not handle it yet
-// survives it.
+// giveUp is the signal that makes a worker give up all its campaigns. By default it does not end a process, so a worker
+// that does not handle it yet survives.
 const giveUp = syscall.SIGWINCH
 
-// impulses hands out contexts that end with the next giveUp.
+// impulses returns contexts that end with the next giveUp.
 type impulses struct {
 	signals chan os.Signal
 	done    chan struct{}
 
 	mu     sync.Mutex
-	ctx    context.Context // ends with the next one
+	ctx    context.Context // ends with the next signal
 	cancel context.CancelFunc
 }
 
@@ -430,7 +430,7 @@ func newImpulses() *impulses {
 	return i
 }
 
-// next returns a context that ends with the next impulse.
+// next returns a context that ends with the next giveUp.
 func (i *impulses) next() context.Context {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -453,11 +453,11 @@ func (c *candidate) hold(ctx context.Context, l *leader.Leader, election string,
 	cancel()
 	rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()
-	_ = l.Resign(rctx) // fails where etcd is out of reach; the lease takes care of it
+	_ = l.Resign(rctx) // fails if etcd cannot be reached; the key then goes with the lease
 }
 
-// term records a term and works in it until ctx, which is that of Run if Run has called, ends, or the term has lasted
-// long enough. The caller resigns.
+// term records a term and works in it until ctx ends, or the term has lasted long enough. If Run has called, ctx is the
+// context of Run. The caller resigns.
 func (c *candidate) term(ctx context.Context, l *leader.Leader, run bool, election string, began int64, r *rand.Rand) {
 	_, id, _ := strings.Cut(strings.TrimPrefix(l.Key(), election), "/")
 	lease, err := strconv.ParseInt(id, 16, 64)
@@ -468,7 +468,7 @@ func (c *candidate) term(ctx context.Context, l *leader.Leader, run bool, electi
 		Kind: oracle.Term, From: began, Election: election, Token: l.Token(), Key: l.Key(), Lease: lease,
 		Until: onClock(l.Deadline()), Op: oracle.Ours, Value: map[bool]string{true: oracle.ByRun}[run],
 	})
-	// One of them, for IsLeader ends the contexts by itself.
+	// Ask only one of them, because IsLeader itself ends the contexts.
 	op, believes := oracle.ByIsLeader, l.IsLeader
 	switch n := r.IntN(4); {
 	case n == 0:
@@ -483,13 +483,13 @@ func (c *candidate) term(ctx context.Context, l *leader.Leader, run bool, electi
 	case election == root+again:
 		length = between(r, 50*time.Millisecond, 600*time.Millisecond)
 	case r.IntN(2) == 0:
-		length = between(r, c.TTL, 5*c.TTL) // long enough to be lost
+		length = between(r, c.TTL, 5*c.TTL) // long enough to be lost to a fault
 	}
 	ctx, cancel := context.WithTimeout(ctx, length)
 	defer cancel()
 	w := &work{candidate: c, election: election, token: l.Token(), guard: l.Guard(), rand: r, proclaim: func(string) {}}
-	c.samplers.Go(func() { w.read(context.WithoutCancel(ctx), "register") }) // shows who was in the queue as the term began
-	// Some never ask etcd whether they lead: their own watch alone can tell that the key is gone.
+	c.samplers.Go(func() { w.read(context.WithoutCancel(ctx), "register") }) // shows who was in the queue at first
+	// Some never ask etcd whether they lead. Only their own watch can then tell them that the key is gone.
 	if r.IntN(2) == 0 {
 		w.proclaim = func(value string) {
 			pctx, cancel := context.WithTimeout(ctx, requestTimeout)
@@ -508,22 +508,22 @@ func (c *candidate) term(ctx context.Context, l *leader.Leader, run bool, electi
 	c.add(oracle.Entry{Kind: oracle.Resigning, Election: election, Token: l.Token()})
 }
 
-// sampleEvery is how often a leader asks itself, and pieceEvery how often it tells.
+// sampleEvery is how often a leader asks whether it leads, and pieceEvery how often it records the answers.
 const (
 	sampleEvery = time.Millisecond
 	pieceEvery  = 100 * time.Millisecond
 )
 
-// sample asks believes until it says no, and records the time in which it certainly said yes: from
-// the first answer to the last question.
+// sample asks believes until it returns false, and records the time in which it certainly returned true: from the first
+// answer to the last question.
 func (c *candidate) sample(e oracle.Entry, believes func() bool) {
 	e.Kind = oracle.Belief
-	var answered, asked int64 // of the present piece: the first answer, the last question
+	var answered, asked int64 // of the current piece: the time of the first answer and of the last question
 	for {
 		question := now()
 		yes := believes()
 		answer := now()
-		paused := answer-asked > int64(oracle.PauseOf) // between these, or within the last one
+		paused := answer-asked > int64(oracle.PauseOf) // between the last two questions, or during the last one
 		if answered != 0 && (!yes || paused || question-answered > int64(pieceEvery)) {
 			e.From, e.T = answered, asked
 			c.add(e)
@@ -542,11 +542,11 @@ func (c *candidate) sample(e oracle.Entry, believes func() bool) {
 	}
 }
 
-// requestTimeout bounds a request of a worker. It outlives the term: a worker that is late is what
-// guard and token are for.
+// requestTimeout bounds a request of a worker. A request can outlive its term. Guard and token are there for such late
+// workers.
 const requestTimeout = 2 * time.Second
 
-// work is what a leader does, of this package or of stock.
+// work is what a leader does, whether it leads by this package or by stock.
 type work struct {
 	*candidate
 	election string
@@ -556,10 +556,10 @@ type work struct {
 	proclaim func(string)
 }
 
-// do works until ctx ends. Once a write has had no answer it writes no more: it may come yet, and only the
-// term's end makes sure that it does not come in the middle of the next.
+// do works until ctx ends. After a write without an answer it writes no more: that write may still arrive, and only the
+// end of the term guarantees that it does not arrive in the middle of the next one.
 func (w *work) do(ctx context.Context) {
-	writes := w.rand.IntN(4) != 0 // who does not ask etcd for anything believes the longest
+	writes := w.rand.IntN(4) != 0 // who sends etcd no request believes the longest
 	for ctx.Err() == nil {
 		switch n := w.rand.IntN(8); {
 		case n == 0:
@@ -576,12 +576,11 @@ func (w *work) do(ctx context.Context) {
 	}
 }
 
-// value is one that nobody writes twice.
+// value returns a value that nobody writes twice.
 func (w *work) value() string { return fmt.Sprintf("%d:%d", w.token, w.seq.Add(1)) }
 
-// write replaces a value in etcd by one that follows from it. The counter's transaction compares that
-// nobody has written meanwhile; the register's relies on the guard alone. It reports whether there
-// was an answer.
+// write replaces a value in etcd by one that follows from it. The transaction of the counter also compares that nobody
+// has written meanwhile. That of the register relies on the guard alone. write reports whether there was an answer.
 func (w *work) write(ctx context.Context, what string) bool {
 	key := data.DataKey(w.election, what)
 	base, rev, ok := w.read(ctx, what)
@@ -625,7 +624,7 @@ func (w *work) write(ctx context.Context, what string) bool {
 	return e.Result != oracle.Unknown
 }
 
-// read reads a value in etcd. rev is that of its last change.
+// read reads a value in etcd. rev is the revision of its last change.
 func (w *work) read(ctx context.Context, what string) (value string, rev int64, ok bool) {
 	e := oracle.Entry{Kind: oracle.Read, From: now(), Election: w.election, Token: w.token, Op: what}
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
@@ -643,7 +642,7 @@ func (w *work) read(ctx context.Context, what string) (value string, rev int64, 
 	return value, rev, true
 }
 
-// append writes to the resource outside etcd, which knows the token alone.
+// append writes to the resource outside etcd, which knows only the token.
 func (w *work) append(ctx context.Context) {
 	e := oracle.Entry{Kind: oracle.Append, From: now(), Election: w.election, Token: w.token, Value: w.value()}
 	form := url.Values{"election": {e.Election}, "token": {strconv.FormatInt(e.Token, 10)}, "value": {e.Value}}
@@ -671,7 +670,7 @@ func (w *work) append(ctx context.Context) {
 	w.add(e)
 }
 
-// observe records who leads until ctx ends or the Elector is closed.
+// observe records who leads, until ctx ends or the Elector is closed.
 func (c *candidate) observe(ctx context.Context, e *leader.Elector, name string) {
 	call := oracle.Entry{Election: root + name, Op: strconv.FormatInt(now(), 10)}
 	tell := func(kind oracle.Kind, e oracle.Entry) {
@@ -692,7 +691,7 @@ func (c *candidate) observe(ctx context.Context, e *leader.Elector, name string)
 	tell(oracle.ObserveEnded, call)
 }
 
-// ask asks who leads and who waits, and evicts a leader now and then.
+// ask asks who leads and who waits, and now and then evicts a leader.
 func (c *candidate) ask(ctx context.Context, e *leader.Elector, name string, r *rand.Rand) {
 	for ctx.Err() == nil {
 		current := oracle.Entry{Kind: oracle.Current, From: now(), Election: root + name}
@@ -717,7 +716,7 @@ func (c *candidate) ask(ctx context.Context, e *leader.Elector, name string, r *
 	}
 }
 
-// answered records an answer, unless it was the end of ctx.
+// answered records an answer, unless the call ended with ctx.
 func (c *candidate) answered(ctx context.Context, e oracle.Entry, err error) {
 	switch {
 	case err == nil:
@@ -729,7 +728,7 @@ func (c *candidate) answered(ctx context.Context, e oracle.Entry, err error) {
 	c.add(e)
 }
 
-// evict takes the key of whoever leads, as an operator does. before led a moment ago.
+// evict deletes the key of whoever leads, as an operator does. before is who led a moment ago.
 func (c *candidate) evict(ctx context.Context, e *leader.Elector, name string, before leader.Candidate) {
 	taken := oracle.Entry{Kind: oracle.Taken, Op: oracle.Evict, From: now(), Election: root + name, Token: before.Token, Result: oracle.OK}
 	err := e.Evict(ctx, name)
@@ -749,7 +748,7 @@ func (c *candidate) evict(ctx context.Context, e *leader.Elector, name string, b
 	c.add(taken)
 }
 
-// stock is a candidate by concurrency.Election, used as its documentation has it.
+// stock is a candidate by concurrency.Election, used as its documentation says.
 func (c *candidate) stock(ctx context.Context, name string, r *rand.Rand) {
 	for ctx.Err() == nil {
 		c.stockTerm(ctx, root+name, r)
@@ -766,10 +765,10 @@ func (c *candidate) stockTerm(ctx context.Context, election string, r *rand.Rand
 	if err != nil {
 		return
 	}
-	defer s.Close() //nolint:errcheck // then the lease expires: nobody renews it any more
+	defer s.Close() //nolint:errcheck // if it fails, the lease expires, because nobody renews it any more
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	go func() { // a candidate without a lease is to give up
+	go func() { // a candidate without a lease must give up
 		select {
 		case <-s.Done():
 			cancel()
@@ -799,15 +798,15 @@ func (c *candidate) stockTerm(ctx context.Context, election string, r *rand.Rand
 	c.add(oracle.Entry{Kind: oracle.Resigning, Election: election, Token: e.Rev()})
 	rctx, end := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer end()
-	_ = e.Resign(rctx) // else the key goes with the lease
+	_ = e.Resign(rctx) // if it fails, the key goes with the lease
 }
 
-// between is a random time from..to.
+// between returns a random time in from..to.
 func between(r *rand.Rand, from, to time.Duration) time.Duration {
 	return from + time.Duration(r.Int64N(int64(to-from)+1))
 }
 
-// sleep blocks for a random time from..to, or until ctx ends.
+// sleep blocks for a random time in from..to, or until ctx ends.
 func sleep(ctx context.Context, r *rand.Rand, from, to time.Duration) {
 	select {
 	case <-time.After(between(r, from, to)):

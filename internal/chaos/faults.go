@@ -23,13 +23,13 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// A sort of fault strikes, holds for a while, and heals. What strikes is chosen beforehand, from the
-// seed; whom it strikes may depend on who leads just then.
+// A sort is a kind of fault. It strikes, holds for a while, and heals. The seed decides in advance which kinds strike.
+// Whom one strikes may depend on who leads at that moment.
 type sort struct {
 	name string
-	// on says what it strikes. Two faults of one round do not strike the same.
+	// on is what it strikes. Two faults of one round do not strike the same.
 	on target
-	// strike returns when all is healed, also if ctx ends before its time.
+	// strike returns when everything is healed. It also heals if ctx ends early.
 	strike func(ctx context.Context, f *fault) error
 }
 
@@ -37,28 +37,28 @@ type target int
 
 const (
 	onWorker target = iota
-	onMember        // one fault at a time: with two, etcd has no quorum, which is a fault of its own
+	onMember        // one fault at a time: with two, etcd would lose its quorum, which is a fault of its own
 	onData          // what is in etcd
 	onAuth
 	onSpace
 )
 
-// A fault is one of a sort.
+// A fault is a single fault of some kind.
 type fault struct {
 	*schedule
 	sort   sort
 	rand   *rand.Rand
-	worker *process // if it strikes one
-	victim string   // for the history
+	worker *process // the worker it strikes, if any
+	victim string   // whom it strikes, for the history
 }
 
-// hold blocks for a random part from..to of the TTL, or until ctx ends.
+// hold blocks for a random time between from and to, in units of the TTL, or until ctx ends.
 func (f *fault) hold(ctx context.Context, from, to float64) {
 	ttl := float64(f.p.TTL)
 	sleep(ctx, f.rand, time.Duration(from*ttl), time.Duration(to*ttl))
 }
 
-// sorts are all sorts of faults.
+// sorts returns all kinds of faults.
 func sorts() []sort {
 	return []sort{
 		{"kill-candidate", onWorker, killCandidate},
@@ -93,19 +93,20 @@ func sorts() []sort {
 	}
 }
 
-// unfit says why a fault of this sort makes no sense with this version of etcd; "" if it does.
+// unfit returns why a fault of this kind makes no sense with this version of etcd, or "" if it does.
 func (s sort) unfit(version string) string {
 	var major, minor, patch int
-	_, _ = fmt.Sscanf(version, "%d.%d.%d", &major, &minor, &patch) // what is none of these is newer
+	_, _ = fmt.Sscanf(version, "%d.%d.%d", &major, &minor, &patch) // a version in another format is a newer one
 	if s.on == onAuth && major == 3 && minor == 4 && patch < 28 {
-		// It refuses to authenticate a client that sends an expired token, and clientv3 sends the one that it has. So
-		// nobody gets another token, the campaign included. Mended by etcd-io/etcd#12165 and, in 3.4.28, #16826.
+		// etcd then refuses to authenticate a client that sends an expired token, and clientv3 sends the token that it
+		// has. So nobody gets a new token, and neither does the campaign itself. Fixed by etcd-io/etcd#12165 and, in
+		// 3.4.28, by #16826.
 		return "before etcd 3.4.28 a client whose token has expired cannot authenticate again (etcd-io/etcd#12385)"
 	}
 	return ""
 }
 
-// leaderProcess is the worker that leads an election, if that can be told.
+// leaderProcess returns the worker that leads an election, if that is known.
 func (f *fault) leaderProcess(ctx context.Context, election string) *process {
 	queue, err := f.queue(ctx, election)
 	if err != nil {
@@ -114,9 +115,9 @@ func (f *fault) leaderProcess(ctx context.Context, election string) *process {
 	return f.processOf(queue[0])
 }
 
-// processOf is the worker whose candidate that is, if it is one.
+// processOf returns the worker that a candidate belongs to, or nil if it is none of the workers.
 func (f *fault) processOf(candidate oracle.Entry) *process {
-	name, _, _ := strings.Cut(candidate.Value, "/") // what it proclaims goes on after a slash
+	name, _, _ := strings.Cut(candidate.Value, "/") // proclaimed values have more after a slash
 	i := slices.IndexFunc(f.faulty, func(p *process) bool { return p.name == name })
 	if i < 0 {
 		return nil
@@ -124,7 +125,7 @@ func (f *fault) processOf(candidate oracle.Entry) *process {
 	return f.faulty[i]
 }
 
-// queue returns the candidates of an election in their order: one at least.
+// queue returns the candidates of an election in their order, at least one.
 func (s *system) queue(ctx context.Context, election string) (queue []oracle.Entry, err error) {
 	err = s.ask(ctx, func(ctx context.Context) error {
 		resp, err := s.root.Get(ctx, root+election+"/", clientv3.WithPrefix(), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
@@ -161,7 +162,7 @@ func stopCandidate(from, to float64) func(context.Context, *fault) error {
 	}
 }
 
-// onLinks does the same to all links of a worker.
+// onLinks does the same to all links of a worker, and then heals them.
 func onLinks(spoil func(*etcdtest.Link), from, to float64) func(context.Context, *fault) error {
 	return func(ctx context.Context, f *fault) error {
 		for _, l := range f.links[f.worker] {
@@ -173,8 +174,8 @@ func onLinks(spoil func(*etcdtest.Link), from, to float64) func(context.Context,
 	}
 }
 
-// slowLinks lets everything come late that passes between a worker and etcd. The worker may give up its campaigns again
-// and again, whose requests then arrive when it has begun the next.
+// slowLinks delays everything between a worker and etcd. If givenUp, the worker also gives up its campaigns again and
+// again, so that their requests arrive when it has begun the next one.
 func slowLinks(givenUp bool) func(context.Context, *fault) error {
 	return func(ctx context.Context, f *fault) error {
 		latency := between(f.rand, 50*time.Millisecond, 500*time.Millisecond)
@@ -193,7 +194,7 @@ func slowLinks(givenUp bool) func(context.Context, *fault) error {
 	}
 }
 
-// giveUp has a worker give up its campaigns again and again.
+// giveUp makes a worker give up its campaigns again and again.
 func (f *fault) giveUp(ctx context.Context, from, to time.Duration) error {
 	until := time.Now().Add(between(f.rand, from, to))
 	for ctx.Err() == nil && time.Now().Before(until) {
@@ -205,7 +206,7 @@ func (f *fault) giveUp(ctx context.Context, from, to time.Duration) error {
 	return nil
 }
 
-// flapLinks lets through what comes in short moments between darkness.
+// flapLinks darkens the links, and lets everything through in short moments in between.
 func flapLinks(ctx context.Context, f *fault) error {
 	for range 4 {
 		for _, l := range f.links[f.worker] {
@@ -220,8 +221,8 @@ func flapLinks(ctx context.Context, f *fault) error {
 	return nil
 }
 
-// slowThenDarkenLinks lets answers come late, and then nothing for longer than the lease lasts: the
-// last renewal that counted is older than it looks.
+// slowThenDarkenLinks delays answers, and then lets nothing through for longer than the lease lasts. The last renewal
+// that counted was sent earlier than its answer suggests.
 func slowThenDarkenLinks(ctx context.Context, f *fault) error {
 	for _, l := range f.links[f.worker] {
 		l.DelayRx(250*time.Millisecond, 50*time.Millisecond)
@@ -252,8 +253,8 @@ func (f *fault) anyLink() *workerLink {
 	return links[i]
 }
 
-// holdRequests holds what a worker asks of one member, while the worker gives up its campaigns again and again. It
-// delivers all that late, also what was cancelled, when the worker has had time to be elected.
+// holdRequests holds back what a worker sends to one member, while the worker gives up its campaigns again and again.
+// When the worker has had time to be elected, it delivers everything late, even requests that were cancelled.
 func holdRequests(ctx context.Context, f *fault) error {
 	l := f.anyLink()
 	l.PauseRx()
@@ -271,7 +272,7 @@ func holdRequests(ctx context.Context, f *fault) error {
 // anyMember chooses a member.
 func (f *fault) anyMember() *member { return f.members[f.rand.IntN(len(f.members))] }
 
-// someMember chooses a member, the leader of etcd every other time if there is one.
+// someMember chooses a member: half of the time the leader of etcd, if there is one.
 func (f *fault) someMember(ctx context.Context) *member {
 	if l, err := f.raftLeader(ctx); f.rand.IntN(2) == 0 && err == nil {
 		return l
@@ -287,7 +288,7 @@ func killMember(ctx context.Context, f *fault) error {
 	return f.restart(context.WithoutCancel(ctx), m)
 }
 
-// restart runs a killed member again and waits until it has rejoined.
+// restart starts a killed member again and waits until it has rejoined.
 func (f *fault) restart(ctx context.Context, m *member) error {
 	if err := m.start(); err != nil {
 		return err
@@ -315,11 +316,11 @@ func (f *fault) pauseAWhile(ctx context.Context, m *member) error {
 	return f.resume(m)
 }
 
-// deposeRaftLeader pauses etcd's leader for longer than an election, and lets it go on in a partition: for
-// a moment it takes itself for the leader still, and acknowledges what one worker, which leads if that
-// can be had, has been sending meanwhile. That worker talks to this member alone, until the member has learned better
-// and answers its reads again, and to nobody after that: its lease lasts as long as it was told in that moment.
-// The library's own test of that is in deposed_test.go.
+// deposeRaftLeader pauses etcd's leader until another one is elected, and resumes it in a partition. For a moment it
+// still considers itself the leader, and acknowledges what one worker has sent meanwhile. That worker is a leader if
+// possible. It can reach only this member, until the member knows that it was deposed and answers its reads again.
+// After that it can reach nobody, so no later renewal extends what it was told in that moment. The library's own test
+// of this is in deposed_test.go.
 func deposeRaftLeader(ctx context.Context, f *fault) error {
 	m, err := f.raftLeader(ctx)
 	if err != nil {
@@ -339,7 +340,7 @@ func deposeRaftLeader(ctx context.Context, f *fault) error {
 			if i == at {
 				link = l.Link
 			} else {
-				l.Cut() // not darkened: the client is to know that these are of no use
+				l.Cut() // not darkened, so that the client knows that it cannot use these
 			}
 		}
 		sleep(ctx, f.rand, 300*time.Millisecond, 500*time.Millisecond)
@@ -354,7 +355,7 @@ func deposeRaftLeader(ctx context.Context, f *fault) error {
 	if err := f.resume(m); err != nil {
 		return err
 	}
-	// It trusts itself from its first tick on, which comes with a heartbeat's interval.
+	// It considers itself the leader from its first tick on, which comes with a heartbeat interval.
 	sleep(ctx, f.rand, electionTimeout/5, electionTimeout/4)
 	if link != nil {
 		link.Heal()
@@ -369,9 +370,9 @@ func deposeRaftLeader(ctx context.Context, f *fault) error {
 	return nil
 }
 
-// partition darkens the links between a member and the others, for what it says to them, for what they
-// say to it, or both, until the function that it returns is called. Most of what a member says it answers on
-// connections that the others have made.
+// partition darkens the links between a member and the others until heal is called. out stops what the member sends, in
+// stops what it receives. Each takes the links of both directions of dialling, because a member sends most of its
+// messages as answers on connections that the others have made.
 func (s *system) partition(m *member, out, in bool) (heal func()) {
 	var links []*etcdtest.Link
 	for made, taken := range s.peerLinks(m) {
@@ -392,7 +393,8 @@ func (s *system) partition(m *member, out, in bool) (heal func()) {
 	}
 }
 
-// peerLinks are the links between a member and each other: one for what the member dials, one for what the other does.
+// peerLinks yields the links between a member and each other one: one for what the member dials, one for what the other
+// dials.
 func (s *system) peerLinks(m *member) iter.Seq2[*etcdtest.Link, *etcdtest.Link] {
 	return func(yield func(made, taken *etcdtest.Link) bool) {
 		to := slices.Index(s.members, m)
@@ -404,7 +406,8 @@ func (s *system) peerLinks(m *member) iter.Seq2[*etcdtest.Link, *etcdtest.Link] 
 	}
 }
 
-// follower returns the member that some candidates use for all their watches, and takes etcd's leadership from it.
+// follower returns the member that some candidates use for all their watches. If the member leads etcd, it moves the
+// leadership to another.
 func (f *fault) follower(ctx context.Context) (*member, error) {
 	m := f.watched()
 	f.victim = m.name
@@ -415,9 +418,9 @@ func (f *fault) follower(ctx context.Context) (*member, error) {
 	return m, err
 }
 
-// stopFollower pauses a member for short moments. When the member resumes it has not heard yet what happened, so a
-// watch that it was asked for meanwhile begins in the past. Of a client's watches only the first does, as clientv3
-// asks for the next when that one is answered: hence many short pauses.
+// stopFollower pauses a member for short moments. When the member resumes, it has not yet heard what happened, so a
+// watch that it was asked for meanwhile begins in the past. This is true only of the first watch of a client: clientv3
+// asks for the next one when the first is answered. Therefore there are many short pauses.
 func stopFollower(ctx context.Context, f *fault) error {
 	m, err := f.follower(ctx)
 	if err != nil {
@@ -436,7 +439,7 @@ func stopFollower(ctx context.Context, f *fault) error {
 	return nil
 }
 
-// slowFollower lets a member hear late from the others, so that its watches begin in the past.
+// slowFollower delays what a member hears from the others, so that its watches begin in the past.
 func slowFollower(ctx context.Context, f *fault) error {
 	m, err := f.follower(ctx)
 	if err != nil {
@@ -465,7 +468,7 @@ func partitionMember(ctx context.Context, f *fault) error {
 	return nil
 }
 
-// loseQuorum stops or kills as many members as it takes.
+// loseQuorum stops or kills as many members as it takes to lose the quorum.
 func loseQuorum(from, to float64) func(context.Context, *fault) error {
 	return func(ctx context.Context, f *fault) error {
 		kill := f.rand.IntN(2) == 0
@@ -515,7 +518,7 @@ func moveRaftLeader(ctx context.Context, f *fault) error {
 func (f *fault) moveLeader(ctx context.Context, m *member) (to *member, err error) {
 	others := slices.DeleteFunc(slices.Clone(f.members), func(other *member) bool { return other == m })
 	to = others[f.rand.IntN(len(others))]
-	client, err := f.newRootClient(m) // only the leader takes this request
+	client, err := f.newRootClient(m) // only the leader accepts this request
 	if err != nil {
 		return to, err
 	}
@@ -526,7 +529,7 @@ func (f *fault) moveLeader(ctx context.Context, m *member) (to *member, err erro
 	})
 }
 
-// deleteKey deletes the key of a candidate, the leader's for the most part.
+// deleteKey deletes the key of a candidate, mostly the leader's.
 func deleteKey(ctx context.Context, f *fault) error {
 	queue, err := f.queue(ctx, f.lasting())
 	if err != nil {
@@ -535,8 +538,8 @@ func deleteKey(ctx context.Context, f *fault) error {
 	return f.take(ctx, oracle.Delete, queue[f.place(queue)])
 }
 
-// deleteTwo deletes the keys of the leader and of the candidate behind it together, whose process gives its
-// campaigns up in the same moment.
+// deleteTwo deletes the keys of the leader and of the candidate behind it together. The process of the second one gives
+// up its campaigns at almost the same moment.
 func deleteTwo(ctx context.Context, f *fault) error {
 	queue, err := f.queue(ctx, f.lasting())
 	if err != nil {
@@ -554,7 +557,7 @@ func deleteTwo(ctx context.Context, f *fault) error {
 	return err
 }
 
-// revokeLease revokes the lease of a candidate, the leader's for the most part, and so takes all keys on it.
+// revokeLease revokes the lease of a candidate, mostly the leader's, and so takes all keys on it.
 func revokeLease(ctx context.Context, f *fault) error {
 	queue, err := f.queue(ctx, f.lasting())
 	if err != nil {
@@ -563,10 +566,10 @@ func revokeLease(ctx context.Context, f *fault) error {
 	return f.take(ctx, oracle.Revoke, queue[f.place(queue)])
 }
 
-// lasting chooses an election.
+// lasting chooses an election whose terms may be long.
 func (f *fault) lasting() string { return lasting[f.rand.IntN(len(lasting))] }
 
-// place chooses one in the queue: the first for the most part.
+// place chooses a place in the queue, mostly the first.
 func (f *fault) place(queue []oracle.Entry) int {
 	if f.rand.IntN(4) != 0 {
 		return 0
@@ -574,14 +577,15 @@ func (f *fault) place(queue []oracle.Entry) int {
 	return f.rand.IntN(len(queue))
 }
 
-// take takes keys, or a lease, from candidates, and records that. It asks until there is an answer, so that no request
-// may have its effect later. The first answer that there is nothing to take may be that to a request that was sent again.
+// take takes keys, or a lease, from candidates, and records that. It repeats the request until there is an answer, so
+// that no request can take effect later. If the first answer is that there is nothing to take, an earlier copy of the
+// request may have taken it.
 func (f *fault) take(ctx context.Context, op string, victims ...oracle.Entry) error {
 	began, result, rev := now(), oracle.OK, int64(0)
 	for _, v := range victims {
 		f.victim = strings.TrimSpace(fmt.Sprintf("%s %s of %s", f.victim, v.Key, v.Value))
 	}
-	var answer error // to a request that was answered
+	var answer error // the error that etcd answered, if any
 	err := f.insist(context.WithoutCancel(ctx), func(ctx context.Context) (err error) {
 		if op == oracle.Revoke {
 			rev, err = f.revoke(ctx, victims[0].Lease)
@@ -604,7 +608,7 @@ func (f *fault) take(ctx context.Context, op string, victims ...oracle.Entry) er
 		return err
 	})
 	if err != nil {
-		rev = math.MaxInt64 // it may yet
+		rev = math.MaxInt64 // it may still take effect
 	}
 	for _, e := range victims {
 		e.Kind, e.Op, e.From, e.Result, e.Rev = oracle.Taken, op, began, result, rev
@@ -616,9 +620,9 @@ func (f *fault) take(ctx context.Context, op string, victims ...oracle.Entry) er
 	return cmp.Or(err, answer)
 }
 
-var errGone = errors.New("the key is gone already")
+var errGone = errors.New("the key is already gone")
 
-// delete deletes the keys in one transaction, if all of them are there. It returns the revision of the answer.
+// delete deletes the keys in one transaction, if all of them exist. It returns the revision of the answer.
 func (s *system) delete(ctx context.Context, victims []oracle.Entry) (rev int64, err error) {
 	var are []clientv3.Cmp
 	var deletes []clientv3.Op
@@ -636,7 +640,8 @@ func (s *system) delete(ctx context.Context, victims []oracle.Entry) (rev int64,
 	return resp.Header.Revision, nil
 }
 
-// revoke does that to a lease. clientv3 may have sent the request twice, so one that is gone may be so by this one.
+// revoke revokes a lease. clientv3 may have sent the request twice, so if the lease does not exist, this call itself
+// may have revoked it.
 func (s *system) revoke(ctx context.Context, lease int64) (rev int64, err error) {
 	revoked, err := s.root.Revoke(ctx, clientv3.LeaseID(lease))
 	switch {
@@ -652,7 +657,7 @@ func (s *system) revoke(ctx context.Context, lease int64) (rev int64, err error)
 	return resp.Header.Revision, errGone
 }
 
-// compactAndDefragment forgets all that was, and then blocks a member for a moment.
+// compactAndDefragment compacts the whole history, and then blocks a member for a moment.
 func compactAndDefragment(ctx context.Context, f *fault) error {
 	err := f.ask(ctx, func(ctx context.Context) error {
 		_, err := f.root.Compact(ctx, f.audit.recorded(), clientv3.WithCompactPhysical())
@@ -685,7 +690,7 @@ func noSpace(ctx context.Context, f *fault) error {
 	return errors.Join(err, f.insist(context.WithoutCancel(ctx), alarm(etcdserverpb.AlarmRequest_DEACTIVATE)))
 }
 
-// enableAuth makes everybody prove who he is, again and again: a token lasts for 2 s.
+// enableAuth makes every client authenticate, again and again: a token lasts for 2 s.
 func enableAuth(ctx context.Context, f *fault) error {
 	err := f.ask(ctx, func(ctx context.Context) error {
 		_, err := f.root.AuthEnable(ctx)
@@ -701,8 +706,8 @@ func enableAuth(ctx context.Context, f *fault) error {
 	}))
 }
 
-// A schedule strikes with faults of some sorts, round by round, each with a few at once, until ctx ends.
-// What it strikes with follows from the seed.
+// A schedule injects faults of some kinds until ctx ends, round by round, a few at once in each round. The seed decides
+// which.
 type schedule struct {
 	*system
 	sorts []sort
@@ -727,7 +732,7 @@ func (s *schedule) run(ctx context.Context) {
 	}
 }
 
-// round chooses what strikes at once.
+// round chooses the faults that strike at once.
 func (s *schedule) round() []*fault {
 	var faults []*fault
 	taken := make(map[target]bool)
@@ -736,7 +741,7 @@ func (s *schedule) round() []*fault {
 		sort := s.sorts[s.rand.IntN(len(s.sorts))]
 		if sort.on == onWorker {
 			if workers++; workers > len(s.faulty)/2 {
-				continue // somebody is to be left to lead
+				continue // leave somebody who can lead
 			}
 		} else if taken[sort.on] {
 			continue
@@ -757,7 +762,7 @@ func (s *schedule) strike(ctx context.Context, f *fault) {
 			leads = append(leads, elections[f.rand.IntN(len(elections))])
 		}
 		if f.worker = f.pick(ctx, func(*process) bool { return true }, leads...); f.worker == nil {
-			err = errors.New("nobody is left to strike")
+			err = errors.New("no worker is left to strike")
 		} else {
 			f.victim = f.worker.name
 		}
@@ -775,7 +780,7 @@ func (s *schedule) strike(ctx context.Context, f *fault) {
 	delete(s.struck, f.worker)
 }
 
-// pick chooses a suitable worker that nothing else strikes: the first that leads one of these elections, or any.
+// pick chooses a suitable worker that no other fault strikes: the first that leads one of these elections, or else any.
 func (f *fault) pick(ctx context.Context, suits func(*process) bool, leads ...string) *process {
 	var leaders []*process
 	for _, election := range leads {
@@ -795,8 +800,8 @@ func (f *fault) pick(ctx context.Context, suits func(*process) bool, leads ...st
 	return p
 }
 
-// calm lets everybody recover, and then has an operator take keys: in a calm system their leaders must know at once,
-// and others lead soon.
+// calm lets everything recover, and then makes an operator take keys. In a calm system their leaders must learn of it
+// at once, and others must soon lead.
 func (s *schedule) calm(ctx context.Context) {
 	s.clean(ctx)
 	began := now()
@@ -813,8 +818,8 @@ func (s *schedule) calm(ctx context.Context) {
 	}
 }
 
-// clean ends what a fault has asked of etcd and may have got only after it had been given up. It reports
-// whether there was nothing of that sort.
+// clean undoes what a fault has requested of etcd and may have got only after it had given the request up. It reports
+// whether there was nothing to undo.
 func (s *schedule) clean(ctx context.Context) bool {
 	clean := true
 	err := s.insist(ctx, func(ctx context.Context) error {
@@ -828,7 +833,7 @@ func (s *schedule) clean(ctx context.Context) bool {
 				return err
 			}
 		}
-		// An old etcd cannot tell, and disables what is not enabled without a word, as all do.
+		// An old etcd does not know this request. Disabling what is not enabled succeeds in every version.
 		if auth, err := s.root.AuthStatus(ctx); err == nil && auth.Enabled {
 			clean = false
 		}

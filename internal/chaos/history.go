@@ -14,28 +14,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Parameters are what a run was started with.
+// Parameters are the settings of a run.
 type Parameters struct {
 	Seed       uint64        `json:"seed"`
 	Duration   time.Duration `json:"duration"`
 	Members    int           `json:"members"`
 	Candidates int           `json:"candidates"`
-	TTL        time.Duration `json:"ttl"` // what was asked for, and what etcd granted
+	TTL        time.Duration `json:"ttl"` // both requested from etcd and granted by it
 	Margin     time.Duration `json:"margin"`
 	Faults     []string      `json:"faults"`
 	Etcd       string        `json:"etcd"`             // version
-	Binary     string        `json:"binary,omitempty"` // of etcd, if it is not the embedded one
+	Binary     string        `json:"binary,omitempty"` // path of the etcd to run, if not the embedded one
 	Race       bool          `json:"race,omitempty"`
 	Mutation   string        `json:"mutation,omitempty"`
 	Elections  []string      `json:"elections"`
 }
 
-// root is the prefix of a run's elections, and of all else that it has in etcd; data says where its data are.
+// root is the prefix of a run's elections, and of everything else that it has in etcd. data contains where its data is.
 const root = "chaos/"
 
 var data = oracle.Options{Data: root + "data/"}
 
-// options are what the oracle is to know of such a run.
+// options are the settings for the oracle.
 func (p Parameters) options() oracle.Options {
 	o := data
 	o.TTL, o.Margin, o.Elections = p.TTL, p.Margin, p.Elections
@@ -43,7 +43,7 @@ func (p Parameters) options() oracle.Options {
 		oracle.Run, oracle.Fault, oracle.Calm, oracle.CampaignFailed, oracle.Changed, oracle.Resigning, oracle.Renewed,
 		oracle.Tried, oracle.Proclaimed, oracle.Read, oracle.Append, oracle.Observed, oracle.ObserveEnded, oracle.Current, oracle.Candidates, oracle.Closed,
 	}
-	o.DeposedAfter = electionTimeout * 4 / 5 // since a heartbeat that was the last
+	o.DeposedAfter = electionTimeout * 4 / 5 // less than the whole, because the last heartbeat came before the pause
 	return o
 }
 
@@ -63,18 +63,18 @@ type Recorder struct {
 	f    *os.File
 }
 
-// newRecorder opens a new file in dir for what a process tells under the name proc.
+// newRecorder opens a new file in dir for what a process records under the name proc.
 func newRecorder(dir, proc string) (*Recorder, error) {
 	name := filepath.Join(dir, fmt.Sprintf("%s.%d.jsonl", proc, os.Getpid()))
-	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644) // the pid may come again
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644) // a pid may be used again
 	if err != nil {
 		return nil, err
 	}
 	return &Recorder{proc: proc, f: f}, nil
 }
 
-// add writes the entry, with the process's name and, if it has none, the time. A process that cannot
-// write its history must not go on.
+// add writes the entry, with the process's name and, if it has none, the time. It panics if it cannot write: a process
+// without a history must not continue.
 func (r *Recorder) add(e oracle.Entry) {
 	if e.Proc == "" {
 		e.Proc = r.proc
@@ -111,7 +111,7 @@ func readHistory(dir string) ([]oracle.Entry, error) {
 	return history, nil
 }
 
-// recordFiles are the names of a record's files.
+// recordFiles returns the names of the files of a record.
 func recordFiles(dir string) ([]string, error) { return fs.Glob(os.DirFS(dir), "*.jsonl") }
 
 func readFile(name string) ([]oracle.Entry, error) {

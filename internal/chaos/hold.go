@@ -12,10 +12,10 @@ import (
 	"time"
 )
 
-// A holder is the part of a worker's link to a member that can hold requests. It keeps what the worker writes until
-// it is released, and then forwards one write after another, some time apart. So a request that the worker has
-// cancelled meanwhile is carried out all the same, as its cancellation is a later write. etcd's proxy, which does
-// all else and comes next, delivers both at once, and etcd ignores such a request more often than not.
+// A holder is the part of a worker's link to a member that can hold requests. While it holds, it stores what the worker
+// writes. After release it forwards one write after another, some time apart. So a request that the worker has
+// cancelled meanwhile is still carried out, because its cancellation is a later write. etcd's proxy, which comes next
+// and does everything else, would deliver both at once, and etcd then usually ignores the request.
 type holder struct {
 	Endpoint string
 
@@ -33,7 +33,7 @@ type holder struct {
 
 // startHolder returns a holder in front of a unix socket.
 func startHolder(socket string) (*holder, error) {
-	dir, err := os.MkdirTemp("", "hold") // short, as a unix socket's path must be
+	dir, err := os.MkdirTemp("", "hold") // a short name, because the path of a unix socket must be short
 	if err != nil {
 		return nil, err
 	}
@@ -62,7 +62,7 @@ func startHolder(socket string) (*holder, error) {
 	return h, nil
 }
 
-// forward connects both until one of them closes.
+// forward carries bytes between both until one of them closes.
 func (h *holder) forward(client, server net.Conn) {
 	h.mu.Lock()
 	h.conns[client], h.conns[server] = true, true
@@ -81,7 +81,7 @@ func (h *holder) forward(client, server net.Conn) {
 		end()
 		return
 	}
-	// As it is read at once, held or not, what one read returns is one write of the client's.
+	// Everything is read at once, held or not, so what one read returns is one write of the client.
 	writes := make(chan []byte, 1<<16)
 	h.running.Go(func() {
 		defer close(writes)
@@ -98,7 +98,7 @@ func (h *holder) forward(client, server net.Conn) {
 	})
 	h.running.Go(func() {
 		defer end()
-		held := 0 // writes that were held and have yet to be forwarded
+		held := 0 // number of held writes still to be forwarded
 		for b := range writes {
 			waited, spacing := h.wait(client)
 			if waited {
@@ -129,14 +129,14 @@ func (h *holder) wait(client net.Conn) (waited bool, spacing time.Duration) {
 	return waited, h.spacing
 }
 
-// hold keeps what clients write until release.
+// hold stores what clients write until release.
 func (h *holder) hold() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.holding = true
 }
 
-// release forwards what was held, each write some time after the one before it.
+// release forwards what was held, each write some time after the previous one.
 func (h *holder) release(spacing time.Duration) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -1,13 +1,12 @@
 //go:build linux
 
-// Command chaos proves the guarantees of package leader under faults: it runs an etcd cluster and
-// candidates, each in a process of its own, strikes them and the links between them with faults,
-// records what everybody believes and does, and checks the record. It exits with status 1 if a
-// guarantee was violated, and says where the record is.
+// Command chaos tests the guarantees of package leader under faults. It runs an etcd cluster and candidates, each in a
+// process of its own, injects faults into them and the links between them, records what every process believes and
+// does, and checks the record. If a guarantee was violated, it exits with status 1 and prints where the record is.
 //
 //	go run ./internal/chaos -duration 30m
-//	go run ./internal/chaos -mutation margin   # a safeguard is off: a violation must be found
-//	go run ./internal/chaos -check DIR         # check a record again
+//	go run ./internal/chaos -mutation same-term   # one safeguard is off: must be detected
+//	go run ./internal/chaos -check DIR            # check a record again
 package main
 
 import (
@@ -40,7 +39,7 @@ func main() {
 	}
 }
 
-// command runs one of the processes of a campaign, or the campaign.
+// command runs the campaign, or one of its processes.
 func command(ctx context.Context, args []string) error {
 	if len(args) > 1 {
 		switch args[0] {
@@ -64,17 +63,17 @@ func campaign(ctx context.Context, args []string) error {
 	var p Parameters
 	flags := flag.NewFlagSet("chaos", flag.ExitOnError)
 	flags.DurationVar(&p.Duration, "duration", time.Minute, "how long to inject faults")
-	flags.Uint64Var(&p.Seed, "seed", 0, "of the schedule of faults; 0 chooses one")
-	flags.IntVar(&p.Members, "members", 3, "of the etcd cluster")
-	flags.IntVar(&p.Candidates, "candidates", 5, "processes of this package that compete")
-	flags.DurationVar(&p.TTL, "ttl", 3*time.Second, "of the leases, in whole seconds")
+	flags.Uint64Var(&p.Seed, "seed", 0, "seed of the schedule of faults; 0 chooses one at random")
+	flags.IntVar(&p.Members, "members", 3, "number of members of the etcd cluster, at least 3")
+	flags.IntVar(&p.Candidates, "candidates", 5, "number of candidate processes that use this package, at least 3")
+	flags.DurationVar(&p.TTL, "ttl", 3*time.Second, "TTL of the leases, in whole seconds")
 	flags.BoolVar(&p.Race, "race", false, "build the candidates with the race detector")
-	flags.StringVar(&p.Mutation, "mutation", "", "switch a safeguard off, with the faults, TTL and duration that show it: "+names(mutations, func(m mutation) string { return m.name }))
-	only := flags.String("faults", "", "comma-separated sorts of faults, or with a minus those to leave out; all by default: "+names(sorts(), func(s sort) string { return s.name }))
-	out := flags.String("o", "", "folder for the record and the report; a temporary one by default")
-	flags.StringVar(&p.Binary, "etcd", "", "path of an etcd to run instead of the embedded one")
-	list := flags.Bool("mutations", false, "list the mutations; nothing is run")
-	check := flags.String("check", "", "folder of a record to check again and to report on; nothing is run")
+	flags.StringVar(&p.Mutation, "mutation", "", "switch off a safeguard, and use the faults, TTL and duration that show it; one of "+names(mutations, func(m mutation) string { return m.name }))
+	only := flags.String("faults", "", "comma-separated kinds of faults to inject, or, with a minus in front, to leave out; all by default: "+names(sorts(), func(s sort) string { return s.name }))
+	out := flags.String("o", "", "`folder` for the record and the report; a temporary one by default")
+	flags.StringVar(&p.Binary, "etcd", "", "`path` of an etcd to run instead of the embedded one")
+	list := flags.Bool("mutations", false, "list the mutations and exit")
+	check := flags.String("check", "", "check the record in this `folder` again, write its report, and exit")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -85,7 +84,7 @@ func campaign(ctx context.Context, args []string) error {
 		return nil
 	}
 	if flags.NArg() > 0 {
-		return fmt.Errorf("%q is no flag", flags.Arg(0))
+		return fmt.Errorf("%q is not a flag", flags.Arg(0))
 	}
 	if *check != "" {
 		return judge(*check)
@@ -150,7 +149,7 @@ func campaign(ctx context.Context, args []string) error {
 	if old, err := recordFiles(dir); err != nil {
 		return err
 	} else if len(old) > 0 {
-		return fmt.Errorf("-o %s: has a record already", dir)
+		return fmt.Errorf("-o %s: already has a record", dir)
 	}
 	fmt.Printf("seed %d, record in %s\n", p.Seed, dir)
 	if err := record(ctx, dir, p, binary, chosen); err != nil {
@@ -162,7 +161,8 @@ func campaign(ctx context.Context, args []string) error {
 	return judge(dir)
 }
 
-// choose returns the sorts of these names, less those that have a minus; of all, if no other is named.
+// choose returns the kinds of faults with these names, without those that have a minus. If only names with a minus are
+// given, it starts from all kinds.
 func choose(list []string) ([]sort, error) {
 	all := sorts()
 	var chosen, dropped []sort
@@ -198,7 +198,7 @@ func names[T any](list []T, name func(T) string) string {
 	return strings.Join(s, ",")
 }
 
-// record runs the system and the faults, until the time is up and everything is quiet again.
+// record runs the system and the faults, until the time is up and everything is calm again.
 func record(ctx context.Context, dir string, p Parameters, binary string, chosen []sort) error {
 	s, err := startSystem(ctx, dir, p, binary, slices.ContainsFunc(chosen, func(s sort) bool { return s.on == onAuth }))
 	if err != nil {
@@ -229,7 +229,7 @@ func record(ctx context.Context, dir string, p Parameters, binary string, chosen
 	defer stop()
 
 	faults := &schedule{system: s, sorts: chosen, rand: rand.New(rand.NewPCG(p.Seed, 0)), struck: make(map[*process]bool)}
-	faults.calm(ctx) // also shows that all is well before it begins
+	faults.calm(ctx) // this also shows that all is well before the faults begin
 	timed, cancel := context.WithTimeout(ctx, p.Duration)
 	defer cancel()
 	faults.run(timed)
@@ -242,7 +242,7 @@ func record(ctx context.Context, dir string, p Parameters, binary string, chosen
 	return s.end(ctx)
 }
 
-// end has everybody resign and records what is left.
+// end makes every process resign, and records what is left.
 func (s *system) end(ctx context.Context) error {
 	fail := func(err error) {
 		if err != nil {
@@ -269,12 +269,12 @@ func (s *system) end(ctx context.Context) error {
 	if err := s.insist(ctx, keys); err != nil {
 		return err
 	}
-	_ = retry.Sleep(ctx, oracle.RecoverTime) // for observers to see the last
+	_ = retry.Sleep(ctx, oracle.RecoverTime) // so that observers see the last state
 	for _, p := range s.watchers {
 		fail(p.stop(syscall.SIGTERM, 20*time.Second))
 	}
 	fail(s.resource.stop(syscall.SIGTERM, 20*time.Second))
-	// A grant whose answer was lost may have left a lease without keys, which expires.
+	// If the answer to a grant was lost, it may have left a lease without keys, which expires.
 	var leases []string
 	deadline := time.Now().Add(s.p.TTL + oracle.RecoverTime)
 	for {
@@ -289,7 +289,7 @@ func (s *system) end(ctx context.Context) error {
 				if err != nil {
 					return err
 				}
-				if ttl.GrantedTTL == int64(s.p.TTL/time.Second) { // those of etcdctl have another
+				if ttl.GrantedTTL == int64(s.p.TTL/time.Second) { // the leases of etcdctl have another TTL
 					leases = append(leases, fmt.Sprintf("%x", int64(l.ID)))
 				}
 			}
@@ -306,7 +306,7 @@ func (s *system) end(ctx context.Context) error {
 	for _, id := range leases {
 		s.add(oracle.Entry{Kind: oracle.Left, Op: "lease", Value: id})
 	}
-	// Revisions of what is not under root do not show in the audit; this one does.
+	// The audit does not see revisions of keys outside root. It sees this one.
 	var rev int64
 	err := s.insist(ctx, func(ctx context.Context) error {
 		resp, err := s.root.Put(ctx, root+"end", "")
@@ -325,8 +325,8 @@ func (s *system) end(ctx context.Context) error {
 	return nil
 }
 
-// judge checks a record and writes the report. A mutation must have been found out, by the rule that it
-// breaks.
+// judge checks a record and writes the report. If a safeguard was off, it fails unless the rule of that mutation is
+// violated.
 func judge(dir string) error {
 	history, err := readHistory(dir)
 	if err != nil {
@@ -334,7 +334,7 @@ func judge(dir string) error {
 	}
 	p := parameters(history)
 	if p.TTL == 0 {
-		return fmt.Errorf("the record in %s does not tell its parameters", dir)
+		return fmt.Errorf("the record in %s does not contain its parameters", dir)
 	}
 	verdict := oracle.Check(history, p.options())
 	report := filepath.Join(dir, "report.md")
@@ -346,9 +346,9 @@ func judge(dir string) error {
 	}
 	if m := mutationNamed(p.Mutation); m != nil {
 		if !slices.ContainsFunc(verdict.Violations, func(v oracle.Violation) bool { return v.Rule == m.rule }) {
-			return fmt.Errorf("mutation %s was not found out by the rule %q: it is not proven that %s", m.name, m.rule, m.safeguard)
+			return fmt.Errorf("mutation %s was not detected by the rule %q, so nothing shows that this safeguard works: %s", m.name, m.rule, m.safeguard)
 		}
-		fmt.Printf("mutation %s was found out: it matters that %s\n", m.name, m.safeguard)
+		fmt.Printf("mutation %s was detected, so this safeguard matters: %s\n", m.name, m.safeguard)
 		return nil
 	}
 	text, err := os.ReadFile(report)
@@ -362,7 +362,7 @@ func judge(dir string) error {
 	return nil
 }
 
-// command is what runs a campaign with these parameters.
+// command returns the command that runs a campaign with these parameters.
 func (p Parameters) command() string {
 	args := []string{"go run ./internal/chaos", "-seed", fmt.Sprint(p.Seed)}
 	if p.Mutation != "" {

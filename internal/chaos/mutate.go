@@ -16,13 +16,13 @@ import (
 	"example.com/leader/internal/oracle"
 )
 
-// A mutation switches one safeguard of the library off, for a run that must find that out. It is a
-// change of the source that only the compiler sees, so that the library itself has no switch.
+// A mutation switches off one safeguard of the library, for a run that must detect it. It changes the source that the
+// compiler sees, so the library itself needs no switch.
 type mutation struct {
 	name, safeguard string
 	file, old, new  string
-	// The faults that the safeguard is for, the rule that they break without it, and the TTL and the
-	// duration with which they show it.
+	// The faults that the safeguard is for, the rule that they break without it, and the TTL and the duration with
+	// which they break it.
 	faults   []string
 	rule     string
 	ttl      time.Duration
@@ -59,7 +59,7 @@ var mutations = []mutation{
 		faults: []string{"link-dark"}, rule: oracle.RuleDeadline, ttl: 3 * time.Second, duration: time.Minute,
 	},
 	{
-		name: "ended", safeguard: "the end of each term is told",
+		name: "ended", safeguard: "the end of each term is reported",
 		file:   "leader.go",
 		old:    "\t\t\tl.tell()\n",
 		new:    "\t\t\tl.claim.observing.Wait()\n\t\t\tl.tidying.Wait()\n",
@@ -74,14 +74,14 @@ var mutations = []mutation{
 	},
 	{
 		name: "given-up", safeguard: "a campaign that is given up deletes its key",
-		file:   "campaign.go",
-		old:    "return l.queue.Remove(ctx, l.key, l.token)",
-		new:    "return nil",
+		file:   "leader.go",
+		old:    "if l.token != 0 && !lost && !l.session.Gone() {",
+		new:    "if l.elected && !lost && !l.session.Gone() {",
 		faults: []string{"link-slow-given-up"}, rule: oracle.RuleOrphan, ttl: 3 * time.Second, duration: time.Minute,
 	},
 }
 
-// mutationNamed returns the mutation of this name, nil if there is none.
+// mutationNamed returns the mutation with this name, or nil.
 func mutationNamed(name string) *mutation {
 	i := slices.IndexFunc(mutations, func(m mutation) bool { return m.name == name })
 	if i < 0 {
@@ -90,15 +90,15 @@ func mutationNamed(name string) *mutation {
 	return &mutations[i]
 }
 
-// build builds the workers' program and returns its path: this one, but with the race detector or a
-// mutation.
+// build builds the program of the workers and returns its path. It is this program, with the race detector or a
+// mutation if one is asked for.
 func build(ctx context.Context, dir string, race bool, m *mutation) (string, error) {
 	if !race && m == nil {
 		return os.Executable()
 	}
 	module, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}").Output()
 	if err != nil {
-		return "", fmt.Errorf("the module is not here: %w", err)
+		return "", fmt.Errorf("run it inside the module: %w", err)
 	}
 	dir, err = filepath.Abs(dir)
 	if err != nil {
@@ -124,7 +124,7 @@ func build(ctx context.Context, dir string, race bool, m *mutation) (string, err
 	return binary, nil
 }
 
-// overlay writes the changed file, and the file that tells the compiler of it.
+// overlay writes the changed file, and the overlay file that makes the compiler use it.
 func (m *mutation) overlay(dir, module string) (string, error) {
 	file := filepath.Join(module, m.file)
 	source, err := os.ReadFile(file)

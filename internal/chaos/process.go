@@ -15,26 +15,26 @@ import (
 	"example.com/leader/internal/oracle"
 )
 
-// sortMember is the sort of a process that is a member of etcd.
+// sortMember is the kind of a process that is a member of etcd.
 const sortMember = "member"
 
-// A process is one of the system under test. It can be started again after it has ended.
+// A process is a process of the system under test. It can be started again after it has ended.
 type process struct {
 	name, sort string
 	command    func() *exec.Cmd
-	dir        string // for what it prints
-	asks       int    // how many members a worker sends requests to, the first ones
+	dir        string // for its output
+	asks       int    // to how many members, counted from the first, a worker sends requests
 	recorder   *Recorder
 
 	mu      sync.Mutex
 	cmd     *exec.Cmd
-	asked   bool // to end
+	asked   bool // was asked to end
 	killed  bool
 	exited  chan struct{} // closed when the end has been recorded
-	started int           // how often
+	started int           // how many times
 }
 
-// start runs the process. It dies with the one that runs the campaign, paused or not.
+// start runs the process. It is killed when the process that runs the campaign dies, even while paused.
 func (p *process) start() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -49,7 +49,7 @@ func (p *process) start() error {
 	if cmd.Stdout == nil {
 		cmd.Stdout = output
 	}
-	// A group of its own, so that Ctrl-C is for the campaign alone.
+	// A process group of its own, so that Ctrl-C reaches only the campaign.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start %s: %w", p.name, err)
@@ -78,14 +78,14 @@ func (p *process) wait(cmd *exec.Cmd, exited chan struct{}) {
 	p.recorder.add(e)
 }
 
-// signal sends a signal that the process need not survive.
+// signal sends a signal. The process may die of it.
 func (p *process) signal(s syscall.Signal) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.cmd.Process.Signal(s)
 }
 
-// disown lets the process end as it likes.
+// disown allows the process to end in any way.
 func (p *process) disown() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -103,13 +103,13 @@ func (p *process) kill() {
 		return
 	}
 	p.killed = true
-	_ = p.cmd.Process.Kill() // an error says that it has ended, which is recorded
+	_ = p.cmd.Process.Kill() // fails if it has ended, which is recorded
 	exited := p.exited
 	p.mu.Unlock()
 	<-exited
 }
 
-// stop asks the process to end. It must do so without an error, within a time.
+// stop asks the process to end. It must end without an error, and within the given time.
 func (p *process) stop(with syscall.Signal, within time.Duration) error {
 	p.mu.Lock()
 	p.asked = true
@@ -121,7 +121,7 @@ func (p *process) stop(with syscall.Signal, within time.Duration) error {
 	select {
 	case <-exited:
 	case <-time.After(within):
-		_ = p.signal(syscall.SIGQUIT) // for its goroutines' stacks in the log
+		_ = p.signal(syscall.SIGQUIT) // it then writes the stacks of its goroutines to the log
 		<-exited
 		return fmt.Errorf("%s has not ended within %v of a signal, see %s.log", p.name, within, p.name)
 	}

@@ -17,9 +17,9 @@ import (
 	"example.com/leader/internal/oracle"
 )
 
-// Measures are what happened in a history, whether it was right or not.
+// Measures count what happened in a history, whether it was right or not.
 type Measures struct {
-	Faults   []FaultMeasure // by sort
+	Faults   []FaultMeasure // by kind
 	Terms    map[string]int // by who won them: "leader", "stock", "etcdctl"
 	Failed   map[string]int // campaigns by reason
 	Renewed  int
@@ -27,13 +27,13 @@ type Measures struct {
 	Observed int
 	Writes   map[string]int // by result
 	Appends  map[string]int // by result
-	Started  map[string]int // processes by sort
-	Killed   map[string]int // processes by sort
+	Started  map[string]int // processes by kind
+	Killed   map[string]int // processes by kind
 }
 
-// A FaultMeasure is how often a sort of fault was injected, and what it did to the elections. Of
-// every fault and every election the longest time without leader counts that has to do with it.
-// Other faults of the same time may be its cause just as well.
+// A FaultMeasure is how often a kind of fault was injected, and what it did to the elections. For each fault and each
+// election it takes the longest time without a leader that touches the fault's time. Other faults of that time may have
+// caused it just as well.
 type FaultMeasure struct {
 	Op            string
 	Injected      int
@@ -46,10 +46,10 @@ type span struct{ from, to int64 }
 
 func (s span) touches(other span) bool { return s.from <= other.to && other.from <= s.to }
 
-// believed returns when a [Belief] was held: a point, if all that there is of it is one answer.
+// believed returns when a [Belief] was held. If the piece is a single answer, that is a point.
 func believed(e oracle.Entry) span { return span{min(e.From, e.T), e.T} }
 
-// merge joins the spans that are no further apart than slack. It sorts them in place.
+// merge joins spans that are no further apart than slack. It sorts them in place.
 func merge(spans []span, slack time.Duration) []span {
 	slices.SortFunc(spans, func(a, b span) int { return cmp.Compare(a.from, b.from) })
 	var merged []span
@@ -63,7 +63,7 @@ func merge(spans []span, slack time.Duration) []span {
 	return merged
 }
 
-// gaps returns what the spans leave of the whole.
+// gaps returns the parts of whole that the spans do not cover.
 func gaps(whole span, spans []span) []span {
 	var left []span
 	for _, s := range merge(spans, 0) {
@@ -126,8 +126,8 @@ func measure(history []oracle.Entry) Measures {
 	return m
 }
 
-// leaderless returns, per election, when nobody believed that it led, in order. What comes before
-// the first leader of all and after the last is no part of the campaign.
+// leaderless returns, for each election, the times in which nobody believed that it led, in order. The time before the
+// first leader of all elections and the time after the last do not count.
 func leaderless(beliefs map[string][]span) [][]span {
 	whole := span{from: math.MaxInt64}
 	for _, spans := range beliefs {
@@ -183,8 +183,8 @@ func longest(gaps []span, s span) time.Duration {
 	return time.Duration(result)
 }
 
-// medianAndWorst are 0 of nothing. Of an even number the median is the larger one of the middle,
-// so that it is one that was measured.
+// medianAndWorst returns 0 for no durations. For an even number of them, the median is the larger of the two in the
+// middle, so that it is a measured value.
 func medianAndWorst(ds []time.Duration) (median, worst time.Duration) {
 	if len(ds) == 0 {
 		return 0, 0
@@ -193,17 +193,17 @@ func medianAndWorst(ds []time.Duration) (median, worst time.Duration) {
 	return sorted[len(sorted)/2], sorted[len(sorted)-1]
 }
 
-// parameters returns those that the run was started with, as far as the history has them.
+// parameters returns the parameters that the run was started with, as far as the history has them.
 func parameters(history []oracle.Entry) Parameters {
 	var p Parameters
 	if i := slices.IndexFunc(history, isRun); i >= 0 {
-		// A report of a run that cannot say how it was started is better than none.
+		// A report without the parameters is better than none.
 		_ = json.Unmarshal([]byte(history[i].Value), &p)
 	}
 	return p
 }
 
-// began is where times in a report count from.
+// began is the time from which a report counts.
 func began(history []oracle.Entry) int64 {
 	if len(history) == 0 {
 		return 0
@@ -213,13 +213,13 @@ func began(history []oracle.Entry) int64 {
 
 func isRun(e oracle.Entry) bool { return e.Kind == oracle.Run }
 
-// writeReport writes in Markdown what a run was, what it did and whether that was right. The command
-// is the one that repeats it.
+// writeReport writes a report in Markdown: what the run was, what happened, and whether it was right. command is the
+// command that repeats the run.
 func writeReport(w io.Writer, history []oracle.Entry, v oracle.Verdict, command string) error {
 	p, m := parameters(history), measure(history)
 	var b bytes.Buffer
 	fmt.Fprintf(&b, "# Fault campaign\n\n**%s**\n\nTo repeat it:\n\n    %s\n\n", verdict(v), command)
-	table(&b, "Run | with", [][]any{
+	table(&b, "Parameter | value", [][]any{
 		{"seed", p.Seed},
 		{"duration", p.Duration},
 		{"members", p.Members},
@@ -236,9 +236,9 @@ func writeReport(w io.Writer, history []oracle.Entry, v oracle.Verdict, command 
 	if len(m.Faults) == 0 {
 		b.WriteString("None.\n\n")
 	} else {
-		fmt.Fprintf(&b, "Without leader is, of each fault and each election, the longest time without one that touches the time from\n"+
-			"the injection until %v after the healing. Several faults act at a time, so that what one has done is put down to\n"+
-			"others too, and every term ends by itself after a while: the figures are an upper limit of what a fault does.\n\n",
+		fmt.Fprintf(&b, "The last two columns say how long an election was without a leader. They take, for each fault and each election, the\n"+
+			"longest vacancy that touches the period from the injection until %v after the healing. The figures are upper limits:\n"+
+			"several faults act at a time, and what one causes counts for the others too. Terms also end without a fault.\n\n",
 			p.TTL+oracle.RecoverTime)
 		var rows [][]any
 		for _, f := range m.Faults {
@@ -254,12 +254,12 @@ func writeReport(w io.Writer, history []oracle.Entry, v oracle.Verdict, command 
 	b.WriteString("## What happened\n\n")
 	table(&b, "What | how often", slices.Concat(
 		counts("processes started: %s", m.Started),
-		counts("processes killed, at the end too: %s", m.Killed),
+		counts("processes killed, including at the end: %s", m.Killed),
 		counts("terms of %s", m.Terms),
-		counts("campaigns without a term: %s", m.Failed),
+		counts("campaigns that were not won: %s", m.Failed),
 		[][]any{
 			{"renewals that counted", m.Renewed},
-			{"renewals acknowledged in vain", m.Refused},
+			{"renewals that etcd acknowledged but that did not count", m.Refused},
 		},
 		counts("guarded writes: %s", m.Writes),
 		counts("appends outside etcd: %s", m.Appends),
@@ -272,40 +272,40 @@ func writeReport(w io.Writer, history []oracle.Entry, v oracle.Verdict, command 
 	return err
 }
 
-// longestList is how many of a sort the report shows. The record has all.
+// longestList is the largest number of entries of a list that the report shows. The record has all.
 const longestList = 20
 
-// checked writes how much there was to object to.
+// checked writes how much was checked.
 func checked(b *bytes.Buffer, n oracle.Counts) {
 	b.WriteString("## What was checked\n\n")
 	table(b, "What | how often", [][]any{
-		{"entries of the record", n.Entries},
+		{"entries in the record", n.Entries},
 		{"changes in etcd", n.Events},
 		{"campaigns", n.Campaigns},
 		{"terms", n.Terms},
-		{"terms that were resigned", n.Resigned},
+		{"terms that ended by resignation", n.Resigned},
 		{"terms that expired", n.Expired},
 		{"terms that etcd ended before their lease could expire", n.Early},
 		{"terms that an operator ended", n.Taken},
 		{"keys of candidates that were not elected", n.Waited},
-		{"keys of those that somebody else took", n.Lost},
-		{"terms that a read shows to have begun in their turn", n.Oldest},
-		{"terms of peers", n.PeerTerms},
-		{"pieces of belief", n.Beliefs},
+		{"of these, keys that an operator or etcd took", n.Lost},
+		{"terms checked by a read: no older candidate was left", n.Oldest},
+		{"terms of peers (stock, etcdctl)", n.PeerTerms},
+		{"beliefs: intervals in which a process believed that it led", n.Beliefs},
 		{"reads of data", n.Reads},
 		{"guarded writes", n.Writes},
 		{"writes that took effect", n.Effects},
-		{"writes without an answer of which the audit knows better", n.Resolved},
-		{"writes whose writer was killed before it could tell", n.Recovered},
+		{"writes without an answer, whose outcome the audit shows", n.Resolved},
+		{"writes whose writer was killed before it recorded them", n.Recovered},
 		{"appends outside etcd", n.Appends},
 		{"observations", n.Observations},
-		{"states that somebody had to be told of in time", n.Fresh},
-		{"questions who leads or waits", n.Asked},
-		{"times of calm", n.Calms},
+		{"states that an observer had to see in time", n.Fresh},
+		{"calls of Current and Candidates", n.Asked},
+		{"periods of calm", n.Calms},
 	})
 }
 
-// excused writes what would be a violation, had it not a cause that no client can do anything about.
+// excused writes what is excused. It would be a violation, but no client can prevent its cause.
 func excused(b *bytes.Buffer, v oracle.Verdict, history []oracle.Entry) {
 	overlaps := slices.SortedFunc(slices.Values(v.Overlaps), func(x, y oracle.Overlap) int { return cmp.Compare(y.Certain, x.Certain) })
 	var certain []time.Duration
@@ -320,11 +320,11 @@ func excused(b *bytes.Buffer, v oracle.Verdict, history []oracle.Entry) {
 	median, worst := medianAndWorst(certain)
 	b.WriteString("## What is excused\n\n")
 	table(b, "What | how often | median | worst", [][]any{
-		{"two terms overlap, since an operator or etcd itself took the earlier key", len(overlaps), brief(median), brief(worst)},
-		{"a context is late, since its process was paused when its timer was to fire", len(v.Late), "", ""},
+		{"two terms overlapped because an operator or etcd itself took the earlier key", len(overlaps), brief(median), brief(worst)},
+		{"a context ended late because its process was paused when the timer was to fire", len(v.Late), "", ""},
 	})
 	if len(rows) > 0 {
-		table(b, "Longest overlaps | for | from | why", rows[:min(len(rows), longestList)])
+		table(b, "Longest overlaps | length | from | why", rows[:min(len(rows), longestList)])
 	}
 }
 
@@ -336,7 +336,7 @@ func violations(b *bytes.Buffer, violations []oracle.Violation) {
 	for _, v := range violations[:min(len(violations), longestList)] {
 		fmt.Fprintf(b, "- **%s**: %s\n\n", v.Rule, plain(v.What))
 		for _, e := range v.Entries[:min(len(v.Entries), longestList)] {
-			line, _ := json.Marshal(e) // as it was read
+			line, _ := json.Marshal(e) // it was read from JSON, so this cannot fail
 			fmt.Fprintf(b, "      %s\n", line)
 		}
 		b.WriteString("\n")
@@ -357,7 +357,7 @@ func verdict(v oracle.Verdict) string {
 	}
 }
 
-// counts are rows of a table, one for each key.
+// counts returns one row of a table for each key.
 func counts(format string, of map[string]int) [][]any {
 	var rows [][]any
 	for _, key := range slices.Sorted(maps.Keys(of)) {
@@ -366,7 +366,7 @@ func counts(format string, of map[string]int) [][]any {
 	return rows
 }
 
-// table writes rows below a head of columns, of which all but the first are figures.
+// table writes rows below a head of columns. All columns but the first are figures.
 func table(b *bytes.Buffer, head string, rows [][]any) {
 	fmt.Fprintf(b, "| %s |\n", head)
 	b.WriteString("|---|" + strings.Repeat("---:|", strings.Count(head, "|")) + "\n")
@@ -379,10 +379,10 @@ func table(b *bytes.Buffer, head string, rows [][]any) {
 	b.WriteString("\n")
 }
 
-// plain keeps a text in its line and its cell.
+// plain keeps a text on one line and in one cell.
 var plain = strings.NewReplacer("\n", " ", "|", `\|`, "<", "&lt;", "`", "'").Replace
 
-// brief writes a duration with as many digits as are of interest.
+// brief formats a duration with as many digits as matter.
 func brief(d time.Duration) string {
 	switch {
 	case d < 10*time.Millisecond:

@@ -13,8 +13,8 @@ import (
 	"example.com/leader/internal/oracle"
 )
 
-// resource is something outside etcd that leaders write to. It protects itself as the documentation
-// of Leader.Token says: it remembers the largest token of each election and refuses smaller ones.
+// resource is something outside etcd to which leaders write. It protects itself as the documentation of Leader.Token
+// says: it remembers the largest token of each election and refuses smaller ones.
 type resource struct {
 	*Recorder
 	mu      sync.Mutex
@@ -39,7 +39,7 @@ func serveResource(ctx context.Context, dir, socket string) error {
 	return nil
 }
 
-// ServeHTTP takes an append.
+// ServeHTTP handles an append.
 func (r *resource) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	election, value := req.FormValue("election"), req.FormValue("value")
 	token, err := strconv.ParseInt(req.FormValue("token"), 10, 64)

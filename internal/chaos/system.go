@@ -29,31 +29,31 @@ import (
 )
 
 const (
-	user, password         = "chaos", "chaos" // may read and write what begins with root, no more
+	user, password         = "chaos", "chaos" // may only read and write keys that begin with root
 	rootUser, rootPassword = "root", "root"
 	// electionTimeout is that of the members.
 	electionTimeout = 500 * time.Millisecond
-	// patience bounds what takes long only on a machine that is too busy.
+	// patience bounds waits that are long only on a machine that is too busy.
 	patience = time.Minute
 )
 
-// A member of the etcd cluster. The other members and the workers reach it through links alone; the
-// campaign itself and etcdctl talk to it directly.
+// A member is a member of the etcd cluster. The other members and the workers reach it only through links. The campaign
+// itself and etcdctl connect to it directly.
 type member struct {
 	*process
 	id           uint64
-	paused       oracle.Entry     // what to tell when it goes on
+	paused       oracle.Entry     // what to record when it resumes
 	client, peer string           // addresses
-	peers        []*etcdtest.Link // by member, as this one dials it; nil for itself
+	peers        []*etcdtest.Link // by member: the link through which this one dials it; nil for itself
 }
 
-// A system is what is under test: members, links and workers.
+// A system is the system under test: members, links and workers.
 type system struct {
 	*Recorder
 	dir      string // of the history and the logs
 	tmp      string // of sockets and data
 	p        Parameters
-	binary   string // of workers
+	binary   string // the program of the workers
 	auth     bool   // workers have a user
 	root     *clientv3.Client
 	members  []*member
@@ -61,7 +61,7 @@ type system struct {
 	faulty   []*process // workers that faults strike
 	watchers []*process // that only observe
 	resource *process
-	links    map[*process][]*workerLink // of a worker's clients, by member, as far as it knows them
+	links    map[*process][]*workerLink // links of a worker's clients, by member, for the members that it knows
 	audit    *audit
 	closers  []func()
 }
@@ -87,7 +87,7 @@ func startSystem(ctx context.Context, dir string, p Parameters, binary string, a
 	return s, s.startWorkers() //nolint:contextcheck // what it starts ends with close
 }
 
-// close ends what is left, however it is.
+// close ends everything that still runs, whatever its state.
 func (s *system) close() {
 	var all []*process
 	for _, m := range s.members {
@@ -136,7 +136,7 @@ func (s *system) startMembers(ctx context.Context) error {
 			"election-timeout":            electionTimeout / time.Millisecond,
 			"pre-vote":                    true,
 			"auth-token-ttl":              2, // seconds
-			"bcrypt-cost":                 4, // there is nothing to protect
+			"bcrypt-cost":                 4, // the password protects nothing
 			"unsafe-no-fsync":             true,
 			"logger":                      "zap",
 			"log-level":                   "error",
@@ -187,12 +187,11 @@ func (s *system) self() string {
 	return path
 }
 
-// peerURL is where others reach a member, by way of the proxy that they are told to use.
+// peerURL is the URL of a member for the others. They reach it through their proxy.
 func peerURL(i int) string { return fmt.Sprintf("http://10.255.0.%d:2380", i+1) }
 
-// startPeerProxy runs the HTTP proxy that a member is told to use for the others: it sends each request
-// over the link to whom it is for. So each pair of members has a link for each of both that dials,
-// with any build of etcd.
+// startPeerProxy runs the HTTP proxy that a member must use to reach the others. The proxy sends each request over the
+// link to its target. So each pair of members has one link for each direction of dialling, with any build of etcd.
 func (s *system) startPeerProxy(from int) (address string, err error) {
 	m := s.members[from]
 	hosts := make(map[string]*etcdtest.Link)
@@ -220,7 +219,7 @@ func (s *system) startPeerProxy(from int) (address string, err error) {
 	if err != nil {
 		return "", err
 	}
-	silent := log.New(io.Discard, "", 0) // its connections fail, as they are made to
+	silent := log.New(io.Discard, "", 0) // its connections fail on purpose
 	server := &http.Server{
 		ErrorLog: silent,
 		Handler: &httputil.ReverseProxy{
@@ -240,7 +239,7 @@ func (s *system) startPeerProxy(from int) (address string, err error) {
 	return l.Addr().String(), nil
 }
 
-// serveMember is a process that is a member.
+// serveMember runs a member in this process.
 func serveMember(ctx context.Context, file string) error {
 	cfg, err := embed.ConfigFromFile(file)
 	if err != nil {
@@ -258,7 +257,7 @@ func serveMember(ctx context.Context, file string) error {
 	}
 }
 
-// newRootClient returns a client that may do everything, past all links.
+// newRootClient returns a client that may do everything and bypasses all links.
 func (s *system) newRootClient(members ...*member) (*clientv3.Client, error) {
 	var endpoints []string
 	for _, m := range members {
@@ -275,7 +274,7 @@ func (s *system) dialRoot() (err error) {
 	return err
 }
 
-// ask sends a request as an operator does, who has other things to do if it takes long.
+// ask sends a request as an operator does, who gives up after 2 s.
 func (s *system) ask(ctx context.Context, request func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(ctx), 2*time.Second)
 	defer cancel()
@@ -317,7 +316,7 @@ func (s *system) awaitMember(ctx context.Context, m *member) (status *clientv3.S
 	return status, nil
 }
 
-// raftLeader returns the leader of etcd; the last that says so, should two.
+// raftLeader returns the leader of etcd. If two members claim to lead, the later raft term wins.
 func (s *system) raftLeader(ctx context.Context) (*member, error) {
 	var leader *member
 	var term uint64
@@ -335,7 +334,7 @@ func (s *system) raftLeader(ctx context.Context) (*member, error) {
 	return leader, nil
 }
 
-// pause stops a member, and notes whether it leads.
+// pause stops a member, and notes whether it is known to be a follower.
 func (s *system) pause(ctx context.Context, m *member) error {
 	m.paused = oracle.Entry{Kind: oracle.Resumed, Proc: m.name}
 	sctx, cancel := context.WithTimeout(ctx, 300*time.Millisecond)
@@ -348,13 +347,13 @@ func (s *system) pause(ctx context.Context, m *member) error {
 	return m.signal(syscall.SIGSTOP)
 }
 
-// resume lets a member go on.
+// resume continues a paused member.
 func (s *system) resume(m *member) error {
 	s.add(m.paused)
 	return m.signal(syscall.SIGCONT)
 }
 
-// addUsers makes the users for when auth is enabled.
+// addUsers creates the users for the time when authentication is enabled.
 func (s *system) addUsers(ctx context.Context) error {
 	role := "candidate"
 	for _, request := range []func(context.Context) error{
@@ -383,13 +382,14 @@ func (s *system) addUsers(ctx context.Context) error {
 	return nil
 }
 
-// A workerLink is the link of a worker's clients to a member: a holder and, behind it, what can do all else.
+// A workerLink is the link of a worker's clients to a member: a holder, and behind it etcd's proxy, which does
+// everything else.
 type workerLink struct {
 	*etcdtest.Link
 	holder *holder
 }
 
-// linksOf makes the links of one worker's clients.
+// linksOf creates the links of one worker's clients.
 func (s *system) linksOf(p *process) ([]*workerLink, error) {
 	for _, m := range s.members {
 		link, err := etcdtest.StartLink(m.client)
@@ -410,8 +410,8 @@ func (s *system) linksOf(p *process) ([]*workerLink, error) {
 const (
 	// mixed is the election in which peers compete with this package.
 	mixed = "mixed"
-	// again is the election of two candidates that never rest: terms are short, most campaigns are given up soon, and
-	// the next one begins at once. One of the two keeps its lease, and so the name of its key.
+	// again is the election of two candidates that never rest. Its terms are short, most campaigns are given up soon,
+	// and the next one begins at once. One of the two keeps its lease, and so the name of its key.
 	again = "again"
 )
 
@@ -470,15 +470,15 @@ func (s *system) startWorkers() error {
 		w := worker{Name: fmt.Sprintf("c%d", i)}
 		knows := all
 		switch i % 4 {
-		case 0: // one lease for all
+		case 0: // one lease for all elections
 			w.Shared, w.Observe, w.Changes = lasting, elections[:1], true
-			if i > 0 { // and one member for watches
+			if i > 0 { // and one member for all watches
 				knows = func(w *worker, endpoints []string) { w.Endpoints, w.Watches = endpoints, endpoints[last] }
 			}
-		case 1: // a lease for each term, and one member for watches and nothing else
+		case 1: // a lease for each term, and one member that serves only watches
 			w.Own = []string{elections[0], mixed, again}
 			knows = func(w *worker, endpoints []string) { w.Endpoints, w.Watches = endpoints[:last], endpoints[last] }
-		case 2: // one lease for all, and all members but that one
+		case 2: // one lease for all elections, and all members but that one
 			w.Shared, w.Observe = elections, elections[:1]
 			knows = func(w *worker, endpoints []string) { w.Endpoints = endpoints[:last] }
 		case 3: // one member
@@ -504,10 +504,10 @@ func (s *system) startWorkers() error {
 	return nil
 }
 
-// etcdctlTTL is that of the lease of etcdctl elect.
+// etcdctlTTL is the TTL of the lease of etcdctl elect.
 const etcdctlTTL = time.Minute
 
-// etcdctl takes part in an election by the command of that name until ctx ends.
+// etcdctl takes part in an election with the command of that name until ctx ends.
 func (s *system) etcdctl(ctx context.Context, name string) {
 	path, err := exec.LookPath("etcdctl")
 	if err != nil {
@@ -572,7 +572,7 @@ func (s *system) etcdctlTerm(ctx context.Context, path, election string) {
 	_ = p.signal(syscall.SIGINT) // it resigns
 	select {
 	case <-p.exited:
-	case <-time.After(s.p.TTL): // it has lost its connection for good
+	case <-time.After(s.p.TTL): // it has permanently lost its connection
 		p.kill()
 	}
 	w.Close()
@@ -610,7 +610,7 @@ func (s *system) etcdctlLeads(ctx context.Context, p *process, election, key str
 	}
 }
 
-// removeKeysOf deletes what a peer has left behind: etcdctl's lease lasts for a minute.
+// removeKeysOf deletes what a peer has left behind, because the lease of etcdctl lasts for a minute.
 func (s *system) removeKeysOf(ctx context.Context, peer, election string) {
 	_ = s.insist(ctx, func(ctx context.Context) error {
 		resp, err := s.root.Get(ctx, election+"/", clientv3.WithPrefix())

@@ -26,13 +26,13 @@ const (
 	rowPitch     = 18.0
 	digitWidth   = 6.0
 	letterWidth  = 6.3
-	maxLanes     = 12 // of faults; with more of them at a time, labels are cut
+	maxLanes     = 12 // of faults; if more act at a time, labels are cut
 )
 
-// defaultWindow is short enough that single terms can be told apart.
+// defaultWindow is short enough to distinguish single terms.
 const defaultWindow = 90 * time.Second
 
-// hues are the colours of the candidates. Red, amber and grey have a meaning of their own.
+// hues are the colours of the candidates. Red, amber and grey have meanings of their own.
 var hues = []string{"#3566b8", "#2f9468", "#8a5cc2", "#1796ab", "#b44a8b", "#7c5a34", "#6b7f1e", "#2b3f78"}
 
 // peerHues are those of processes that lead without this library.
@@ -61,52 +61,52 @@ text { font: 11px system-ui, "DejaVu Sans", sans-serif; fill: #2b303b }
 
 // A picture is a timeline being drawn.
 type picture struct {
-	back   bytes.Buffer // what is behind all
+	back   bytes.Buffer // what is drawn behind everything
 	svg    bytes.Buffer
-	y      float64 // of what comes next
-	origin int64   // of the seconds
+	y      float64 // of the next element
+	origin int64   // time zero of the axis
 	window span
 
-	faults []oracle.Entry // that struck, in the window
+	faults []oracle.Entry // that were injected, in the window
 	taken  []oracle.Entry
-	// What is excused is not red, so that red is what the checker objects to.
+	// What is excused is not red: red is only what the checker objects to.
 	excused map[excuse]bool
-	late    map[oracle.Entry]bool // in a context whose timer was late
-	terms   []*heldTerm           // of all of the run, by election, proc and token
+	late    map[oracle.Entry]bool // belief in a context whose timer was late
+	terms   []*heldTerm           // of the whole run, by election, proc and token
 	lives   map[string][]span     // of processes
-	colour  map[string]paint      // of those that led
-	procs   map[string][]string   // that ever led, by election
+	colour  map[string]paint      // of the processes that led
+	procs   map[string][]string   // processes that ever led, by election
 }
 
-// A termID is what a term is known by.
+// A termID identifies a term.
 type termID struct {
 	election string
 	token    int64
 }
 
-// A heldTerm is a term as its holder told of it.
+// A heldTerm is a term as its holder recorded it.
 type heldTerm struct {
 	termID
 	proc, op string
 	whole    span           // from the victory to the last belief
 	beliefs  []oracle.Entry // as far as the window shows them
-	end      string         // its cause, if the holder was told
+	end      string         // the cause of its end, if the holder was told
 }
 
-// An excuse is for an overlap of two terms, the earlier first.
+// An excuse identifies an excused overlap of two terms, the earlier first.
 type excuse struct {
 	election string
 	tokens   [2]int64
 }
 
-// A paint is how a process is drawn: while it believes that it leads, and while it stands still.
+// A paint is how a process is drawn: solid while it believes that it leads, still while it gives no answer.
 type paint struct{ solid, still string }
 
-// isPeer tells whether a [Term] or [Belief] with this Op is none of this library's.
+// isPeer reports whether a [Term] or [Belief] with this Op is not of this library.
 func isPeer(op string) bool { return op == "stock" || op == "etcdctl" }
 
-// writeTimeline draws as an SVG who led when, under which faults, from..to (as in the history). If
-// both are 0 it is the minute and a half with the most sorts of faults.
+// writeTimeline draws as an SVG who led when, and which faults acted, from..to (times of the history). If both are 0 it
+// draws the minute and a half with the most kinds of faults.
 func writeTimeline(w io.Writer, history []oracle.Entry, v oracle.Verdict, from, to int64) error {
 	p := newPicture(history, v, from, to)
 	p.head(parameters(history))
@@ -149,7 +149,7 @@ func newPicture(history []oracle.Entry, v oracle.Verdict, from, to int64) *pictu
 		p.late[e] = true
 	}
 	p.origin = began(history)
-	run := span{p.origin, p.origin} // without what comes before it and after the last leader
+	run := span{p.origin, p.origin} // without the time before the run and after the last leader
 	for _, e := range history {
 		switch e.Kind {
 		case oracle.Fault:
@@ -175,12 +175,12 @@ func newPicture(history []oracle.Entry, v oracle.Verdict, from, to int64) *pictu
 	return p
 }
 
-// mostVaried chooses the part of the run in which the most sorts of faults were injected.
+// mostVaried chooses the part of the run in which the most kinds of faults were injected.
 func mostVaried(faults []oracle.Entry, run span) span {
 	best := span{run.from, max(min(run.to, run.from+int64(defaultWindow)), run.from+1)}
 	var most int
 	for _, first := range faults {
-		// What led before the first fault is to be seen too, and what became of the last one.
+		// Also show who led before the first fault, and what became of the last one.
 		start := max(run.from, min(first.From-int64(2*time.Second), run.to-int64(defaultWindow)))
 		window := span{start, min(run.to, start+int64(defaultWindow))}
 		sorts := make(map[string]bool)
@@ -196,11 +196,11 @@ func mostVaried(faults []oracle.Entry, run span) span {
 	return best
 }
 
-// readTerms gathers who led, and chooses the colours.
+// readTerms collects who led, and chooses the colours.
 func (p *picture) readTerms(history []oracle.Entry) {
 	type id struct {
 		termID
-		proc string // two may claim the same term, and are to be seen then
+		proc string // two processes may claim the same term: then show both
 	}
 	terms := make(map[id]*heldTerm)
 	for _, e := range history {
@@ -251,7 +251,7 @@ func (p *picture) readTerms(history []oracle.Entry) {
 	}
 }
 
-// readLives gathers when there was a process to lead.
+// readLives collects when each process ran.
 func (p *picture) readLives(history []oracle.Entry) {
 	born := make(map[string]int64)
 	for _, e := range history {
@@ -298,18 +298,18 @@ func (p *picture) head(params Parameters) {
 	p.y = 66
 }
 
-// faultLanes draws each fault with its name, in a lane where no other is at the time, and returns
-// where they are.
+// faultLanes draws each fault with its name, in a lane that no other fault uses at that time, and returns where the
+// bars are.
 func (p *picture) faultLanes() []stretch {
 	const height, pitch, gap = 13.0, 16.0, 6.0
 	type placed struct {
 		fault      oracle.Entry
 		bar, label stretch
 		lane       int
-		room       float64 // where the next one in its lane begins
+		room       float64 // where the next fault in its lane begins
 	}
 	all := make([]placed, len(p.faults))
-	var lanes []*placed // the last one of each
+	var lanes []*placed // the last fault of each
 	for i, f := range p.faults {
 		bar := stretch{p.x(f.From), max(p.x(f.T), p.x(f.From)+3)}
 		width := letterWidth * float64(len([]rune(f.Op)))
@@ -357,7 +357,7 @@ func (p *picture) axis() {
 	p.y += 20
 }
 
-// ticks are far enough from each other that their labels can be read.
+// ticks returns times that are far enough apart for their labels to be readable.
 func (p *picture) ticks() []int64 {
 	var step int64
 	for _, seconds := range []int64{1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 14400} {
@@ -373,7 +373,7 @@ func (p *picture) ticks() []int64 {
 	return ticks
 }
 
-// election draws a band: who led, then a row for each of those that did.
+// election draws a band: one lane for whoever leads, then a row for each process that ever led.
 func (p *picture) election(name string) {
 	procs := p.procs[name]
 	const padding = 7.0
@@ -431,7 +431,7 @@ func (p *picture) election(name string) {
 	p.y = lane + rowPitch*float64(len(procs)+1) + padding + 6
 }
 
-// term draws what its holder believed: into its own row, and into the lane of all.
+// term draws what its holder believed, in its own row and in the lane of the election.
 func (p *picture) term(t *heldTerm, lane, row float64) {
 	var held []span
 	for _, e := range t.beliefs {
@@ -443,7 +443,7 @@ func (p *picture) term(t *heldTerm, lane, row float64) {
 	}
 	paint := p.colour[t.proc]
 	p.svg.WriteString(`<g class="term">` + tooltip(title))
-	p.still(paint, p.stretch(t.whole), row, rowHeight) // is to be seen between the pieces
+	p.still(paint, p.stretch(t.whole), row, rowHeight) // visible between the pieces of belief
 	var longest stretch
 	for _, s := range merge(held, oracle.PauseOf) {
 		at := p.stretch(s)
@@ -456,7 +456,7 @@ func (p *picture) term(t *heldTerm, lane, row float64) {
 	if label := strconv.FormatInt(t.token, 10); digitWidth*float64(len(label))+4 <= longest.width() {
 		p.text("token", longest.from+longest.width()/2, row+10.5, label)
 	}
-	if p.window.from <= t.whole.from { // terms of one process may follow each other at once
+	if p.window.from <= t.whole.from { // mark the beginning, because terms of one process may follow each other at once
 		x := p.x(t.whole.from)
 		rect(&p.svg, "begin", x, row, 1, rowHeight, "")
 		rect(&p.svg, "begin", x, lane, 1, rowHeight, "")
@@ -464,20 +464,20 @@ func (p *picture) term(t *heldTerm, lane, row float64) {
 	p.svg.WriteString("</g>\n")
 }
 
-// An overlap is a time in which two terms of an election were both believed in.
+// An overlap is a time in which two terms of one election were both believed in.
 type overlap struct {
 	span
 	a, b oracle.Entry
 }
 
-// overlaps returns those of the beliefs. A single answer was given at some time between question and
-// answer, and overlaps only with what covers all of that.
+// overlaps returns the overlaps of the beliefs. A single answer was given at an unknown time between question and
+// answer. So it overlaps only with a belief that covers all of that time.
 func overlaps(beliefs []oracle.Entry) []overlap {
 	sorted := slices.SortedFunc(slices.Values(beliefs), func(a, b oracle.Entry) int {
 		return cmp.Compare(believed(a).from, believed(b).from)
 	})
 	var found []overlap
-	var open []oracle.Entry // that may not be over yet
+	var open []oracle.Entry // that may still last
 	for _, b := range sorted {
 		from, to := min(b.From, b.T), max(b.From, b.T)
 		single := b.From > b.T
@@ -499,13 +499,13 @@ type stretch struct{ from, to float64 }
 
 func (s stretch) width() float64 { return s.to - s.from }
 
-// stretch is where a span is in the picture. However short, it is to be seen.
+// stretch returns where a span is in the picture. However short the span, it is visible.
 func (p *picture) stretch(s span) stretch {
 	from := p.x(s.from)
 	return stretch{from, max(from+1.5, p.x(s.to))}
 }
 
-// x is where a time is in the picture.
+// x returns the position of a time in the picture.
 func (p *picture) x(t int64) float64 {
 	part := float64(t-p.window.from) / float64(p.window.to-p.window.from)
 	return plotLeft + (plotRight-plotLeft)*min(max(part, 0), 1)
@@ -514,7 +514,7 @@ func (p *picture) x(t int64) float64 {
 // since is the time since the start of the run.
 func (p *picture) since(t int64) time.Duration { return time.Duration(t - p.origin) }
 
-// times writes a span for a tooltip.
+// times formats a span for a tooltip.
 func (p *picture) times(s span) string {
 	return fmt.Sprintf("%.3f s to %.3f s, %s", p.since(s.from).Seconds(), p.since(s.to).Seconds(), brief(time.Duration(s.to-s.from)))
 }
@@ -524,12 +524,12 @@ func rect(b *bytes.Buffer, class string, x, y, width, height float64, title stri
 		class, x, y, width, height, tooltip(title))
 }
 
-// painted is a bar in the colour of a process.
+// painted draws a bar in the colour of a process.
 func (p *picture) painted(fill string, at stretch, y, height float64) {
 	fmt.Fprintf(&p.svg, `<rect fill="%s" x="%.1f" y="%.1f" width="%.1f" height="%.1f"/>`, fill, at.from, y, at.width(), height)
 }
 
-// still is a bar of a process that gives no answer.
+// still draws the bar of a process that gives no answer.
 func (p *picture) still(paint paint, at stretch, y, height float64) {
 	fmt.Fprintf(&p.svg, `<rect fill="%s" stroke="%s" x="%.1f" y="%.1f" width="%.1f" height="%.1f"/>`,
 		paint.still, paint.solid, at.from+.5, y+.5, at.width()-1, height-1)
@@ -547,7 +547,7 @@ func (p *picture) text(class string, x, y float64, text string) {
 	fmt.Fprintf(&p.svg, `<text class="%s" x="%.1f" y="%.1f">%s</text>`+"\n", class, x, y, escape(text))
 }
 
-// tooltip is what is shown under the pointer.
+// tooltip returns the element that is shown under the pointer.
 func tooltip(text string) string {
 	if text == "" {
 		return ""
@@ -557,11 +557,11 @@ func tooltip(text string) string {
 
 func escape(text string) string {
 	var b strings.Builder
-	_ = xml.EscapeText(&b, []byte(text)) // a Builder has no errors
+	_ = xml.EscapeText(&b, []byte(text)) // a Builder never fails
 	return b.String()
 }
 
-// cut shortens a label to what there is room for. Of one or two letters nobody would learn anything.
+// cut shortens a label to the room there is. One or two letters would say nothing.
 func cut(label string, room float64) string {
 	runes := []rune(label)
 	switch letters := int(room); {

@@ -2,10 +2,10 @@
 //
 // By default a server is the etcd that the test is linked with, and runs inside the test's process. To run another
 // version, 3.4 or later, set ETCDTEST_ETCD to the path of its binary. Everything listens on loopback or on a unix
-// socket, writes to temporary folders, logs nothing but what ends an etcd, and ends with the test.
+// socket, writes to temporary folders, logs only why an etcd ends, and ends with the test.
 //
-// A server needs about 2 MB of disk, not the 128 MB that etcd takes by default: the package sets
-// wal.SegmentSizeBytes for the whole process.
+// A server needs about 2 MB of disk, not the 128 MB that etcd takes by default: the package sets wal.SegmentSizeBytes
+// for the whole process.
 package etcdtest
 
 import (
@@ -52,8 +52,7 @@ var errNotReady = fmt.Errorf("etcd is not ready after %v", startTimeout)
 // because nothing reads it yet: no other goroutine runs while packages are initialized.
 func init() { wal.SegmentSizeBytes = 1 << 20 }
 
-// Settings are what a test wants to be otherwise in the configuration file of etcd. A version that
-// does not know a setting ignores it.
+// Settings replace values in the configuration file of etcd. A version that does not know a setting ignores it.
 type Settings map[string]any
 
 // A Member is a running etcd server.
@@ -63,18 +62,18 @@ type Member struct {
 
 	binary string      // of etcd; "" for the one that runs inside this process
 	config string      // path of the configuration file
-	health string      // address that tells whether it is ready
+	health string      // address of its health check
 	failed func(error) // called if the etcd inside this process fails after its start
 	server server      // nil while stopped
 }
 
 // A server is a started etcd.
 type server interface {
-	// stop ends it without a graceful transfer of leadership: faults are not graceful either.
+	// stop ends it without a transfer of leadership, because a fault would not transfer it either.
 	stop()
 }
 
-// Start runs a cluster of one member until the test ends. It grants leases from 1 s on.
+// Start runs a cluster of one member until the test ends. It grants leases of 1 s and more.
 func Start(tb testing.TB, settings ...Settings) *Member {
 	tb.Helper()
 	return StartCluster(tb, 1, settings...)[0]
@@ -98,7 +97,7 @@ func startCluster(tb testing.TB, binary string, n int, settings ...Settings) []*
 }
 
 // Run runs a cluster of n members until stop is called, which also removes their data. If one of them fails while it
-// runs, the process prints why and exits, as an etcd of its own would: nobody else is there to be told.
+// runs, the process prints why and exits, as an etcd of its own would, because Run has no test to report it to.
 func Run(n int, settings ...Settings) (members []*Member, stop func(), err error) {
 	return RunWatched(n, exit, settings...)
 }
@@ -125,7 +124,7 @@ func run(binary string, n int, failed func(error), settings ...Settings) (member
 		}
 		os.RemoveAll(dir)
 	}
-	// The ports were free when they were chosen. If another process takes one before etcd does, others are chosen.
+	// The ports were free when they were chosen. If another process has taken one before etcd does, choose others.
 	for try := range 5 {
 		members, err = tryRun(filepath.Join(dir, fmt.Sprint(try)), binary, n, failed, settings)
 		if err == nil {
@@ -184,12 +183,12 @@ func newMembers(dir, binary string, n int, failed func(error), settings []Settin
 			"listen-metrics-urls": "http://" + healths[i],
 			"heartbeat-interval":  10,
 			"election-timeout":    100,
-			"unsafe-no-fsync":     true, // a test outlives no power cut
+			"unsafe-no-fsync":     true, // a test need not survive a power cut
 			"logger":              "zap",
 			"log-outputs":         []string{"stderr"},
 			"log-level":           "fatal",
 		}
-		if n > 1 { // busy machines must not elect for lack of a core
+		if n > 1 { // on a busy machine, slow heartbeats must not cause an election
 			file["heartbeat-interval"], file["election-timeout"] = 50, 500
 		}
 		for _, s := range settings {
@@ -220,7 +219,7 @@ func newMembers(dir, binary string, n int, failed func(error), settings []Settin
 	return members, nil
 }
 
-// FreeAddresses returns n addresses on loopback that nobody listens on.
+// FreeAddresses returns n addresses on loopback on which nobody listens.
 func FreeAddresses(n int) ([]string, error) {
 	var addresses []string
 	for range n {
@@ -257,11 +256,11 @@ type embedded struct {
 	etcd     *embed.Etcd
 	failure  *failure
 	stopping chan struct{}
-	watch    sync.WaitGroup // of the goroutine that waits for the failure or for stop, and then closes
+	watch    sync.WaitGroup // of the goroutine that closes the etcd when it fails or stop is called
 }
 
-// startEmbedded runs an etcd until its stop. If the etcd fails after startEmbedded has returned, failed is called and
-// the etcd closed.
+// startEmbedded runs an etcd until stop is called. If the etcd fails after startEmbedded has returned, failed is called
+// and the etcd is closed.
 func startEmbedded(config string, failed func(error)) (server, error) {
 	cfg, err := embed.ConfigFromFile(config)
 	if err != nil {
@@ -287,7 +286,7 @@ func startEmbedded(config string, failed func(error)) (server, error) {
 	}
 	if etcd == nil {
 		if err == nil {
-			err = f.err // StartEtcd has left its listeners open, and nothing can close them
+			err = f.err // StartEtcd leaves its listeners open, and nothing can close them
 		}
 		return nil, err
 	}
@@ -321,8 +320,8 @@ func (s *embedded) stop() {
 	s.watch.Wait()
 }
 
-// close returns once etcd has closed. If it has failed, it may never close, since the goroutine that failed may have
-// locks; close returns after a while then, and at least clients are disconnected.
+// close returns once etcd has closed. An etcd that has failed may never close, because the goroutine that failed may
+// hold locks. close then returns after stopTimeout; by then at least the clients are disconnected.
 func (s *embedded) close() {
 	closed := make(chan struct{})
 	go func() {
@@ -342,9 +341,9 @@ func (s *embedded) close() {
 	}
 }
 
-// A failure is the first message that etcd has logged at level panic or fatal, as it does when it cannot write to its
-// disk. By default that ends the process. As a hook of the logger, a failure ends just the goroutine: etcd counts on
-// not going on there.
+// A failure is the first message that etcd has logged at level panic or fatal. etcd does so when it cannot write to its
+// disk, for example. By default that ends the process. As a hook of the logger, a failure ends only the goroutine: etcd
+// relies on not running any further there.
 type failure struct {
 	once  sync.Once
 	known chan struct{}
@@ -382,7 +381,7 @@ func NewClient(tb testing.TB, endpoints ...string) *clientv3.Client {
 	return NewClientFrom(tb, clientv3.Config{Endpoints: endpoints})
 }
 
-// NewClientFrom is NewClient with other settings.
+// NewClientFrom is NewClient with other settings for the client.
 func NewClientFrom(tb testing.TB, cfg clientv3.Config) *clientv3.Client {
 	tb.Helper()
 	cfg.Logger = zap.NewNop()
@@ -390,8 +389,25 @@ func NewClientFrom(tb testing.TB, cfg clientv3.Config) *clientv3.Client {
 	if err != nil {
 		tb.Fatalf("new client: %v", err)
 	}
-	tb.Cleanup(func() { client.Close() }) // an error says that the test has closed it already
+	tb.Cleanup(func() { client.Close() }) // it fails if the test has closed it already
 	return client
+}
+
+// Patience is how long a test waits for an event that must come. It says nothing of how soon the event should come.
+const Patience = 30 * time.Second
+
+// Await returns what comes from a channel, or its zero value when the channel is closed. The test fails if that takes
+// longer than [Patience]; what names in the message what was waited for. As Fatalf, it must be called in the test's
+// goroutine.
+func Await[T any](tb testing.TB, what string, c <-chan T) T {
+	tb.Helper()
+	select {
+	case v := <-c:
+		return v
+	case <-time.After(Patience):
+		tb.Fatalf("waited in vain for %s", what)
+		panic("not reached")
+	}
 }
 
 // A Link is a connection between clients and a member that can fail. Clients use its Endpoint.
@@ -422,11 +438,11 @@ func StartLink(to string) (*Link, error) {
 	return startLink(to, dir)
 }
 
-// maxSocketPath is the length of the longest path of a unix socket that macOS and the BSDs accept. Linux accepts 107.
+// maxSocketPath is the length of the longest path that macOS and the BSDs accept for a unix socket. Linux accepts 107.
 const maxSocketPath = 103
 
-// socketDir makes a folder for a socket that is named by one letter. It is in /tmp if the path would be too long in the
-// folder for temporary files. It cannot be tb.TempDir, which contains the name of the test.
+// socketDir makes a folder for a socket whose name is one letter. The folder is in the one for temporary files, or in
+// /tmp if the path would be too long there. It cannot be tb.TempDir, whose path contains the name of the test.
 func socketDir() (string, error) {
 	const pattern, longest = "link", "link4294967295"
 	if len(filepath.Join(os.TempDir(), longest, "s")) <= maxSocketPath {
@@ -439,7 +455,7 @@ func socketDir() (string, error) {
 	return dir, nil
 }
 
-// startLink is StartLink with a folder for its socket, which it removes in the end.
+// startLink is StartLink with a folder for its socket. Close removes the folder.
 func startLink(to, dir string) (*Link, error) {
 	socket := filepath.Join(dir, "s")
 	server := proxy.NewServer(proxy.ServerConfig{
@@ -460,7 +476,7 @@ func startLink(to, dir string) (*Link, error) {
 		for {
 			select {
 			case err := <-server.Error():
-				_ = err // its connections fail, as they are made to
+				_ = err // its connections fail on purpose
 			case <-ctx.Done():
 				return
 			}
@@ -476,12 +492,12 @@ func startLink(to, dir string) (*Link, error) {
 	return l, nil
 }
 
-// Close ends the link, also if it has ended before.
+// Close ends the link. A second call does nothing.
 func (l *Link) Close() { l.close() }
 
-// Darken drops everything, both ways and without a sign, until Heal: what is on its way then
-// arrives late, as TCP would have it. A link that was paused before goes on for a moment, since the
-// proxy would forget what waits.
+// Darken holds everything back, in both directions and without a sign, until Heal. As with TCP, what is held back
+// arrives late, after Heal. If the link was paused before, Darken lets data through for a moment: the proxy would
+// otherwise drop what it holds.
 func (l *Link) Darken() {
 	l.UnpauseAccept()
 	l.UnpauseTx()

@@ -11,11 +11,11 @@ import (
 	"time"
 )
 
-// A ForgetfulLink is a connection between clients and a member that can forget the connections it carries, as a NAT
-// or a load balancer does that lost its table. Clients use its Endpoint.
+// A ForgetfulLink is a connection between clients and a member that can forget the connections it carries. A NAT or a
+// load balancer that loses its table does the same. Clients use its Endpoint.
 //
-// It differs from a network in one thing: what a client sends on a forgotten connection is still acknowledged, by the
-// kernel. So TCP never gives such a connection up. Only a client that misses an answer can notice.
+// It differs from a network in one way: the kernel still acknowledges what a client sends on a forgotten connection. So
+// TCP never gives such a connection up. Only a client that misses an answer can notice.
 type ForgetfulLink struct {
 	// Endpoint is where the link listens: host:port, on loopback.
 	Endpoint string
@@ -30,15 +30,16 @@ func NewForgetfulLink(tb testing.TB, m *Member) *ForgetfulLink {
 	return &ForgetfulLink{Endpoint: f.listener.Addr().String(), forwarder: f}
 }
 
-// Forget makes every connection that the link has accepted carry nothing any more, in either direction. Once Forget
-// has returned, no byte arrives on them, and no FIN or RST either if one side closes its end: the other side stays
-// open until the test ends. Connections that are accepted later work.
+// Forget makes every connection that the link has accepted carry nothing any more, in either direction. Once Forget has
+// returned, no byte arrives on them. If one side closes its end, the other gets neither FIN nor RST, and stays open
+// until the test ends. Connections that are accepted later work.
 func (l *ForgetfulLink) Forget() { l.forwarder.hold(false) }
 
-// A HoldingLink is a connection between clients and a member that can keep what it carries for a while, as a network
-// does that loses packets and heals. Requests that clients have given up then arrive late. Clients use its Endpoint.
+// A HoldingLink is a connection between clients and a member that can hold back what it carries for a while. A network
+// that loses packets and heals does the same. Requests that clients have given up then arrive late. Clients use its
+// Endpoint.
 //
-// [Link.Darken] does the same for clients that stay: a Link drops what it keeps once the client closes.
+// [Link.Darken] does the same as long as the client stays open. Once the client closes, a Link drops what it holds.
 type HoldingLink struct {
 	// Endpoint is where the link listens: host:port, on loopback.
 	Endpoint string
@@ -46,27 +47,27 @@ type HoldingLink struct {
 	forwarder *forwarder
 }
 
-// NewHoldingLink returns a working link to a member. It is closed with the test, and drops what it still keeps.
+// NewHoldingLink returns a working link to a member. It is closed with the test, and drops what it then still holds.
 func NewHoldingLink(tb testing.TB, m *Member) *HoldingLink {
 	tb.Helper()
 	f := newForwarder(tb, m)
 	return &HoldingLink{Endpoint: f.listener.Addr().String(), forwarder: f}
 }
 
-// Hold keeps everything that clients or the member send, until Release. Once Hold has returned, no byte arrives.
+// Hold holds back everything that clients or the member send, until Release. Once Hold has returned, no byte arrives.
 // Connections that clients make meanwhile are accepted and held too; the member sees them after Release.
 func (l *HoldingLink) Hold() { l.forwarder.hold(true) }
 
-// Release delivers what was kept, each connection's bytes in order, and then whatever is sent. What a client sent
+// Release delivers what was held, each connection's bytes in order, and then whatever is sent. What a client sent
 // before it closed its connection is delivered too, and then the close. Release does not wait for the delivery.
 //
-// The pauses between what was kept are those of its sender, up to 0.1 s each, and what is sent later follows after
-// 0.1 s. A member that reads a request together with its cancellation often ignores the request. TCP delivers over time
-// too: what was lost is sent again in several round trips.
+// Release repeats the sender's pauses between the held pieces, up to 0.1 s each. What is sent later follows 0.1 s after
+// them. The pauses matter, because a member that reads a request together with its cancellation often ignores the
+// request. TCP also delivers over time: it sends lost data again, in several round trips.
 func (l *HoldingLink) Release() { l.forwarder.release() }
 
-// A forwarder carries bytes between clients, which connect to its listener, and a member. While it holds a
-// connection, it keeps what both sides send, and neither writes nor closes anything.
+// A forwarder carries bytes between clients, which connect to its listener, and a member. While it holds a connection,
+// it stores what both sides send, and neither writes nor closes anything.
 type forwarder struct {
 	to       string
 	listener net.Listener
@@ -74,19 +75,19 @@ type forwarder struct {
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup // of all goroutines
 
-	mu      sync.Mutex // guards all that follows, and the fields of conns
+	mu      sync.Mutex // guards all fields below, and those of conns
 	changed *sync.Cond
-	holding bool // connections that are accepted are held
+	holding bool // new connections are held
 	conns   map[*forwarded]struct{}
 }
 
-// A forwarded is a connection of a client. Each direction has a goroutine that reads, held or not, so that nothing is
-// lost when the sender closes, and one that writes.
+// A forwarded is a connection of a client. Each direction has a goroutine that reads, whether the connection is held or
+// not, so that nothing is lost when the sender closes, and one that writes.
 type forwarded struct {
 	client, server     net.Conn // server is nil until it is dialled
 	toClient, toServer direction
 	held               bool
-	open               int // directions that may still be written to
+	open               int // directions that can still be written to
 }
 
 // A direction is what goes from one side of a connection to the other.
@@ -94,16 +95,16 @@ type direction struct {
 	kept            []piece // read and not yet written, in order
 	late            bool    // the last piece was read while the connection was held
 	writing         bool
-	read, delivered time.Time // when a piece was last
+	read, delivered time.Time // when that last happened to a piece
 }
 
 // A piece is what was read at once.
 type piece struct {
 	data  []byte        // nil if the sender has closed its side
-	pause time.Duration // at least, between the delivery of the piece before and of this one
+	pause time.Duration // the least time between the delivery of the previous piece and of this one
 }
 
-// maxPause is time enough for etcd to propose a request that it has read.
+// maxPause is long enough for etcd to propose a request that it has read.
 const maxPause = 100 * time.Millisecond
 
 func newForwarder(tb testing.TB, m *Member) *forwarder {
@@ -135,14 +136,15 @@ func (f *forwarder) close() {
 
 func (f *forwarder) closed() bool { return f.ctx.Err() != nil }
 
-// hold holds every connection, and if andNew those that are yet to come. It returns once nothing is being written.
+// hold holds every connection and, if andNew is true, also those that are made later. It returns once nothing is being
+// written.
 func (f *forwarder) hold(andNew bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.holding = andNew
 	for c := range f.conns {
 		c.held = true
-		c.setWriteDeadline(time.Unix(1, 0)) // a write under way returns, and says how far it has come
+		c.setWriteDeadline(time.Unix(1, 0)) // a write under way returns, with the number of bytes it has written
 	}
 	for c := range f.conns {
 		for c.toClient.writing || c.toServer.writing {
@@ -180,7 +182,7 @@ func (f *forwarder) accept() {
 	}
 }
 
-// serve dials the server for a connection as soon as that is not held, and then forwards both ways.
+// serve dials the server for a connection as soon as the connection is not held, and then forwards in both directions.
 func (f *forwarder) serve(c *forwarded) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -203,14 +205,14 @@ func (f *forwarder) serve(c *forwarded) {
 	f.wg.Go(func() { f.write(c, c.server, &c.toServer) })
 }
 
-// waitWhile returns when blocked reports false, or the forwarder has closed. f.mu is locked.
+// waitWhile returns when blocked reports false or the forwarder has closed. f.mu is locked.
 func (f *forwarder) waitWhile(blocked func() bool) {
 	for !f.closed() && blocked() {
 		f.changed.Wait()
 	}
 }
 
-// read keeps what one side of a connection sends, until that side ends.
+// read stores what one side of a connection sends, until that side ends.
 func (f *forwarder) read(c *forwarded, from net.Conn, d *direction) {
 	buf := make([]byte, 32<<10)
 	for {
@@ -220,7 +222,7 @@ func (f *forwarder) read(c *forwarded, from net.Conn, d *direction) {
 		if c.held {
 			pause = min(time.Since(d.read), maxPause)
 		} else if d.late {
-			pause = maxPause // it may cancel what was held
+			pause = maxPause // this may cancel what was held
 		}
 		d.read, d.late = time.Now(), c.held
 		if n > 0 {
@@ -237,8 +239,8 @@ func (f *forwarder) read(c *forwarded, from net.Conn, d *direction) {
 	}
 }
 
-// write delivers what one side of a connection has sent to the other, except while it is held. It closes the
-// connection when both directions are done, not before: the requests of a client that is gone are to arrive.
+// write delivers to one side of a connection what the other has sent, except while the connection is held. It closes
+// the connection only when both directions are done, so that the requests of a client that has gone still arrive.
 func (f *forwarder) write(c *forwarded, to net.Conn, d *direction) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -259,7 +261,7 @@ func (f *forwarder) write(c *forwarded, to net.Conn, d *direction) {
 			continue // the connection may be held again
 		}
 		if next.data == nil {
-			_ = to.(*net.TCPConn).CloseWrite() // an error says that this side is gone too
+			_ = to.(*net.TCPConn).CloseWrite() // it fails if this side is gone too
 			return
 		}
 		data := next.data
@@ -280,7 +282,7 @@ func (f *forwarder) write(c *forwarded, to net.Conn, d *direction) {
 	}
 }
 
-// sleep lets time pass, unless the forwarder closes. f.mu is locked, and is not while it sleeps.
+// sleep waits for d or until the forwarder closes. f.mu is locked, but not during the wait.
 func (f *forwarder) sleep(d time.Duration) {
 	f.mu.Unlock()
 	defer f.mu.Lock()
@@ -298,7 +300,7 @@ func (c *forwarded) close() {
 }
 
 func (c *forwarded) setWriteDeadline(t time.Time) {
-	_ = c.client.SetWriteDeadline(t) // an error says that it is closed
+	_ = c.client.SetWriteDeadline(t) // it fails if it is closed
 	if c.server != nil {
 		_ = c.server.SetWriteDeadline(t)
 	}

@@ -17,7 +17,7 @@ import (
 
 const (
 	// patience is how long a test waits for what must happen.
-	patience = 30 * time.Second
+	patience = Patience
 	// silence is how long a test waits to see that nothing happens.
 	silence = 200 * time.Millisecond
 )

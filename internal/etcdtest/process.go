@@ -15,11 +15,11 @@ import (
 	"time"
 )
 
-// memberEnv tells a process of the test's own binary to be a member, and names its configuration.
+// memberEnv makes a process of the test's own binary a member. It contains the path of the member's configuration.
 const memberEnv = "ETCDTEST_MEMBER"
 
-// Main runs the process as a member of a cluster if [StartProcesses] has started it as one, and
-// does not return then. A TestMain of a package that uses StartProcesses begins with it.
+// Main runs the process as a member of a cluster if [StartProcesses] has started it as one. It then never returns. If a
+// package uses StartProcesses, its TestMain must call Main first.
 func Main() {
 	config := os.Getenv(memberEnv)
 	if config == "" {
@@ -28,7 +28,7 @@ func Main() {
 	if _, err := startEmbedded(config, exit); err != nil {
 		exit(err)
 	}
-	select {} // until it is killed
+	select {} // until the process is killed
 }
 
 // StartProcesses is [StartCluster] with each member in a process of its own, which can be paused.
@@ -41,10 +41,10 @@ func StartProcesses(tb testing.TB, n int, settings ...Settings) []*Member {
 	return startCluster(tb, cmp.Or(os.Getenv(binaryEnv), self), n, settings...)
 }
 
-// Pause stops the process of a member where it is, until Resume.
+// Pause stops the process of a member until Resume.
 func (m *Member) Pause() error { return m.signal(syscall.SIGSTOP) }
 
-// Resume lets a paused process go on.
+// Resume continues a paused process.
 func (m *Member) Resume() error { return m.signal(syscall.SIGCONT) }
 
 func (m *Member) signal(s os.Signal) error {
@@ -61,7 +61,7 @@ type process struct {
 	exited chan struct{}
 }
 
-// startProcess runs a member's binary until stop, or until this process ends, in whatever way.
+// startProcess runs a member's binary until stop is called, or until this process ends for any reason.
 func startProcess(m *Member) (server, error) {
 	cmd := exec.Command(m.binary, "--config-file", m.config)
 	cmd.Env = append(os.Environ(), memberEnv+"="+m.config)
@@ -74,7 +74,7 @@ func startProcess(m *Member) (server, error) {
 	p := &process{cmd: cmd, exited: make(chan struct{})}
 	go func() {
 		defer close(p.exited)
-		_ = cmd.Wait() // says that it was killed; where it was not, stderr says more
+		_ = cmd.Wait() // the error is that it was killed; otherwise stderr says why it ended
 	}()
 	for began := time.Now(); time.Since(began) < startTimeout; {
 		if healthy(m.health) {
@@ -91,7 +91,7 @@ func startProcess(m *Member) (server, error) {
 }
 
 func (p *process) stop() {
-	_ = p.cmd.Process.Kill() // paused or not; an error says that it has ended
+	_ = p.cmd.Process.Kill() // works while it is paused too; fails if it has ended
 	<-p.exited
 }
 

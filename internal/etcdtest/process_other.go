@@ -4,9 +4,9 @@ package etcdtest
 
 import "errors"
 
-// Main does nothing where members do not run in processes of their own.
+// Main does nothing, because members cannot run in processes of their own here.
 func Main() {}
 
 func startProcess(*Member) (server, error) {
-	return nil, errors.New("etcdtest: a binary of etcd runs on Linux only, where it ends with the test")
+	return nil, errors.New("etcdtest: a binary of etcd can be run on Linux only, where it is certain to end with the test")
 }

@@ -28,11 +28,11 @@ func TestTableOfTTLs(t *testing.T) {
 func compare(t *testing.T, rows map[string][]string) {
 	for i, seconds := range []int64{2, 5, 15, 60} {
 		s := Session{sent: stamp{mono: time.Now()}}
-		s.setTTL(seconds)
+		s.setTTLLocked(seconds)
 		for row, want := range map[string]time.Duration{
 			"":                           s.ttl,
 			"the margin":                 s.margin,
-			"a renewal is sent":          s.untilDue(),
+			"a renewal is sent":          s.untilDueLocked(),
 			"one attempt":                s.attempt(),
 			"a term ends here":           s.ttl - s.margin,
 			"nobody leads after a crash": s.ttl + 500*time.Millisecond, // etcd's interval between sweeps

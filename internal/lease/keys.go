@@ -14,84 +14,110 @@ import (
 )
 
 const (
-	// maxReads is how many keys one request of a renewal reads, below etcd's default limit of 128
-	// operations in a transaction. Where a server allows fewer it is halved until they fit.
+	// maxReads is how many keys one request of a renewal reads. It is below etcd's default limit of 128 operations in a
+	// transaction. If a server allows fewer, it is halved until they fit.
 	maxReads = 100
 
-	// maxAbandoned is how many abandoned keys a session may have and still be lent: as many as one
-	// request looks for, so that each renewal looks for all of them.
+	// maxAbandoned is how many abandoned keys a session may have before it takes no more names. One request can look
+	// for that many, so each renewal looks for all of them.
 	maxAbandoned = maxReads
 
-	// maxPast is how many names of keys that were dropped are remembered, to be read with the others.
+	// maxPast is how many names of dropped keys are remembered. They are read with the other keys.
 	maxPast = 20
 )
 
-// A Key is a candidate's key in etcd, bound to a session's lease, and one use of that session. Its life:
+// A Key is a candidate's key in etcd, bound to a session's lease. A session is kept as long as one of its keys has an
+// owner. When none has, [Session.Finish] closes the session.
 //
-//	joining    from Pool.Track: its owner puts it, see Attempt
-//	held       from Joined: it has a create revision
-//	abandoned  from Abandon: nobody owns it, but it may be in etcd, now or later; renewals delete it
-//	dropped    from Drop: it is not in etcd, and no request that is under way can put it there
-//
-// Renewals read it until it is dropped.
-//
-// Here is the rule "a request that arrives at any later time does no harm", as far as joins go. A join
-// may arrive after the owner has given it up, for as long as the lease lives. So while an attempt to
-// join has no answer, Drop only abandons the key, and its name is not used again: [Pool.Track] lends
-// another lease.
+// Rule, for joins: a request does no harm whenever it arrives. A join may arrive after its owner has given it up, as
+// long as the lease lives. So while an attempt to join has no answer, Drop only abandons the key, and its name is not
+// used again on this lease: [Pool.Track] lends another lease.
 type Key struct {
 	s    *Session
 	name string
 	gone func()
 
-	released bool // guarded by s.pool.mu
-
 	// Guarded by s.mu.
-	rev        int64 // create revision; 0 until known
+	state      keyState
+	rev        int64 // create revision; 0 until Joined
 	unanswered int   // attempts to join without an answer
-	put        bool  // an attempt was answered: it has put the key or found it, or may have
-	unheard    int   // attempts that were answered so when nobody waited any more
-	abandoned  bool
-	read       int64 // the number of the read that was the last to read it
+	put        bool  // by its answer, an attempt has put the key or found it, or may have put it
+	unheard    int   // attempts that succeeded after their caller had stopped waiting
+	read       int64 // number of the last read that asked for it, see Session.reads
 }
 
-// Session is the session whose use the key is.
+// A keyState is a stage in a key's life. Renewals read the key until it is dropped.
+type keyState int
+
+const (
+	owned     keyState = iota // since Pool.Track: the owner puts it by Attempt, and then calls Joined
+	abandoned                 // it may be in etcd, now or later; renewals delete it
+	dropped                   // it is not in etcd, and no request that is under way can put it there
+)
+
+// Session returns the session on whose lease the key is.
 func (k *Key) Session() *Session { return k.s }
 
-// Name is the key's name in etcd.
+// Name returns the key's name in etcd.
 func (k *Key) Name() string { return k.name }
 
-// Abandoned reports whether nobody owns the key, though it may be in etcd.
+// Abandoned reports whether the key has no owner and may be in etcd.
 func (k *Key) Abandoned() bool {
 	k.s.mu.Lock()
 	defer k.s.mu.Unlock()
-	return k.abandoned && k.s.keys[k.name] == k
+	return k.state == abandoned
 }
 
-// track makes renewals read the key, from before it is put. It returns nil if the session cannot have
-// it: the name is still in use, or too many keys are being looked for already.
+// track creates a key. Renewals read it from now on, before it is put. It returns nil if the session cannot take the
+// key: its last owner has left, the name is still in use, or maxAbandoned keys are being looked for.
 func (s *Session) track(name string, gone func()) *Key {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, used := s.keys[name]; used {
+	if _, used := s.keys[name]; used || s.unowned {
 		return nil
 	}
-	abandoned := 0
-	for _, k := range s.keys {
-		if k.abandoned {
-			abandoned++
-		}
-	}
-	if abandoned >= maxAbandoned {
+	if len(s.keys)-s.owners >= maxAbandoned {
 		return nil
 	}
 	k := &Key{s: s, name: name, gone: gone}
 	s.keys[name] = k
+	s.owners++
 	return k
 }
 
-// Attempt sends a request that may put the key. If ctx ends first it returns ctx's error; the request
-// goes on then, since its answer tells whether the key is in etcd.
+// disown takes the key from its owner. If it was the session's last owner, the session is not lent again.
+func (k *Key) disown(to keyState) {
+	k.s.mu.Lock()
+	last := k.disownLocked(to)
+	k.s.mu.Unlock()
+	if last {
+		k.s.pool.retire(k.s)
+	}
+}
+
+func (k *Key) disownLocked(to keyState) (last bool) {
+	s := k.s
+	if k.state == owned {
+		s.owners--
+		last = s.owners == 0 && s.pool != nil // without a pool the session may get other keys later
+		s.unowned = s.unowned || last
+	}
+	switch {
+	case k.state == dropped:
+	// The owner says that the key is not in etcd, but it cannot know: a join may still arrive, or may have been carried
+	// out without the owner hearing of it, even after the owner deleted the key.
+	case to == dropped && (k.unanswered > 0 || k.unheard > 0 || k.put && k.rev == 0):
+		k.state = abandoned
+	case to == dropped:
+		k.dropLocked()
+	default:
+		k.state = to
+	}
+	return last
+}
+
+// Attempt sends a request that may put the key. If ctx ends first it returns ctx's error. The request continues then,
+// because its answer tells whether the key is in etcd.
 func Attempt[T any](ctx context.Context, k *Key, request func(context.Context) (T, error)) (T, error) {
 	k.s.mu.Lock()
 	k.unanswered++
@@ -99,17 +125,21 @@ func Attempt[T any](ctx context.Context, k *Key, request func(context.Context) (
 	answer, err := retry.Outlive(ctx, k.s.started, func(ctx context.Context) (T, error) {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
+		// Once the session is over nobody needs the answer: the key goes with its lease.
 		defer context.AfterFunc(k.s.ctx, cancel)()
 		answer, err := request(ctx)
+		// After any other error etcd may still carry out the request, at any time. So it stays unanswered for good.
 		if err == nil || retry.Refused(err) {
 			k.s.mu.Lock()
 			k.unanswered--
 			if errors.Is(err, rpctypes.ErrNoSpace) {
-				k.put = true // it may have: etcd carries out what it then refuses, if it has just filled up (quotaApplierV3)
+				// An etcd that has just filled up carries out the request and then refuses it (quotaApplierV3).
+				k.put = true
 			}
 			if err == nil {
 				k.put = true
-				k.unheard++ // before Drop can find it neither unanswered nor unheard
+				// Under the same lock, so that Drop never finds this attempt neither unanswered nor unheard.
+				k.unheard++
 			}
 			k.s.mu.Unlock()
 		}
@@ -123,46 +153,37 @@ func Attempt[T any](ctx context.Context, k *Key, request func(context.Context) (
 	return answer, err
 }
 
-// Joined says that the key exists, with this create revision.
+// Joined says that the key is in etcd, with this create revision.
 func (k *Key) Joined(rev int64) {
 	k.s.mu.Lock()
 	defer k.s.mu.Unlock()
 	k.rev = rev
 }
 
-// Drop says that the key is not in etcd any more. If an attempt to join has no answer yet it may come
-// back, and after an answer that nobody has heard it may be there: then it is abandoned.
-func (k *Key) Drop() {
-	k.s.mu.Lock()
-	defer k.s.mu.Unlock()
-	if k.unanswered > 0 || k.unheard > 0 || k.put && k.rev == 0 {
-		k.abandoned = true
-		return
-	}
-	k.dropLocked()
-}
+// Drop says that the key is not in etcd any more. If an attempt to join may have put it again, or still may, Drop only
+// abandons it. Call [Session.Finish] after Drop or Abandon.
+func (k *Key) Drop() { k.disown(dropped) }
 
-// forget drops an abandoned key of which a read, sent when all attempts were answered, has shown that
-// it is not there.
+// forget drops an abandoned key. A read or a deletion that was sent when all attempts were answered has shown that the
+// key is not in etcd.
 func (k *Key) forget() {
 	k.s.mu.Lock()
 	defer k.s.mu.Unlock()
-	if k.unanswered == 0 {
+	if k.unanswered == 0 && k.state == abandoned {
 		k.dropLocked()
 	}
 }
 
-// dropLocked forgets the key. Its name is read for a while yet: neither gRPC nor etcd's client sends a
-// request again once it is answered, but a proxy in between may, and the copy of a join would put the key
-// again. That of a refused join is refused too, and so may be a read of its name, which would keep a
-// renewal from reading more than one key.
+// dropLocked removes the key from the session. Renewals read its name for a while longer: neither gRPC nor etcd's
+// client repeats a request once it is answered, but a proxy in between may, and the copy of a join would put the key
+// again.
 func (k *Key) dropLocked() {
 	s := k.s
-	if s.keys[k.name] != k {
-		return
-	}
+	k.state = dropped
 	delete(s.keys, k.name)
 	if k.rev == 0 && !k.put {
+		// No join, or only refused ones: etcd refuses a copy, too. A read of the name may be refused as well, and then
+		// the renewal could read only one key.
 		return
 	}
 	s.past = slices.DeleteFunc(s.past, func(name string) bool { return name == k.name })
@@ -172,39 +193,37 @@ func (k *Key) dropLocked() {
 	s.past = append(s.past, k.name)
 }
 
-// Abandon says that nobody owns the key any more although it may be in etcd, now or later (a
-// request without an answer may still be on its way). For as long as others keep the lease
-// alive, renewals look for it and delete it. It is dropped when it is known not to come again.
-func (k *Key) Abandon() {
-	k.s.mu.Lock()
-	defer k.s.mu.Unlock()
-	k.abandoned = true
-}
+// Abandon says that the key has no owner any more although it may be in etcd, now or later: a request without an answer
+// may still be on its way. As long as others keep the lease alive, renewals look for the key and delete it. It is
+// dropped when no request can put it any more.
+func (k *Key) Abandon() { k.disown(abandoned) }
 
-// A reading is a key as it was when a read of it was sent.
+// A reading is the state of a key when a read of it was sent.
 type reading struct {
-	*Key // nil for a name that was dropped
+	*Key // nil for the name of a key that was dropped
 	name string
 	rev  int64
 
-	abandoned, certain bool // certain: no attempt to join is unanswered
+	abandoned, certain bool // certain: no attempt to join was unanswered
 }
 
-// sample returns up to most of the keys that have an owner, those first that were read least recently,
-// so that each is read once in as many renewals as it takes to read all. It prefers those that are
-// known to have been put: one that was not may be refused for lack of permission. Room that is left
-// goes to names that were dropped.
+// sample returns the keys that a renewal reads: up to most of the keys that have an owner and have joined. Those that
+// were read least recently come first, so that each is read once in as many renewals as it takes to read all. Room that
+// is left goes to the names of dropped keys.
 func (s *Session) sample(most int) []reading {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	keys := s.leastReadLocked(most, func(k *Key) bool { return !k.abandoned && k.rev != 0 })
+	keys := s.leastReadLocked(most, func(k *Key) bool { return k.state == owned && k.rev != 0 })
+	// A renewal counts only with a read of some key. A key that has not joined is a last resort, and read alone:
+	// reading it may be denied, which would refuse the whole request.
 	if len(keys) == 0 {
-		keys = s.leastReadLocked(1, func(k *Key) bool { return !k.abandoned })
+		keys = s.leastReadLocked(1, func(k *Key) bool { return k.state == owned })
 	}
 	if len(keys) == 0 {
 		keys = s.leastReadLocked(1, func(*Key) bool { return true })
 	}
 	for _, name := range s.past {
+		// If a request may read only one key, that key confirms the renewal, and there is no room for names.
 		if len(keys) < most && most > 1 && s.keys[name] == nil {
 			keys = append(keys, reading{name: name, abandoned: true, certain: true})
 		}
@@ -212,22 +231,17 @@ func (s *Session) sample(most int) []reading {
 	return keys
 }
 
-// abandoned returns up to most of the keys that were abandoned, those first that were read least recently.
-func (s *Session) abandoned(most int) []reading {
+// abandonedKeys returns up to most of the abandoned keys. Those that were read least recently come first.
+func (s *Session) abandonedKeys(most int) []reading {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.leastReadLocked(most, func(k *Key) bool { return k.abandoned })
+	return s.leastReadLocked(most, func(k *Key) bool { return k.state == abandoned })
 }
 
 func (s *Session) hasAbandoned() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, k := range s.keys {
-		if k.abandoned {
-			return true
-		}
-	}
-	return false
+	return len(s.keys) > s.owners
 }
 
 func (s *Session) leastReadLocked(most int, wanted func(*Key) bool) []reading {
@@ -237,22 +251,24 @@ func (s *Session) leastReadLocked(most int, wanted func(*Key) bool) []reading {
 			keys = append(keys, k)
 		}
 	}
+	// A read of all keys does not count as a turn. If it is refused because of one key, keys are read one at a time,
+	// and the order must survive: otherwise the same unreadable key could fail two attempts in a row.
 	if len(keys) > most {
 		keys = leastRead(keys, most)
-		s.reads++ // a read of all leaves the order alone: it may be refused because of one, which then is not to come first
+		s.reads++
 		for _, k := range keys {
 			k.read = s.reads
 		}
 	}
 	readings := make([]reading, len(keys), len(keys)+len(s.past))
 	for i, k := range keys {
-		readings[i] = reading{Key: k, name: k.name, rev: k.rev, abandoned: k.abandoned, certain: k.unanswered == 0}
+		readings[i] = reading{Key: k, name: k.name, rev: k.rev, abandoned: k.state == abandoned, certain: k.unanswered == 0}
 	}
 	return readings
 }
 
-// leastRead returns the n keys that were read least recently. A read is of many keys, so there are few
-// different numbers to sort, where there may be thousands of keys.
+// leastRead returns the n keys that were read least recently. It sorts the numbers of the reads, not the keys: there
+// may be thousands of keys, but one read asks for many, so there are few numbers.
 func leastRead(keys []*Key, n int) []*Key {
 	byRead := make(map[int64][]*Key)
 	for _, k := range keys {
@@ -266,11 +282,12 @@ func leastRead(keys []*Key, n int) []*Key {
 	return least
 }
 
-// read reads keys with one linearizable request. It returns the raft term of the answer and the keys'
-// create revisions, 0 for those that do not exist.
+// read reads keys with one linearizable request. It returns the raft term of the answer and the keys' create revisions,
+// 0 for a key that does not exist.
 func (s *Session) read(ctx context.Context, keys []reading) (term uint64, revs []int64, err error) {
 	if len(keys) == 0 {
-		return 0, nil, errors.New("no key to read") // a read of nothing would not be linearizable
+		// A read of nothing would not be linearizable, so it would confirm nothing.
+		return 0, nil, errors.New("the lease has no key whose read could confirm the renewal")
 	}
 	gets := make([]clientv3.Op, len(keys))
 	for i, k := range keys {
@@ -297,19 +314,20 @@ func createRevision(resp *etcdserverpb.ResponseOp) int64 {
 	return 0
 }
 
-// found deals with what a read has found: it tells the owners whose keys are gone, and forgets the
-// abandoned keys that will not come back. It returns those to be deleted.
+// found handles the result of a read. It tells the owners whose keys are gone, and forgets the abandoned keys that
+// cannot come back. It returns the abandoned keys that are in etcd, to be deleted.
 func (s *Session) found(seen sighting) (orphans []reading) {
 	for i, k := range seen.keys {
 		rev := seen.revs[i]
 		switch {
 		case k.abandoned && rev != 0:
-			if s.unowned(k) {
+			if s.orphaned(k) {
 				k.rev = rev
 				orphans = append(orphans, k)
 			}
 		case k.abandoned && k.certain && k.Key != nil:
 			k.forget()
+		// k.rev is from when the read was sent. A key that has joined since may rightly be missing in this read.
 		case !k.abandoned && k.rev != 0 && k.rev != rev:
 			k.gone()
 		}
@@ -317,30 +335,32 @@ func (s *Session) found(seen sighting) (orphans []reading) {
 	return orphans
 }
 
-// unowned reports whether the key that was read is still nobody's: the name of one that was dropped may
-// have been used again while the read was under way.
-func (s *Session) unowned(k reading) bool {
+// orphaned reports whether the key that was read still has no owner. The name of a dropped key may have been used again
+// while the read was under way.
+func (s *Session) orphaned(k reading) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.keys[k.name] == k.Key
 }
 
-// A sighting is what a read of keys has found.
+// A sighting is the result of a read of keys.
 type sighting struct {
 	term uint64
 	keys []reading
 	revs []int64
 }
 
-// readSome reads as many of the keys that pick chooses as the server allows.
+// readSome reads the keys that pick chooses, as many as the server allows.
 func (s *Session) readSome(ctx context.Context, attempt time.Duration, failed func(error), pick func(most int) []reading) (sighting, error) {
 	most := s.most()
 	for {
-		picked := pick(most) // once, as the answer to one of several requests counts: keys must not lose their turn to the others
+		// Pick once, not for each request: the request may be sent several times, and only one answer counts. The keys
+		// of the others would lose their turn.
+		picked := pick(most)
 		seen, err := retry.AskWithin(ctx, s.client, attempt, failed, func(ctx context.Context) (sighting, error) {
 			keys := picked
 			if len(keys) == 0 {
-				keys = pick(most) // one may have come since
+				keys = pick(most) // a key may have been added since
 			}
 			term, revs, err := s.read(ctx, keys)
 			return sighting{term, keys, revs}, err
@@ -351,31 +371,31 @@ func (s *Session) readSome(ctx context.Context, attempt time.Duration, failed fu
 		case errors.Is(err, rpctypes.ErrTooManyOps):
 			most = s.halve(most)
 		default:
-			// One key that may not be read must not cost all the others their lease. (One that may
-			// not be written does: etcd itself refuses the renewal then.)
+			// One key that may not be read must not cost the others their lease, so only one key is read. (A key that
+			// may not be written costs them the lease all the same: then etcd itself refuses the renewal.)
 			most = 1
 		}
 	}
 }
 
-// sweep deletes the orphans, and looks for abandoned keys and deletes them, for as long as one attempt to renew
-// may take: it must not hold up the next renewal. What is left is found again.
+// sweep looks for abandoned keys, and deletes those that it finds as well as the orphans. It takes at most timeout, the
+// length of one attempt to renew, so that it does not delay the next renewal. That renewal finds what is left.
 func (s *Session) sweep(orphans []reading, timeout time.Duration) {
 	ctx, cancel := context.WithTimeout(s.ctx, timeout)
 	defer cancel()
 	if s.hasAbandoned() {
-		if seen, err := s.readSome(ctx, timeout/2, nil, s.abandoned); err == nil {
+		if seen, err := s.readSome(ctx, timeout/2, nil, s.abandonedKeys); err == nil {
 			orphans = append(orphans, s.found(seen)...)
 		}
 	}
 	for _, o := range orphans {
-		if s.unowned(o) {
-			_ = s.delete(ctx, o) // one that may not be deleted must not keep the others
+		if s.orphaned(o) {
+			_ = s.delete(ctx, o) // after an error, still delete the others
 		}
 	}
 }
 
-// delete deletes the abandoned key that was found, and no other of that name.
+// delete deletes the abandoned key that was found. A later key of the same name has another create revision, and stays.
 func (s *Session) delete(ctx context.Context, o reading) error {
 	_, err := retry.Ask(ctx, s.client, nil, func(ctx context.Context) (*clientv3.TxnResponse, error) {
 		return s.client.Txn(ctx).
@@ -383,21 +403,21 @@ func (s *Session) delete(ctx context.Context, o reading) error {
 			Then(clientv3.OpDelete(o.name)).
 			Commit()
 	})
-	if err == nil && o.certain && o.Key != nil {
+	if err == nil && o.certain && o.Key != nil { // otherwise a join may still put it, and renewals keep looking
 		o.forget()
 	}
 	return err
 }
 
-// most is how many keys a request may read.
+// most returns how many keys a request may read.
 func (s *Session) most() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.maxReads
 }
 
-// halve makes requests read fewer keys, since the server takes fewer operations in a transaction, and
-// returns how many.
+// halve makes later requests read half as many keys, because the server has refused a transaction with that many
+// operations. It returns how many they read.
 func (s *Session) halve(refused int) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -210,7 +210,6 @@ func TestCloseOfAPoolWaitsForAttempts(t *testing.T) {
 			return struct{}{}, nil
 		})
 		k.Drop()
-		k.Release()
 		if err := k.Session().Finish(t.Context()); err != nil {
 			t.Errorf("Finish() = %v", err)
 		}
@@ -240,7 +239,6 @@ func TestCloseOfAPoolWaitsForAttemptsOfSessionsThatAreLongGone(t *testing.T) {
 				return struct{}{}, nil
 			})
 			k.Drop()
-			k.Release()
 			if err := k.Session().Finish(t.Context()); err != nil {
 				t.Errorf("Finish() = %v", err)
 			}

@@ -1,34 +1,33 @@
 // Package lease keeps a lease alive and knows until when it can be trusted.
 //
-// A [Session] ends before etcd can let the lease expire, where a [concurrency.Session] is done up to
-// a second after. It is valid until
+// A [Session] ends before etcd can let the lease expire. (A [concurrency.Session] ends up to a second after that.) It
+// is valid until
 //
 //	S + TTL − margin
 //
-// where TTL is what etcd granted and S is the local time just before the last counted renewal
-// was sent. etcd restarts the lease's TTL when the renewal arrives, which is later than S, so
-// that the lease outlives the session by the margin at least. A renewal counts only if
+// TTL is what etcd granted. S is the local time just before the last counted renewal was sent. etcd restarts the TTL
+// when the renewal arrives, which is later than S. So the lease outlives the session by at least the margin. A renewal
+// counts only if
 //
 //   - etcd acknowledged it,
-//   - a linearizable read sent after the acknowledgement was answered in the same raft term, and
+//   - a linearizable read that was sent after the acknowledgement was answered in the same raft term, and
 //   - all of that came before the present deadline.
 //
-// The read is what makes the acknowledgement worth something. Renewals do not go through raft:
-// an etcd leader that was paused and deposed acknowledges them for a moment after it resumes,
-// while its successor counts the lease down. A read in the same term shows that no successor
-// had been elected by then. The read asks for the lease's own keys, so it also finds those that
-// somebody else deleted, and needs no right that the election does not need.
+// An acknowledgement alone proves nothing, because renewals do not go through raft: a leader of etcd that was paused
+// and deposed acknowledges them for a moment after it resumes, while its successor counts the lease down. A read in the
+// same raft term shows that no successor had been elected by then. The read asks for the lease's own keys. So it also
+// finds out which of them somebody else deleted, and it needs no right that the election does not need.
 //
-// That there is no such lease is believed on the same terms, since a deposed leader does not know the
-// leases that its successor grants; a key that the read finds disproves it.
+// The answer that there is no such lease needs the same proof, because a deposed leader does not know the leases that
+// its successor grants. A key of the lease that the read finds disproves the answer.
 //
-// Two clocks are asked, the monotonic and the wall clock, and the earlier verdict stands: the
-// monotonic clock of Linux stands still while the machine is suspended (golang/go#24595). What
-// remains is the assumption that the local clock runs slower than etcd's by less than
-// margin/TTL.
+// The session reads the monotonic clock and the wall clock, and ends when the deadline has passed by either: the
+// monotonic clock of Linux stands still while the machine is suspended (golang/go#24595). One assumption remains: if
+// the local clock runs slower than etcd's, then by less than margin/TTL.
 package lease
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -48,28 +47,27 @@ var (
 	ErrClosed  = errors.New("client or session closed")
 )
 
-// ErrRefused is the failure of a renewal whose answer the read that followed did not confirm: it was
-// answered in another raft term, or found a key of a lease that there is said not to be.
+// ErrRefused is the failure of a renewal whose answer was not confirmed by the read that followed: the read was
+// answered in another raft term, or etcd said that there is no such lease and the read does not prove it.
 var ErrRefused = errors.New("renewal answered by an etcd leader that may have been deposed")
 
 // maxAttempt is the longest that one attempt to renew waits for an answer.
 const maxAttempt = 3 * time.Second
 
-// clockCheck is how often the wall clock is asked, unless the deadline is nearer.
+// clockCheck is how often the clocks are read. If the deadline is nearer, they are read at the deadline.
 const clockCheck = time.Second
 
-// maxArming is how late the timer may be because of the time that it took to set it.
+// maxArming bounds how late the timer may be because setting it took time.
 const maxArming = time.Millisecond
 
 // Config says how to keep a lease.
 type Config struct {
-	// TTL is asked of etcd in whole seconds, rounded up. etcd may grant more.
+	// TTL is what etcd is asked for, rounded up to whole seconds. etcd may grant more.
 	TTL time.Duration
-	// Margin is how long before etcd's earliest expiry the session ends; 0 means a fifth of
-	// the granted TTL.
+	// Margin is how long before etcd's earliest possible expiry the session ends. 0 means a fifth of the granted TTL.
 	Margin time.Duration
-	// Renewal, if not nil, is told of every renewal, one at a time and in their order, in a goroutine that no
-	// renewal waits for. While it does not return only the newest are kept for it.
+	// Renewal, if not nil, is called with each attempt to renew, one at a time and in order. No renewal waits for it:
+	// while it has not returned, only the newest maxUntold attempts are kept for it.
 	Renewal func(Renewal)
 	// Wall replaces the wall clock in tests.
 	Wall func() time.Time
@@ -82,11 +80,11 @@ type Config struct {
 type Renewal struct {
 	Lease    clientv3.LeaseID
 	Took     time.Duration // from just before it was sent until it counted or failed
-	Deadline time.Time     // of the session, after it
+	Deadline time.Time     // of the session, after this attempt
 	Err      error         // nil if it counted
-	Failures int           // how many in a row have failed
+	Failures int           // how many in a row have failed, this one included
 	Before   int           // if it counted: how many in a row had failed before it
-	Silent   int           // how many in a row had no answer
+	Silent   int           // how many in a row had no answer, this one included
 }
 
 // A Session is a lease that is being kept alive. It is safe for concurrent use.
@@ -97,40 +95,41 @@ type Session struct {
 	ctx    context.Context // ends with the session
 	cancel context.CancelFunc
 	done   chan struct{} // closed when the last renewal has returned
-	unhook func() bool   // forgets the client's context
+	unhook func() bool   // unregisters the session from the client's context
 
-	pool     *Pool
-	users    int          // guarded by pool.mu
-	revoking bool         // revokeLate was started; guarded by pool.mu
-	denied   bool         // etcd denies the lease to those who join; guarded by pool.mu
-	started  *retry.Group // attempts to join, and Config.Renewal
+	pool    *Pool
+	started *retry.Group // attempts to join, and Config.Renewal
 
 	mu       sync.Mutex
 	sent     stamp // S
 	ttl      time.Duration
 	margin   time.Duration
-	timer    *time.Timer // asks the clocks
-	due      *time.Timer // begins the next renewal; not set while one is under way
-	cause    error       // why the session is over; nil while it is not
-	gone     bool        // etcd has confirmed that there is no such lease
-	keys     map[string]*Key
-	past     []string        // names of keys that were dropped, the last ones
-	reads    int64           // of keys, so far
-	maxReads int             // how many keys a request may read
-	keeper   *keeper         // nil until a renewal needs it
-	streams  <-chan struct{} // closed when the keeper has ended; nil if others use it
-	last     Renewal
-	failure  error // of the last renewal that was answered or ran out of time, nil if it counted
-	untold   []Renewal
-	telling  bool                 // a goroutine tells them
+	timer    *time.Timer          // makes checkClocks read the clocks
+	due      *time.Timer          // starts the next renewal; not set while one is under way
+	cause    error                // why the session is over; nil while it is not
+	gone     bool                 // etcd has confirmed that there is no such lease
+	keys     map[string]*Key      // those that are not dropped
+	owners   int                  // how many of them have an owner
+	unowned  bool                 // the last owner has left: the session is not lent again
+	denied   bool                 // etcd denies the lease to candidates that join
+	revoking bool                 // revokeLate was started
+	past     []string             // names of the last keys that were dropped
+	reads    int64                // numbers the reads that could not ask for all keys
+	maxReads int                  // how many keys one request may read
+	keeper   *keeper              // nil until it is needed
+	streams  <-chan struct{}      // closed when the keeper has ended; nil if others use it
+	last     Renewal              // the last one that was reported
+	failure  error                // of the last renewal that was answered or timed out; nil if it counted
+	untold   []Renewal            // not yet passed to Config.Renewal
+	telling  bool                 // a goroutine is passing them
 	stock    *concurrency.Session // nil until Election needs it
 }
 
 // stamp is one moment on both clocks.
 type stamp struct{ mono, wall time.Time }
 
-// Grant asks etcd for a lease and starts to keep it alive. It sends one request, bounded by ctx
-// and [retry.RequestTimeout]. ctx does not bound the session, which goes on until Close.
+// Grant asks etcd for a lease and starts to keep it alive. It sends one request, bounded by ctx and
+// [retry.RequestTimeout]. ctx does not bound the session, which lasts until Close.
 func Grant(ctx context.Context, client *clientv3.Client, cfg Config) (*Session, error) {
 	if cfg.started == nil {
 		cfg.started = new(retry.Group)
@@ -155,33 +154,35 @@ func Grant(ctx context.Context, client *clientv3.Client, cfg Config) (*Session, 
 		return nil, errors.New("grant a lease: the client answered with neither lease nor error")
 	}
 	s.id = granted.ID
-	s.setTTL(granted.TTL)
+	s.setTTLLocked(granted.TTL)
 
-	if client.Username != "" { // an authentication takes etcd long enough for many of them to be late
+	// With a password, opening the stream takes an authentication. It may take longer than an attempt to renew, so the
+	// stream is opened now.
+	if client.Username != "" {
 		if s.keeper = keeperOf(client); s.keeper != nil {
 			s.keeper.warm()
 		}
 	}
 
-	// The session outlives ctx, and ends in endLocked alone.
+	// The session outlives ctx. Only endLocked ends it.
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(client.Ctx())) //nolint:contextcheck
 	s.mu.Lock()
 	s.timer = time.AfterFunc(clockCheck, s.checkClocks)
 	s.armLocked()
-	s.due = time.AfterFunc(s.untilDue(), s.renewal) //nolint:contextcheck
+	s.due = time.AfterFunc(s.untilDueLocked(), s.renewal) //nolint:contextcheck
 	s.unhook = context.AfterFunc(client.Ctx(), func() { s.end(ErrClosed) })
 	s.mu.Unlock()
 	return s, nil
 }
 
-// ID is the lease's.
+// ID returns the ID of the lease.
 func (s *Session) ID() clientv3.LeaseID { return s.id }
 
-// Context ends with the session.
+// Context returns a context that ends with the session.
 func (s *Session) Context() context.Context { return s.ctx }
 
-// Election gives the [concurrency.Election] of a key under this lease. Its methods keep state
-// that is not safe for concurrent use, so each use takes a fresh one.
+// Election returns the [concurrency.Election] of a key under this lease. An Election is not safe for concurrent use, so
+// take a new one for each use.
 func (s *Session) Election(prefix, key string, rev int64) *concurrency.Election {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -191,18 +192,18 @@ func (s *Session) Election(prefix, key string, rev int64) *concurrency.Election 
 	return concurrency.ResumeElection(s.stock, prefix, key, rev)
 }
 
-// newStock makes the [concurrency.Session], which costs a goroutine for as long as this one lives: a
-// candidate that waits has no use for it. It sends no request, so it cannot fail.
+// newStock creates the [concurrency.Session]. It sends no request, so it cannot fail. It costs a goroutine as long as s
+// lives, so it is created only when needed: a candidate that waits has no use for it.
 func (s *Session) newStock() *concurrency.Session {
-	// The derived client must not be closed: that would close the user's Watcher and Lease.
+	// Do not close the derived client: that would close the user's Watcher and Lease.
 	derived := clientv3.NewCtxClient(s.ctx, clientv3.WithZapLogger(s.client.GetLogger()))
 	derived.KV, derived.Watcher, derived.Lease = guardedKV{s.client.KV}, s.client.Watcher, silentLease{s.client.Lease}
 	stock, _ := concurrency.NewSession(derived, concurrency.WithLease(s.id), concurrency.WithContext(s.ctx))
 	return stock
 }
 
-// WithGuard returns a context in which transactions of an [Session.Election] have one more comparison.
-// With it a Proclaim that arrives late does not replace the value of a later one.
+// WithGuard returns a context that adds a comparison to each transaction of a [Session.Election]. So a Proclaim that
+// arrives late does not replace the value of a later one.
 func WithGuard(ctx context.Context, guard clientv3.Cmp) context.Context {
 	return context.WithValue(ctx, guardKey{}, guard)
 }
@@ -228,8 +229,8 @@ func (t guardedTxn) If(cs ...clientv3.Cmp) clientv3.Txn {
 	return t.Txn.If(append(cs[:len(cs):len(cs)], t.guard)...)
 }
 
-// silentLease is the Lease of the derived client: what [concurrency.NewSession] takes for keepalive
-// responses is a channel that ends when the session does.
+// silentLease is the Lease of the derived client. It sends no keepalives: [concurrency.NewSession] gets a channel that
+// is closed when the session ends.
 type silentLease struct{ clientv3.Lease }
 
 func (silentLease) KeepAlive(ctx context.Context, _ clientv3.LeaseID) (<-chan *clientv3.LeaseKeepAliveResponse, error) {
@@ -238,53 +239,54 @@ func (silentLease) KeepAlive(ctx context.Context, _ clientv3.LeaseID) (<-chan *c
 	return alive, nil
 }
 
-// Valid asks both clocks now. Once it has said no it does not say yes again.
+// Valid reports whether the session is valid by both clocks, which it reads now. Once false it stays false.
 func (s *Session) Valid() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.validLocked()
 }
 
-// validLocked is where the deadline wins: whatever comes at the deadline or later finds the session expired,
-// though the process may have been stopped and the timer not fired yet.
+// validLocked ends the session if the deadline has passed. It makes the deadline win: whatever comes at the deadline or
+// later finds the session expired, even if the process was stopped and the timer has not fired yet.
 func (s *Session) validLocked() bool {
-	if s.cause == nil && s.left() <= 0 {
+	if s.cause == nil && s.leftLocked() <= 0 {
 		s.endLocked(ErrExpired)
 	}
 	return s.cause == nil
 }
 
-// Deadline is until when the session is valid if nothing more is heard from etcd.
+// Deadline returns until when the session is valid if no further renewal counts.
 func (s *Session) Deadline() time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.sent.mono.Add(s.ttl - s.margin)
 }
 
-// TTL is the time to live that etcd granted.
+// TTL returns the time to live that etcd granted.
 func (s *Session) TTL() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.ttl
 }
 
-// Cause says why the session is over: [ErrExpired], [ErrRevoked] or [ErrClosed]. It is nil
-// while the session is not over.
+// Cause returns why the session is over: [ErrExpired], [ErrRevoked] or [ErrClosed]. It is nil while the session is not
+// over.
 func (s *Session) Cause() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.cause
 }
 
-// Failure is why the last renewal did not count, nil if it did. That the session has ended meanwhile is no reason.
+// Failure returns why the last renewal did not count, or nil if it did. A renewal that failed only because the session
+// ended is left out.
 func (s *Session) Failure() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.failure
 }
 
-// Revoked tells the session that etcd does not know the lease any more. Before the deadline that is somebody
-// else's doing.
+// Revoked tells the session that the lease is gone. If that comes before the deadline, somebody else has revoked it,
+// and the session ends with [ErrRevoked]; at the deadline or later it ends with [ErrExpired].
 func (s *Session) Revoked() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -294,33 +296,29 @@ func (s *Session) Revoked() {
 	}
 }
 
-// Gone reports whether etcd is known to have no such lease any more, and so none of its keys.
+// Gone reports whether it is known that the lease is gone from etcd, and all its keys with it.
 func (s *Session) Gone() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.gone
 }
 
-// Close ends the session and revokes the lease, unless that is known to be gone. A session that
-// has expired here keeps its lease for the margin, which is promised to work that has to stop: see
-// [Session.Finish]. Close returns when etcd has confirmed and the renewals have stopped, or
-// when ctx ends. It may be called again after an error.
+// Close ends the session and revokes the lease, unless the lease is known to be gone. A session that has expired
+// locally keeps its lease for the margin, in which work has to stop: see [Session.Finish]. Close returns when etcd has
+// confirmed and the renewals have stopped, or when ctx ends. It may be called again after an error.
 func (s *Session) Close(ctx context.Context) error {
 	s.end(ErrClosed)
-	if err := s.revoke(ctx); err != nil {
-		return err
-	}
-	// A Lease that ignores its context must not hold up Close.
-	if err := retry.Wait(ctx, s.done); err != nil {
-		return err
-	}
+	err := s.revoke(ctx)
+	// Wait for the renewals even if revoke has failed, but only until ctx ends: the user's Lease may ignore its
+	// context.
+	waited := retry.Wait(ctx, s.done)
 	s.mu.Lock()
 	streams := s.streams
 	s.mu.Unlock()
-	if streams == nil {
-		return nil
+	if waited == nil && streams != nil {
+		waited = retry.Wait(ctx, streams)
 	}
-	return retry.Wait(ctx, streams)
+	return cmp.Or(err, waited)
 }
 
 func (s *Session) revoke(ctx context.Context) error {
@@ -334,7 +332,8 @@ func (s *Session) revoke(ctx context.Context) error {
 		return err
 	})
 	if errors.Is(err, rpctypes.ErrPermissionDenied) {
-		return nil // somebody else has attached a key to the lease when it had none any more; it expires
+		// The lease had no key left, and somebody else attached one that this user may not delete. The lease expires.
+		return nil
 	}
 	if err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
 		return fmt.Errorf("revoke lease %x: %w", s.id, err)
@@ -345,7 +344,7 @@ func (s *Session) revoke(ctx context.Context) error {
 	return nil
 }
 
-// end ends the session; the first cause stands.
+// end ends the session. The first cause stays.
 func (s *Session) end(cause error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -357,7 +356,7 @@ func (s *Session) end(cause error) {
 func (s *Session) endLocked(cause error) {
 	s.cause = cause
 	s.timer.Stop()
-	if s.due.Stop() { // else a renewal is under way, and ends them
+	if s.due.Stop() { // otherwise a renewal is under way, which calls endRenewalsLocked when it has finished
 		s.endRenewalsLocked()
 	}
 	s.unhook()
@@ -371,7 +370,8 @@ func (s *Session) endRenewalsLocked() {
 	close(s.done)
 }
 
-// now reads both clocks at once: of a pause between two readings one of them would not know.
+// now reads both clocks from one call of time.Now. If the process were paused between two calls, only one of the
+// readings would show the pause.
 func (s *Session) now() stamp {
 	now := time.Now()
 	wall := now
@@ -381,8 +381,8 @@ func (s *Session) now() stamp {
 	return stamp{now, wall.Round(0)}
 }
 
-// left is how long the session is still valid by the clock that says less. s.mu is held.
-func (s *Session) left() time.Duration {
+// leftLocked returns how long the session is still valid, by the clock on which less time is left.
+func (s *Session) leftLocked() time.Duration {
 	now := s.now()
 	age := max(now.mono.Sub(s.sent.mono), now.wall.Sub(s.sent.wall))
 	return s.ttl - s.margin - age
@@ -400,21 +400,21 @@ func (s *Session) checkClocks() {
 	}
 }
 
-// armLocked sets the timer. If the process is stopped between a look at the clocks and the timer's start, the
-// timer is late by as much. So the clocks are asked again afterwards, and the timer is set anew if time has passed.
+// armLocked sets the timer. If the process is stopped after it has read the clocks and before the timer starts, the
+// timer fires late by as much. So armLocked reads the clocks again afterwards, and sets the timer again if time passed.
 func (s *Session) armLocked() {
-	for until := s.untilCheck(); ; {
+	for until := s.untilCheckLocked(); ; {
 		s.timer.Reset(until)
 		before := until
-		if until = s.untilCheck(); before-until < maxArming {
+		if until = s.untilCheckLocked(); before-until < maxArming {
 			return
 		}
 	}
 }
 
-func (s *Session) untilCheck() time.Duration { return min(s.left(), clockCheck) }
+func (s *Session) untilCheckLocked() time.Duration { return min(s.leftLocked(), clockCheck) }
 
-func (s *Session) setTTL(seconds int64) {
+func (s *Session) setTTLLocked(seconds int64) {
 	s.ttl = time.Duration(seconds) * time.Second
 	s.margin = s.cfg.Margin
 	if s.margin == 0 {
@@ -422,13 +422,13 @@ func (s *Session) setTTL(seconds int64) {
 	}
 }
 
-// extend counts a renewal. Where it races with the deadline, the deadline wins.
+// extend counts a renewal. If the deadline has passed, the deadline wins and the renewal does not count.
 func (s *Session) extend(sent stamp, ttl int64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.validLocked() {
 		s.sent = sent
-		s.setTTL(ttl)
+		s.setTTLLocked(ttl)
 		s.armLocked()
 	}
 	return s.cause

@@ -578,7 +578,7 @@ func TestLeaseThatCannotBeLookedForExpires(t *testing.T) {
 func TestWhatShowsThatALeaseIsGone(t *testing.T) {
 	held := func() *Key { return &Key{rev: 7} }
 	joining := func() *Key { return &Key{} }
-	abandoned := func() *Key { return &Key{abandoned: true} }
+	orphan := func() *Key { return &Key{state: abandoned} }
 	type keys = []*Key
 	for name, test := range map[string]struct {
 		keys       keys // that were read
@@ -596,12 +596,12 @@ func TestWhatShowsThatALeaseIsGone(t *testing.T) {
 		"one was not read":                    {keys{held()}, []int64{0}, 2, 2, keys{held()}, true},
 		"one was not read, another term":      {keys{held()}, []int64{0}, 2, 1, keys{held()}, false},
 		"one is being put, another term":      {keys{held()}, []int64{0}, 2, 1, keys{joining()}, false},
-		"one is being looked for":             {keys{held()}, []int64{0}, 2, 1, keys{abandoned()}, true},
+		"one is being looked for":             {keys{held()}, []int64{0}, 2, 1, keys{orphan()}, true},
 		"nothing was put yet":                 {keys{joining()}, []int64{0}, 2, 2, nil, true},
 		"nothing was put yet, another term":   {keys{joining()}, []int64{0}, 2, 1, nil, false},
 		"nothing was put yet, term unknown":   {keys{joining()}, []int64{0}, 2, 0, nil, false},
 		"a join has arrived, not its answer":  {keys{joining()}, []int64{9}, 2, 1, nil, false},
-		"an abandoned key, of a term unknown": {keys{abandoned()}, []int64{0}, 2, 0, nil, false},
+		"an abandoned key, of a term unknown": {keys{orphan()}, []int64{0}, 2, 0, nil, false},
 	} {
 		s := &Session{keys: make(map[string]*Key)}
 		seen := sighting{term: test.read, revs: test.revs}
@@ -609,7 +609,7 @@ func TestWhatShowsThatALeaseIsGone(t *testing.T) {
 			s.keys[fmt.Sprint(i)] = k
 		}
 		for _, k := range test.keys {
-			seen.keys = append(seen.keys, reading{Key: k, rev: k.rev, abandoned: k.abandoned})
+			seen.keys = append(seen.keys, reading{Key: k, rev: k.rev, abandoned: k.state == abandoned})
 		}
 		if got := s.lacks(seen, test.term); got != test.want {
 			t.Errorf("%s: %v, want %v", name, got, test.want)
@@ -963,7 +963,6 @@ func TestLeaseThatMayNotBeRevokedIsLeftToExpire(t *testing.T) {
 		e.onRevoke = func(context.Context, int) error { return rpctypes.ErrPermissionDenied }
 		k := lend(t, newPool(e), "k")
 		k.Drop()
-		k.Release()
 		if err := k.Session().Finish(t.Context()); err != nil || k.Session().Gone() {
 			t.Errorf("Finish() = %v, Gone() = %v, want nil and false", err, k.Session().Gone())
 		}
@@ -1054,14 +1053,22 @@ func TestCloseReturnsWhenItsContextEnds(t *testing.T) {
 }
 
 func TestCloseWaitsForTheRenewalUnderWay(t *testing.T) {
-	for name, hold := range map[string]func(e *etcd){
-		"renewal": func(e *etcd) { e.onRenew = stuck[ack](e) },
-		"read":    func(e *etcd) { e.onRead = stuck[read](e) },
-		"sweep":   func(e *etcd) { e.onDelete = func(context.Context, int) error { <-e.released; return nil } },
+	refuses := func(e *etcd) {
+		e.onRevoke = func(context.Context, int) error { return rpctypes.ErrAuthFailed }
+	}
+	for name, test := range map[string]struct {
+		hold, revoke func(e *etcd)
+		want         error
+	}{
+		"renewal":                 {func(e *etcd) { e.onRenew = stuck[ack](e) }, func(*etcd) {}, nil},
+		"read":                    {func(e *etcd) { e.onRead = stuck[read](e) }, func(*etcd) {}, nil},
+		"sweep":                   {func(e *etcd) { e.onDelete = func(context.Context, int) error { <-e.released; return nil } }, func(*etcd) {}, nil},
+		"though it cannot revoke": {func(e *etcd) { e.onRenew = stuck[ack](e) }, refuses, rpctypes.ErrAuthFailed},
 	} {
 		bubble(t, name, func(t *testing.T) {
 			e := newEtcd(t)
-			hold(e)
+			test.hold(e)
+			test.revoke(e)
 			s := start(t, e, Config{})
 			e.track(s, "orphan", 7).Abandon()
 			e.waitUntil(third)
@@ -1073,8 +1080,8 @@ func TestCloseWaitsForTheRenewalUnderWay(t *testing.T) {
 				t.Errorf("Close() = %v before the renewal had returned", err)
 			default:
 				e.release()
-				if err := <-closed; err != nil {
-					t.Errorf("Close() = %v", err)
+				if err := <-closed; !errors.Is(err, test.want) {
+					t.Errorf("Close() = %v, want %v", err, test.want)
 				}
 			}
 		})

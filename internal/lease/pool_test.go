@@ -46,7 +46,7 @@ func TestPoolGrantsOneLeaseForAll(t *testing.T) {
 				t.Errorf("Finish() = %v, Valid() = %v while %d keys use the session", err, s.Valid(), len(keys)-i)
 			}
 			for range 2 { // the second is ignored
-				k.Release()
+				k.Drop()
 			}
 		}
 		for range 2 {
@@ -71,7 +71,7 @@ func TestFinishMayBeRetriedAfterAnError(t *testing.T) {
 		}
 		k := lend(t, newPool(e), "k")
 		s := k.Session()
-		k.Release()
+		k.Drop()
 		if err := s.Finish(t.Context()); !errors.Is(err, rpctypes.ErrAuthFailed) {
 			t.Errorf("Finish() = %v, want %v", err, rpctypes.ErrAuthFailed)
 		}
@@ -87,12 +87,11 @@ func TestPoolDoesNotLendASessionThatAllHaveReturned(t *testing.T) {
 		p := newPool(newEtcd(t))
 		first := lend(t, p, "k")
 		first.Drop()
-		first.Release()
 		second := lend(t, p, "k")
 		if first.Session() == second.Session() {
 			t.Error("lent again after the last one had given it back")
 		}
-		second.Release()
+		second.Drop()
 		for _, k := range []*Key{first, second} {
 			if err := k.Session().Finish(t.Context()); err != nil || !k.Session().Gone() {
 				t.Errorf("Finish() = %v, Gone() = %v", err, k.Session().Gone())
@@ -112,7 +111,7 @@ func TestPoolReplacesASessionThatIsOver(t *testing.T) {
 		if old.Session() == renewed.Session() || !renewed.Session().Valid() || !errors.Is(old.Session().Cause(), ErrExpired) {
 			t.Errorf("lent a session that is over: %v", renewed.Session().Cause())
 		}
-		old.Release() // does not take the new one away
+		old.Drop() // does not take the new one away
 		if third := lend(t, p, "b"); third.Session() != renewed.Session() {
 			t.Error("a session that is in use was replaced when an older one was given back")
 		}
@@ -152,7 +151,7 @@ func TestTrackReturnsWhenItsContextEndsWhileAnotherIsGranting(t *testing.T) {
 		}
 		e.release()
 		k = <-granting
-		k.Release()
+		k.Drop()
 		if err := k.Session().Finish(t.Context()); err != nil || k.Session().Valid() {
 			t.Errorf("Finish() = %v, Valid() = %v, want nil and false: the Track that failed is no user",
 				err, k.Session().Valid())
@@ -203,7 +202,6 @@ func TestDeniedLeaseIsLentNoMoreAndTheNextToAll(t *testing.T) {
 			}
 			k.Session().Deny()
 			k.Drop() // the name is free again
-			k.Release()
 			next := lend(t, p, fmt.Sprint("k", i))
 			if used == nil {
 				used = next.Session()
@@ -570,7 +568,6 @@ func (e *etcd) expire(t *testing.T, p *Pool) *Session {
 		t.Errorf("Cause() = %v, want %v", cause, ErrExpired)
 	}
 	k.Drop()
-	k.Release()
 	if err := k.Session().Finish(t.Context()); err != nil {
 		t.Errorf("Finish() = %v", err)
 	}
@@ -677,7 +674,7 @@ func TestCloseOfAPoolRevokesWhatNobodyUses(t *testing.T) {
 		}
 		p := newPool(e)
 		unused := lend(t, p, "a")
-		unused.Release()
+		unused.Drop()
 		used := lend(t, p, "a")
 		if err := p.Close(t.Context()); !errors.Is(err, rpctypes.ErrAuthFailed) {
 			t.Errorf("Close() = %v, want %v", err, rpctypes.ErrAuthFailed)
@@ -739,7 +736,6 @@ func TestLeaseThatIsGivenBackLateIsRevokedAfterTheOutage(t *testing.T) {
 			e.wantEnd(k.Session(), deadline)
 			e.waitUntil(givenBack)
 			k.Drop()
-			k.Release()
 			ctx, cancel := retry.Cleanup(t.Context())
 			defer cancel()
 			_ = k.Session().Finish(ctx)

@@ -11,22 +11,20 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// untilDue is how long the next renewal has to wait: the first third of the TTL passes in peace.
-// s.mu is held.
-func (s *Session) untilDue() time.Duration { return time.Until(s.sent.mono.Add(s.ttl / 3)) }
+// untilDueLocked returns how long to wait before the next renewal: renewals start after a third of the TTL.
+func (s *Session) untilDueLocked() time.Duration { return time.Until(s.sent.mono.Add(s.ttl / 3)) }
 
-// attempt is how long one attempt to renew may take. What is left until the deadline after a third
-// of the TTL is enough for a renewal and two retries, so that one endpoint that does not answer
-// costs an attempt and not the lease.
+// attempt returns how long one attempt to renew may take: a third of the time from the first attempt to the deadline.
+// So there is time for a renewal and two retries, and an endpoint that does not answer costs one attempt, not the
+// lease.
 func (s *Session) attempt() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return min((s.ttl-s.margin-s.ttl/3)/3, maxAttempt)
 }
 
-// renewal renews the lease, with as many attempts as that takes, unless the session ends. It runs
-// when due fires and sets due anew when all is done: there is never more than one, and no goroutine
-// in between.
+// renewal renews the lease. It makes attempts until one counts or the session ends. It runs when due fires, and sets
+// due again at its end. So two renewals never overlap, and between renewals there is no goroutine.
 func (s *Session) renewal() {
 	attempt := s.attempt()
 	backoff := retry.Backoff{Min: attempt / 16, Max: attempt / 2}
@@ -34,10 +32,11 @@ func (s *Session) renewal() {
 		sent := s.now()
 		orphans, err := s.renew(sent, attempt)
 		if errors.Is(err, context.Canceled) && s.ctx.Err() != nil {
-			err = s.Cause() // that is why
+			err = s.Cause() // the end of the session has cancelled the attempt
 		}
 		s.report(sent, err)
 		if err == nil {
+			// Only after a renewal that counted, because the lease comes first.
 			s.sweep(orphans, attempt)
 			break
 		}
@@ -46,18 +45,18 @@ func (s *Session) renewal() {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.cause != nil {
+	if s.cause != nil { // endLocked could not stop due, and has left this to us
 		s.endRenewalsLocked()
 		return
 	}
-	s.due.Reset(s.untilDue())
+	s.due.Reset(s.untilDueLocked())
 }
 
-// maxUntold is how many renewals are kept for [Config].Renewal while it does not return.
+// maxUntold is how many attempts are kept for [Config].Renewal while it has not returned.
 const maxUntold = 100
 
-// report tells how an attempt went, unless it was cut short by the session's close. It does not wait: what
-// is told is the user's code, which may block, panic or exit its goroutine.
+// report passes the result of an attempt to Config.Renewal, unless the session's Close has cut the attempt short. It
+// does not wait for Config.Renewal, which is the user's code: it may block, panic or exit its goroutine.
 func (s *Session) report(sent stamp, err error) {
 	if s.cfg.Renewal == nil || err != nil && errors.Is(s.Cause(), ErrClosed) {
 		return
@@ -74,7 +73,7 @@ func (s *Session) report(sent stamp, err error) {
 	if err == nil {
 		r.Before = s.last.Failures
 	}
-	if s.cause == nil || !errors.Is(err, s.cause) {
+	if s.cause == nil || !errors.Is(err, s.cause) { // otherwise err is that end itself, and not the reason for it
 		s.failure = err
 	}
 	s.last = r
@@ -85,13 +84,14 @@ func (s *Session) report(sent stamp, err error) {
 	s.tellLocked()
 }
 
+// tellLocked starts a goroutine that calls Config.Renewal for what is untold, unless one is doing that.
 func (s *Session) tellLocked() {
 	if s.telling || len(s.untold) == 0 {
 		return
 	}
 	s.telling = true
 	s.started.Go(func() {
-		defer func() { // the user's code may have ended this goroutine
+		defer func() { // the user's code may have ended this goroutine; then another one continues
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			s.telling = false
@@ -111,20 +111,19 @@ func (s *Session) tellLocked() {
 	})
 }
 
-// renew makes one attempt: the renewal, then the read that makes its answer count. It returns the
-// abandoned keys that the read has found.
+// renew makes one attempt: the renewal, then the read that makes its answer count. It returns the abandoned keys that
+// the read has found.
 func (s *Session) renew(sent stamp, attempt time.Duration) ([]reading, error) {
 	answer, err := s.keepAlive(attempt)
 	if err != nil {
 		return nil, err
 	}
-	// The answer stays good for as long as the raft term does, so a read that fails is repeated
-	// alone.
+	// The acknowledgement stays valid as long as the raft term lasts. So if the read fails, only the read is repeated.
 	var silent time.Time
 	failed := func(err error) {
 		if errors.Is(err, context.DeadlineExceeded) {
 			if time.Since(silent) < attempt {
-				return // it was sent beside the one that was reported
+				return // a read that was sent while the reported one waited: both are one silence
 			}
 			silent = time.Now()
 		}
@@ -140,16 +139,19 @@ func (s *Session) renew(sent stamp, attempt time.Duration) ([]reading, error) {
 		s.Revoked()
 		return nil, rpctypes.ErrLeaseNotFound
 	case answer.ttl == 0, seen.term != answer.term:
-		return s.found(seen), ErrRefused // what the read says of the keys is true all the same
+		return s.found(seen), ErrRefused // what the read says about the keys is true all the same
 	}
+	// It counts from sent, not from now: all we know about when etcd restarted the TTL is that it was after sent.
 	return s.found(seen), s.extend(sent, answer.ttl)
 }
 
-// lacks reports whether a read confirms an answer that there is no such lease, which was given before it in this
-// raft term (0: not known). An etcd leader that was deposed gives it too, of a lease that its successor has granted.
+// lacks reports whether a read confirms the earlier answer that there is no such lease. term is the raft term of that
+// answer, 0 if unknown. A deposed leader of etcd gives the same answer for a lease that its successor has granted.
 //
-// If one of the lease's keys is there, so is the lease. If all that have an owner were put and are gone, the terms on
-// them are lost whether the lease lives or not. Else the raft terms must be the same.
+//   - If one of the lease's keys is there, so is the lease: not confirmed.
+//   - Otherwise the answer is confirmed if the read has the same raft term.
+//   - It is also confirmed if there are keys with an owner, all of them were put, and the read shows that all of them
+//     are gone: then their terms are lost whether or not the lease lives.
 func (s *Session) lacks(seen sighting, term uint64) bool {
 	gone := make(map[*Key]bool)
 	for i, k := range seen.keys {
@@ -165,10 +167,10 @@ func (s *Session) lacks(seen sighting, term uint64) bool {
 	defer s.mu.Unlock()
 	lost := false
 	for _, k := range s.keys {
-		if !k.abandoned && !gone[k] {
+		if k.state == owned && !gone[k] { // not read, or not known to be put: it may be in etcd, and the lease alive
 			return false
 		}
-		lost = lost || !k.abandoned
+		lost = lost || k.state == owned
 	}
 	return lost
 }
@@ -176,14 +178,14 @@ func (s *Session) lacks(seen sighting, term uint64) bool {
 // An acknowledgement is etcd's answer to a renewal.
 type acknowledgement struct {
 	ttl  int64  // in seconds; 0 if etcd knows no such lease
-	term uint64 // raft term of the member that has answered; 0 if the client does not tell
+	term uint64 // raft term of the member that answered; 0 if unknown
 }
 
 // keepAlive sends the renewal and waits for its answer.
 func (s *Session) keepAlive(attempt time.Duration) (acknowledgement, error) {
 	ctx, cancel := context.WithTimeout(retry.RequireLeader(s.ctx), attempt)
 	defer cancel()
-	if s.keeper == nil { // only renewals use it, and there is one at a time
+	if s.keeper == nil { // read without the lock: only renewals and Grant set it, one at a time
 		k := keeperOf(s.client)
 		s.mu.Lock()
 		s.keeper = k
@@ -202,7 +204,7 @@ func (s *Session) keepAlive(attempt time.Duration) (acknowledgement, error) {
 	return answer, err
 }
 
-// renewOnce renews by KeepAliveOnce, which does not tell who says that there is no such lease.
+// renewOnce renews by KeepAliveOnce. If there is no such lease, the raft term of that answer is unknown.
 func renewOnce(ctx context.Context, client *clientv3.Client, id clientv3.LeaseID) (acknowledgement, error) {
 	resp, err := client.KeepAliveOnce(ctx, id)
 	switch {
@@ -216,10 +218,9 @@ func renewOnce(ctx context.Context, client *clientv3.Client, id clientv3.LeaseID
 	return acknowledgement{resp.TTL, resp.RaftTerm}, nil
 }
 
-// paced is a context for clientv3's KeepAliveOnce, which repeats a request that fails at once
-// (connection refused, no raft leader) without a pause for as long as its context lives: tens
-// of thousands of times a second. It asks Err before each repetition, so Err is where to wait.
-// Whoever else asks Err waits too, which costs time and nothing else.
+// paced is a context for clientv3's KeepAliveOnce. As long as its context lives, KeepAliveOnce repeats a request that
+// fails at once (connection refused, no raft leader) without a pause: tens of thousands of times a second. It calls Err
+// before each repetition, so Err is where to pause. Other callers of Err pause too, which only costs time.
 type paced struct {
 	context.Context
 	pause time.Duration

@@ -86,7 +86,6 @@ func TestCloseOfAPoolWaitsForWhoIsToldOfARenewal(t *testing.T) {
 		k := lend(t, p, "k")
 		e.waitUntil(third)
 		k.Drop()
-		k.Release()
 		if err := k.Session().Finish(t.Context()); err != nil || e.at() != third {
 			t.Errorf("Finish() = %v after %v, want nil at once", err, e.at())
 		}

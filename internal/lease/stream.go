@@ -16,40 +16,40 @@ import (
 	"go.etcd.io/etcd/client/v3/namespace"
 )
 
-// A keeper sends the renewals of all sessions of one client over one stream. KeepAliveOnce would open a
-// stream for each, and clientv3 authenticates for each stream, by user and password: a password hash
-// and a raft entry at etcd (etcd#15764).
+// A keeper sends the renewals of all sessions of one client over one stream. KeepAliveOnce would open a stream for each
+// renewal. For each stream, a client with a password authenticates again, which costs etcd a password hash and a raft
+// entry (etcd#15764).
 //
-// etcd answers the requests of a stream one after another, so answers are matched to requests by their
-// order. A stream that has not answered in time gets no more requests: the next one opens another, at
-// the next endpoint. Those who still wait for an answer of the old one go on to do so.
+// etcd answers the requests of a stream in their order, so answers are matched to requests by that order. If a stream
+// has not answered in time, the next renewal opens others beside it, at the next endpoints, and is sent over all of
+// them. The first stream that answers is kept. The others end when nobody waits for their answers any more.
 type keeper struct {
 	client *clientv3.Client
 	users  int // guarded by keepers.mu
 
 	mu      sync.Mutex
-	streams []*stream // for the next request; none if that has to open one
-	failed  bool      // the last one was given up
+	streams []*stream // for the next renewal; if there is none, it opens one
+	failed  bool      // none of the streams answered the last renewal
 	running int       // streams that have not ended
 	closed  bool
-	ended   chan struct{} // closed when it is closed and no stream is running
+	ended   chan struct{} // closed when the keeper is closed and no stream is running
 }
 
-// keepers are the keepers in use. They belong to clients, which have no room for them.
+// keepers holds the keeper of each client that has one.
 var keepers = struct {
 	mu sync.Mutex
 	of map[*clientv3.Client]*keeper
 }{of: make(map[*clientv3.Client]*keeper)}
 
-// plainLeases are the types of Lease that send renewals as they are. Whoever has wrapped another around
-// them wants to see them, and so does a client without a connection of its own: these renew by
-// KeepAliveOnce.
+// plainLeases are the types of Lease that a keeper may bypass, because they send renewals unchanged. If the user has
+// wrapped such a Lease, the wrapper must see the renewals, so they are sent by KeepAliveOnce. The same goes for a
+// client without a connection of its own.
 var plainLeases = map[reflect.Type]bool{
 	reflect.TypeOf(clientv3.NewLeaseFromLeaseClient(nil, nil, 0)): true,
 	reflect.TypeOf(namespace.NewLease(nil, "")):                   true,
 }
 
-// keeperOf returns the client's keeper, to be released, or nil if it must renew by KeepAliveOnce.
+// keeperOf returns the client's keeper, or nil if the client must renew by KeepAliveOnce. The caller must release it.
 func keeperOf(client *clientv3.Client) *keeper {
 	if client.ActiveConnection() == nil || !plainLeases[reflect.TypeOf(client.Lease)] {
 		return nil
@@ -65,7 +65,8 @@ func keeperOf(client *clientv3.Client) *keeper {
 	return k
 }
 
-// release ends the stream after the last user, who waits for what it returns.
+// release gives the keeper back. The last user ends the streams, and must wait until the returned channel is closed.
+// For the others the channel is nil.
 func (k *keeper) release() (ended <-chan struct{}) {
 	keepers.mu.Lock()
 	k.users--
@@ -89,12 +90,13 @@ func (k *keeper) release() (ended <-chan struct{}) {
 	return k.ended
 }
 
-// renew sends one renewal and waits for its answer or until ctx ends.
+// renew sends one renewal and waits until it is answered or ctx ends.
 func (k *keeper) renew(ctx context.Context, id clientv3.LeaseID) (acknowledgement, error) {
 	streams, opened := k.current()
 	resp, err := k.ask(ctx, id, streams)
-	if err != nil && !opened && ctx.Err() == nil && !retry.Permanent(err) {
-		// It may have ended since the last renewal: a member was restarted, a token has expired.
+	if err != nil && !opened && ctx.Err() == nil && (errors.Is(err, errEnded) || !retry.Permanent(err)) {
+		// The streams may have ended since the last renewal: a member was restarted, or a token has expired. That must
+		// not cost an attempt.
 		streams, _ = k.current()
 		resp, err = k.ask(ctx, id, streams)
 	}
@@ -104,7 +106,8 @@ func (k *keeper) renew(ctx context.Context, id clientv3.LeaseID) (acknowledgemen
 	return acknowledgement{max(resp.TTL, 0), resp.GetHeader().GetRaftTerm()}, nil
 }
 
-// ask sends a renewal over each of the streams. Only the first that answers is used again.
+// ask sends a renewal over each of the streams and returns the first answer. Only the stream that gave it is used
+// again.
 func (k *keeper) ask(ctx context.Context, id clientv3.LeaseID, streams []*stream) (*pb.LeaseKeepAliveResponse, error) {
 	type result struct {
 		st   *stream
@@ -135,7 +138,7 @@ func (k *keeper) ask(ctx context.Context, id clientv3.LeaseID, streams []*stream
 	return nil, err
 }
 
-// current returns the streams to use, and whether they were opened for that.
+// current returns the streams to use. opened says that there were none before, so all of them are new.
 func (k *keeper) current() (streams []*stream, opened bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -154,22 +157,23 @@ func (k *keeper) current() (streams []*stream, opened bool) {
 	return slices.Clone(k.streams), opened
 }
 
-// maxOpening is how long a stream may take to be opened before others are opened in its place.
+// maxOpening is how long opening a stream may take before others are opened in its place.
 const maxOpening = retry.RequestTimeout
 
-// besideLocked returns how many streams to open after a failure, together and beside those that have
-// not answered.
+// besideLocked returns how many streams to open after a failure: all at once, beside those that have not answered.
 //
-// The endpoint whose turn it is may be the one that does not answer, so others are asked at the same
-// time. With a password each stream takes two requests, and round robin sends the authentication to one
-// endpoint and the stream to the next: of two endpoints, one of them dark, one stream alone would
-// always meet that one. Of three streams one does not, if they are opened together: their
-// authentications come first, and then an odd number of requests lies between its own two.
+// With one endpoint it wants one. With several it wants two, because the endpoint whose turn it is may be the dark one.
 //
-// Streams that have not answered stay in use until another one has: etcd may be slow, and an
-// authentication may take longer than an attempt to renew. To give them up and to authenticate again
-// would make a slow etcd slower. So as many authentications are under way at most, and as many streams
-// are kept that are open and do not answer.
+// With several endpoints and a password it wants three. Then opening a stream takes two requests, and round robin sends
+// the authentication to one endpoint and the stream to the next. If one of two endpoints is dark, a stream that is
+// opened alone meets it with one of its two requests. Of three streams that are opened at once, one avoids it: the
+// three authentications come first, and then an odd number of requests lies between its own two, so both go to the same
+// endpoint.
+//
+// Streams that have not answered stay in use until another one has answered: etcd may be slow, and an authentication
+// may take longer than an attempt to renew. Giving them up and authenticating again would make a slow etcd slower. So
+// at most as many streams as it wants are being opened at a time, and at most as many are kept that are open and do not
+// answer.
 func (k *keeper) besideLocked() int {
 	want := 1
 	if len(k.client.Endpoints()) > 1 {
@@ -183,7 +187,7 @@ func (k *keeper) besideLocked() int {
 			return false
 		}
 		if time.Since(st.began) > maxOpening {
-			st.cancel() // its authentication has met an endpoint that does not answer
+			st.cancel() // its authentication was sent to a dark endpoint
 			return true
 		}
 		opening++
@@ -225,7 +229,7 @@ func (k *keeper) openLocked() *stream {
 	return st
 }
 
-// keep makes the next request use a stream that has answered, and no other.
+// keep makes the next renewal use a stream that has answered, and no other.
 func (k *keeper) keep(st *stream) {
 	k.mu.Lock()
 	var others []*stream
@@ -239,8 +243,8 @@ func (k *keeper) keep(st *stream) {
 	}
 }
 
-// fail makes the next request try other streams too, if none of these has answered and no other was
-// opened since.
+// fail makes the next renewal open other streams too, because none of these has answered. If other streams were opened
+// meanwhile, it does nothing: several renewals that fail together must not each open more.
 func (k *keeper) fail(asked []*stream) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -259,16 +263,16 @@ type stream struct {
 
 	mu      sync.Mutex
 	open    bool    // it has been opened
-	sent    []*call // without an answer, in their order
+	sent    []*call // requests without an answer, in the order in which they were sent
 	waiting int     // calls that somebody waits for
-	retired bool
-	err     error // why it has ended
+	retired bool    // ends when nobody waits for a call any more
+	err     error   // why it has ended
 }
 
 // A call is one renewal on a stream.
 type call struct {
 	id     clientv3.LeaseID
-	answer chan answer // has room for one
+	answer chan answer // has room for one, so that nobody blocks if the caller has left
 }
 
 type answer struct {
@@ -276,7 +280,7 @@ type answer struct {
 	err  error
 }
 
-// errEnded is what a call gets when its stream has ended, and not because of it.
+// errEnded is the error of a call whose stream ended for another reason than this call.
 var errEnded = errors.New("the stream of renewals has ended")
 
 func (st *stream) renew(ctx context.Context, id clientv3.LeaseID) (*pb.LeaseKeepAliveResponse, error) {
@@ -305,7 +309,7 @@ func (st *stream) renew(ctx context.Context, id clientv3.LeaseID) (*pb.LeaseKeep
 	}
 }
 
-// opening reports whether the stream is being opened, which may take an authentication.
+// opening reports whether the stream is still being opened, which may include an authentication.
 func (st *stream) opening() bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -325,7 +329,7 @@ func (st *stream) endIfUnusedLocked() {
 	}
 }
 
-// run opens the stream and sends what is asked of it until it ends.
+// run opens the stream and sends the requests until the stream ends.
 func (st *stream) run(client *clientv3.Client) {
 	var receiving sync.WaitGroup
 	defer close(st.ended)
@@ -359,7 +363,7 @@ func (st *stream) run(client *clientv3.Client) {
 			failed := st.err
 			st.mu.Unlock()
 			if failed == nil {
-				_ = rpc.Send(&pb.LeaseKeepAliveRequest{ID: int64(c.id)}) // Recv tells the error
+				_ = rpc.Send(&pb.LeaseKeepAliveRequest{ID: int64(c.id)}) // Recv returns the error
 			} else {
 				c.answer <- answer{err: errEnded}
 			}
@@ -374,20 +378,20 @@ func (st *stream) answered(resp *pb.LeaseKeepAliveResponse) error {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if len(st.sent) == 0 || int64(st.sent[0].id) != resp.ID {
-		return fmt.Errorf("an answer about lease %x that was not asked for", resp.ID)
+		return fmt.Errorf("etcd sent an answer for lease %x, which was not asked for", resp.ID)
 	}
 	st.sent[0].answer <- answer{resp: resp}
 	st.sent = st.sent[1:]
 	return nil
 }
 
-// fail ends the stream. The error is about the oldest request, as etcd deals with one at a time; it may
-// be about all, and for the others it heals.
+// fail ends the stream. err goes to the oldest request, because etcd handles one at a time. The others get errEnded,
+// which is sent again whatever err is, although err may concern them as well.
 func (st *stream) fail(err error) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.err == nil {
-		st.err = retry.Passing(fmt.Errorf("%w: %w", errEnded, err))
+		st.err = fmt.Errorf("%w: %w", errEnded, err)
 		for i, c := range st.sent {
 			if i > 0 {
 				err = st.err

@@ -8,48 +8,48 @@ import (
 	"strings"
 )
 
-// What the audit knows: what was in etcd, revision by revision.
+// audited is what the audit knows: what was in etcd, revision by revision.
 type audited struct {
-	lag    int64     // with which events are seen at most
-	there  []instant // when a revision was there already, by revision
-	not    []instant // when it was not there yet
+	lag    int64     // the longest time after which an event is seen
+	there  []instant // times at which a revision existed, by revision
+	not    []instant // times at which a revision did not exist yet
 	lives  map[termID]*life
 	queues map[string][]*life // by election, in the order of tokens
-	of     map[place][]*life  // of a process in an election, in the order of tokens
+	of     map[place][]*life  // lives of a process in an election, in the order of tokens
 	leased map[int64][]*life
 	states map[string][]state // of each election, in their order
-	lines  map[string][]line  // the same
+	lines  map[string][]line  // the same for lines
 	puts   map[register][]*Entry
 }
 
-// A life is that of one candidate's key, from its creation to its deletion.
+// A life is the life of one candidate's key, from its creation to its deletion.
 type life struct {
 	termID
 	key              string
 	lease            int64
 	owner            string
-	created, deleted *Entry // deleted is nil if it was not
-	since, gone      span   // it was created, and deleted, at a time in these
-	before           *life  // of all that are older, the one that was deleted last
+	created, deleted *Entry // deleted is nil if the key was not deleted
+	since, gone      span   // the key was created, and deleted, at some time in these spans
+	before           *life  // of all older keys, the one that was deleted last or not at all
 }
 
-// goneBy reports whether the key was deleted in the revision or before.
+// goneBy reports whether the key was deleted at or before this revision.
 func (l *life) goneBy(rev int64) bool { return l.deleted != nil && l.deleted.Rev <= rev }
 
-// A leading is who leads, as Observe tells it.
+// A leading is who leads, as Observe reports it.
 type leading struct {
 	token      int64
 	key, value string
 	lease      int64
 }
 
-// A state is one that an election was in from some time on.
+// A state is a state of an election, from some time on.
 type state struct {
 	leading
 	since span
 }
 
-// A line is the candidates that an election had from some time on: their tokens, as [Candidates] tells them.
+// A line is the candidates that an election had from some time on: their tokens, as [Candidates] records them.
 type line struct {
 	tokens string
 	since  span
@@ -58,7 +58,7 @@ type line struct {
 // A register is a value in etcd that leaders write.
 type register struct{ election, what string }
 
-// An instant is of a revision.
+// An instant is a time that belongs to a revision.
 type instant struct{ rev, t int64 }
 
 // readAudit follows the events in the order of revisions.
@@ -97,14 +97,14 @@ func (c *checker) readAudit() *audited {
 	return a
 }
 
-// follow plays the events of one election's candidates.
+// follow replays the events of one election's candidates.
 func (a *audited) follow(election string, events []*Entry) {
 	type member struct {
 		*life
 		value string
 	}
 	var all []*life
-	var alive []member // by token, since revisions grow
+	var alive []member // in the order of tokens, because revisions grow
 	states, lines := []state{{}}, []line{{}}
 	for i, e := range events {
 		at := slices.IndexFunc(alive, func(m member) bool { return m.key == e.Key })
@@ -118,7 +118,7 @@ func (a *audited) follow(election string, events []*Entry) {
 			}
 			all, alive = append(all, l), append(alive, member{l, e.Value})
 			a.lives[l.termID] = l
-		case at < 0: // nothing has told of its creation
+		case at < 0: // its creation was not seen
 		case e.Op == "put":
 			alive[at].value = e.Value
 		default:
@@ -126,7 +126,7 @@ func (a *audited) follow(election string, events []*Entry) {
 			alive = slices.Delete(alive, at, at+1)
 		}
 		if i+1 < len(events) && events[i+1].Rev == e.Rev {
-			continue // only the last event of a revision shows a state that was
+			continue // only after the last event of a revision is this a state that existed
 		}
 		s := state{since: a.when(e.Rev)}
 		if len(alive) > 0 {
@@ -152,7 +152,7 @@ func (a *audited) follow(election string, events []*Entry) {
 	}
 }
 
-// statesOf and linesOf are those of an election, in which nothing may ever have happened.
+// statesOf and linesOf return those of an election. If nothing ever happened in it, there is one empty state.
 func (a *audited) statesOf(election string) []state {
 	if states := a.states[election]; states != nil {
 		return states
@@ -167,11 +167,11 @@ func (a *audited) linesOf(election string) []line {
 	return []line{{}}
 }
 
-// readTimes bounds the times of revisions. Whoever was told of one shows that it was there, and those before it; whoever
-// asked, and was told of one, shows that the later ones were not there when it asked.
+// readTimes bounds the times of revisions. If a process was told a revision, that one and all before it existed at that
+// time. If a process read at a revision, no later one existed when it sent the read.
 func (a *audited) readTimes(c *checker, events []*Entry) {
 	there := func(rev, t int64) { a.there = append(a.there, instant{rev, t}) }
-	for _, e := range slices.Concat(events, c.by[Write], c.by[Read]) { // a write without an answer has no revision
+	for _, e := range slices.Concat(events, c.by[Write], c.by[Read]) { // the revision of a write without an answer is 0
 		there(e.Rev, e.T)
 	}
 	for _, e := range slices.Concat(c.by[Elected], c.by[Term]) {
@@ -191,7 +191,7 @@ func (a *audited) readTimes(c *checker, events []*Entry) {
 	}
 }
 
-// when says in which time the revision of an event came.
+// when returns the span in which the revision of an event came.
 func (a *audited) when(rev int64) span {
 	find := func(all []instant, rev int64) int {
 		i, _ := slices.BinarySearchFunc(all, rev, func(i instant, rev int64) int { return cmp.Compare(i.rev, rev) })
@@ -205,7 +205,7 @@ func (a *audited) when(rev int64) span {
 	return span{from, to}
 }
 
-// registers returns which registers there are, in an order that does not change.
+// registers returns all registers, in a fixed order.
 func (c *checker) registers() []register {
 	all := make(map[register]bool)
 	for r := range c.puts {
@@ -226,11 +226,10 @@ func (o Options) registerOf(key string) (register, bool) {
 	return register{election, what}, data && ok
 }
 
-// candidateOf returns the election and the lease of a candidate's key. Whatever else lies under an
-// election is none.
+// candidateOf returns the election and the lease of a candidate's key. ok is false for any other key under an election.
 func candidateOf(key string) (election string, lease int64, ok bool) {
 	election, id, _ := cutLast(key)
-	lease, _ = strconv.ParseInt(id, 16, 64) // 0 if it is no number
+	lease, _ = strconv.ParseInt(id, 16, 64) // 0 if it is not a number
 	if lease <= 0 || strconv.FormatInt(lease, 16) != id {
 		return "", 0, false
 	}

@@ -9,43 +9,43 @@ import (
 )
 
 const (
-	// overlapAllowed is how long a leader whose key was taken may need to know, when nothing hinders it.
+	// overlapAllowed is how long a leader may take to learn that its key was taken, if nothing hinders it.
 	overlapAllowed = 500 * time.Millisecond
-	// PauseOf a process is what a time without belief shows, or without a sign of life, if it is longer than that.
+	// PauseOf is for how long a process that has paused gave no answer, or no sign of life, at least.
 	PauseOf = 50 * time.Millisecond
 	// lateTimer is how late a timer may fire after its process was stopped.
 	lateTimer = 100 * time.Millisecond
-	// unknown is a deadline that nobody has told of: later than all others, and something may be added.
+	// unknown is a deadline that was not recorded. It is later than all others, and can be added to without overflow.
 	unknown = never / 2
 )
 
 // A piece of belief.
 type piece struct {
 	*Entry
-	until int64 // what is later is excused, as the timer was late
+	until int64 // what is later is excused, because the timer was late
 }
 
-// judged reports whether belief of that sort is to keep the rules.
+// judged reports whether belief of this kind must keep the rules.
 func (p *piece) judged() bool { return p.Op == ByIsLeader || p.timed() }
 
-// timed reports whether it is of a context, which a timer ends.
+// timed reports whether it is belief by a context, which a timer ends.
 func (p *piece) timed() bool { return p.Op == ByContext || p.Op == ByRun }
 
-// A renewal is one that counted, and what may be believed of it.
+// A renewal is a renewal that counted, with the times that follow from it.
 type renewal struct {
 	*Entry
 	sent     int64
-	deadline int64 // by this one and those before
+	deadline int64 // that this one and those before have bought
 }
 
-// readRenewals reads those that counted, by lease. The hook that tells of one may be late, and so may be what it says
-// of when the renewal was sent. A deadline that is later than that allows is not believed.
+// readRenewals reads the renewals that counted, by lease. The hook that reports one may be late, and so may be the time
+// at which it says that the renewal was sent. A deadline later than that time allows is not trusted.
 func (c *checker) readRenewals() map[int64][]*renewal {
 	renewed := make(map[int64][]*renewal)
 	for _, e := range c.by[Renewed] {
 		lasts := c.lasts(e.Proc)
 		if e.Until > e.From+lasts+c.slack(clockLag) {
-			c.violate(RuleDeadline, []*Entry{e}, "%s renewed the lease %x at %s, with a deadline at %s", e.Proc, e.Lease, c.at(e.From), c.at(e.Until))
+			c.violate(RuleDeadline, []*Entry{e}, "%s renewed the lease %x at %s, with a deadline at %s, which is later than that allows", e.Proc, e.Lease, c.at(e.From), c.at(e.Until))
 		}
 		r := &renewal{e, min(e.From, e.Until-lasts), min(e.Until, e.From+lasts)}
 		all := renewed[e.Lease]
@@ -57,7 +57,8 @@ func (c *checker) readRenewals() map[int64][]*renewal {
 	return renewed
 }
 
-// bought is the deadline that renewals have bought which were sent by then; 0 if there were none, [unknown] if that was not told.
+// bought returns the deadline that the renewals sent by the given time have bought. It is 0 if there were none, and
+// [unknown] if the process was killed before it could report them.
 func (c *checker) bought(lease, by int64) int64 {
 	renewals := c.renewed[lease]
 	i, _ := slices.BinarySearchFunc(renewals, by+1, func(r *renewal, t int64) int { return cmp.Compare(r.sent, t) })
@@ -70,7 +71,8 @@ func (c *checker) bought(lease, by int64) int64 {
 	return renewals[i-1].deadline
 }
 
-// firstDeadline is the latest that a term may have begun with: its lease was granted before the key was there.
+// firstDeadline returns the latest deadline with which a term may have begun: its lease was granted before its key
+// existed.
 func (c *checker) firstDeadline(t *term) int64 {
 	granted := t.won.T
 	if l := c.lives[t.termID]; l != nil {
@@ -79,7 +81,7 @@ func (c *checker) firstDeadline(t *term) int64 {
 	return max(granted+c.lasts(t.proc()), c.bought(t.won.Lease, t.won.T))
 }
 
-// deadline is until when a term may be believed in, as far as renewals go that were sent by then.
+// deadline returns until when a term may be believed in, considering the renewals sent by the given time.
 func (c *checker) deadline(t *term, by int64) int64 {
 	return max(min(t.won.Until, c.firstDeadline(t)), c.bought(t.won.Lease, by))
 }
@@ -90,9 +92,9 @@ func (c *checker) checkBeliefs() {
 		if t.won == nil || t.won.Op != Ours {
 			continue
 		}
-		// What is told of a term that is over already is when that was noticed.
+		// If a term was already over when it was recorded, its deadline is the time at which that was noticed.
 		if t.won.Until > c.firstDeadline(t)+c.slack(clockLag) && t.won.Until > t.won.T {
-			c.violate(RuleDeadline, []*Entry{t.won}, "%s won %s at %s with a deadline at %s", t.proc(), t.termID, c.at(t.won.T), c.at(t.won.Until))
+			c.violate(RuleDeadline, []*Entry{t.won}, "%s won %s at %s with a deadline at %s, which is later than its lease allows", t.proc(), t.termID, c.at(t.won.T), c.at(t.won.Until))
 		}
 		for _, p := range t.pieces {
 			deadline := c.deadline(t, p.T)
@@ -112,12 +114,12 @@ func (c *checker) checkBeliefs() {
 		switch how, _ := c.endingOf(l, l.gone.to); how {
 		case operator, early:
 			if told := l.gone.to + int64(overlapAllowed); c.inCalm(l.gone.to, told) {
-				c.checkBelief(t, c.lateUntil(t.proc(), told), true, "it must have known, without faults, that its key was gone", l.deleted)
+				c.checkBelief(t, c.lateUntil(t.proc(), told), true, "without faults it must have known that its key was gone", l.deleted)
 			}
-			// No renewal counts once the key is gone.
+			// Once the key is gone, no renewal counts.
 			c.checkBelief(t, l.gone.to+c.lasts(t.proc()), true, "no renewal could count any longer", l.deleted)
 		case resigned:
-			// It may have been stopped before it could, until the lease had expired.
+			// The process may have been stopped before it could delete the key, until the lease had expired.
 			lasted := c.deadline(t, l.gone.to)
 			alone := lasted >= unknown || l.gone.to >= lasted+c.margin(t.proc())
 			c.checkBelief(t, l.gone.to, alone, "it had deleted its key", l.deleted)
@@ -127,20 +129,20 @@ func (c *checker) checkBeliefs() {
 	}
 }
 
-// checkBelief objects to the last belief in a term that is later than it may be.
+// checkBelief flags the last belief in a term that is later than the limit.
 func (c *checker) checkBelief(t *term, limit int64, timers bool, since string, because *Entry) {
 	for _, p := range slices.Backward(t.pieces) {
 		if !c.inTime(p, limit, timers) {
-			c.violate(RuleMargin, []*Entry{t.won, p.Entry, because}, "%s believed in %s by %s at %s, when %s, at %s",
+			c.violate(RuleMargin, []*Entry{t.won, p.Entry, because}, "%s believed in %s by %s at %s, but %s at %s",
 				p.Proc, t.termID, p.Op, c.at(p.T), since, c.at(limit))
 			return
 		}
 	}
 }
 
-// inTime reports whether a piece of belief that is to end at a time does so. A context that a timer ends may be late by
-// a quarter of the margin, and longer if its process was stopped. That of Run ends with another one, which takes
-// moments in any case.
+// inTime reports whether a piece of belief ends by the limit. A context that a timer ends may be late by a quarter of
+// the margin, and longer if its process was stopped. The context of Run ends with another context, which always takes
+// moments.
 func (c *checker) inTime(p *piece, limit int64, timers bool) bool {
 	if p.T <= limit || !p.judged() {
 		return true
@@ -161,16 +163,16 @@ func (c *checker) inTime(p *piece, limit int64, timers bool) bool {
 	return true
 }
 
-// An Overlap is a time in which two believed that they led.
+// An Overlap is a time in which two processes believed that they led.
 type Overlap struct {
 	Election string
 	Tokens   [2]int64 // the earlier term first
 	Procs    [2]string
 	Why      string
-	From     int64         // both had believed by then
+	From     int64         // by then each of them believed
 	Certain  time.Duration // for how long both certainly believed
 
-	first [2]*Entry // pieces that overlap
+	first [2]*Entry // the first pieces that overlap
 	spans []span
 }
 
@@ -208,8 +210,8 @@ func (c *checker) checkExclusion() {
 	}
 }
 
-// overlap adds what two pieces have in common to the overlap of their terms. A single answer was given at some time
-// between question and answer, and has something in common only with what covers all of that.
+// overlap adds the common time of two pieces to the overlap of their terms. A single answer was given at an unknown
+// time between question and answer. So it overlaps only with a piece that covers all of that time.
 func (c *checker) overlap(overlaps map[[2]int64]*Overlap, older, newer *piece) {
 	if older.Token > newer.Token {
 		older, newer = newer, older
@@ -227,7 +229,7 @@ func (c *checker) overlap(overlaps map[[2]int64]*Overlap, older, newer *piece) {
 		}
 		overlaps[tokens] = o
 	}
-	o.spans = append(o.spans, span{from, to}) // the other way round for a single answer
+	o.spans = append(o.spans, span{from, to}) // from is later than to for a single answer
 }
 
 // judge measures an overlap and decides whether it is excused.
@@ -245,7 +247,7 @@ func (c *checker) judge(o *Overlap) {
 		o.Election, o.Procs[0], o.Tokens[0], o.Procs[1], o.Tokens[1], c.at(o.From), o.Certain, why)
 }
 
-// excuse says what was with the key of the earlier term, which entries show it and whether it excuses the
+// excuse returns what happened to the key of the earlier term, which entries show it, and whether it excuses the
 // overlap.
 func (c *checker) excuse(o *Overlap) (why string, entries []*Entry, excused bool) {
 	l := c.lives[termID{o.Election, o.Tokens[0]}]

@@ -1,7 +1,7 @@
 package oracle
 
-// checkLiveness objects to an election without a leader in calm: soon after the beginning there must be one, and
-// later a vacancy may only last for moments.
+// checkLiveness flags an election without a leader in calm. Soon after the calm begins there must be a leader. Later
+// vacancies must be short.
 func (c *checker) checkLiveness() {
 	led := make(map[string][]span)
 	for _, t := range c.terms {
@@ -15,7 +15,7 @@ func (c *checker) checkLiveness() {
 			settled := e.From + int64(c.TTL+RecoverTime)
 			for _, s := range gaps(span{e.From, e.T}, led) {
 				if s.to > max(settled, s.from+int64(RecoverTime))+int64(c.Patience) {
-					c.violate(RuleLiveness, []*Entry{e}, "%s had no leader from %s to %s, though it was calm since %s",
+					c.violate(RuleLiveness, []*Entry{e}, "%s had no leader from %s to %s, although it had been calm since %s",
 						election, c.at(s.from), c.at(s.to), c.at(e.From))
 				}
 			}
@@ -23,7 +23,7 @@ func (c *checker) checkLiveness() {
 	}
 }
 
-// gaps returns what merged spans leave of the whole. Some are empty.
+// gaps returns the parts of whole that the merged spans do not cover. Some of them are empty.
 func gaps(whole span, spans []span) []span {
 	var left []span
 	for {

@@ -8,110 +8,107 @@ import (
 	"time"
 )
 
-// What must hold in every history, whatever faults there were. A rule is exact where the history is: it
-// never objects to what a correct system may do.
+// The rules. They must hold in every history, whatever faults there were. A rule is as exact as the history: it never
+// objects to what a correct system may do.
 const (
-	// RuleExclusion is that nobody believes in a term while somebody else believes in another of the
-	// election. An [Overlap] is what is excused.
+	// RuleExclusion: nobody believes in a term while somebody else believes in another term of the same election. What
+	// is excused is an [Overlap].
 	RuleExclusion = "exclusion"
-	// RuleDeadline is that no deadline is later than the last renewal that counted has bought, and that
-	// nobody believes for longer.
+	// RuleDeadline: no deadline is later than the last renewal that counted allows, and nobody believes for longer.
 	RuleDeadline = "deadline"
-	// RuleMargin is that belief ends a margin before etcd lets a lease expire, not after a key is given
-	// up, and not after the term was said to have ended.
+	// RuleMargin: belief ends a margin before etcd lets a lease expire. It does not outlast the deletion of the key by
+	// its owner, nor the time at which the term was reported as ended.
 	RuleMargin = "margin"
-	// RuleLease is that nobody who waits or leads loses its key but by an operator, by its own doing
-	// after it has said so, or because the TTL has passed since the last renewal was sent that counted.
-	// Where etcd has taken it earlier that renewal ought not to have counted, unless a deposed leader of
-	// etcd has revoked the lease.
+	// RuleLease: a candidate or leader loses its key only if an operator takes it, if it deletes the key itself after
+	// it has said so, or if the TTL has passed since the last renewal that counted was sent. If etcd took the key
+	// earlier, that renewal should not have counted, unless a deposed leader of etcd has revoked the lease.
 	RuleLease = "lease"
-	// RuleOrphan is that no key and no lease outlives its use.
+	// RuleOrphan: no key and no lease outlives its use.
 	RuleOrphan = "orphan"
-	// RuleToken is that a term has a token of its own, the create revision of its key, and that tokens
-	// grow from term to term.
+	// RuleToken: each term has a token of its own, the create revision of its key, and tokens grow from term to term.
 	RuleToken = "token"
-	// RuleOrder is that no older candidate is left when a term begins, or when it writes.
+	// RuleOrder: no older candidate is left when a term begins, or when its leader writes.
 	RuleOrder = "order"
-	// RuleCampaign is that each campaign is told from its beginning to its end, and ends for the reason
-	// that it gives: one that is given up does so soon, one that is not to wait does not. In calm it has
-	// a key. Run rests before it campaigns again.
+	// RuleCampaign: the beginning and the end of each campaign are reported, and it ends for the reason that it gives.
+	// A campaign that is given up ends soon. TryCampaign does not wait. In calm a campaign has a key. Run pauses before
+	// it campaigns again.
 	RuleCampaign = "campaign"
-	// RuleEnded is that the end of each term is told, once, soon and with the right cause.
+	// RuleEnded: the end of each term is reported once, soon, and with the true cause.
 	RuleEnded = "ended"
-	// RuleData is that reads and guarded writes of a value in etcd are linearizable, a write replaces
-	// what its writer has read, and answers about writes are true.
+	// RuleData: reads and guarded writes of a value in etcd are linearizable, a write replaces what its writer has
+	// read, and answers about writes are true.
 	RuleData = "data"
-	// RuleUndecided is that the check for linearizability has not run out of time.
+	// RuleUndecided: the check for linearizability has not run out of time.
 	RuleUndecided = "undecided"
-	// RuleGuard is that a guarded write has had its effect during the life of its term's key.
+	// RuleGuard: every guarded write that takes effect does so while its term's key exists.
 	RuleGuard = "guard"
-	// RuleFencing is that the resource outside etcd has taken requests in the order of tokens, has
-	// refused smaller ones alone, and that answers about them are true.
+	// RuleFencing: the resource outside etcd has accepted requests in the order of their tokens and has refused only
+	// smaller tokens, and its answers are true.
 	RuleFencing = "fencing"
-	// RuleLiveness is that every election has a leader once faults have ceased, and keeps having one.
+	// RuleLiveness: every election has a leader once faults have ceased, and keeps having one.
 	RuleLiveness = "liveness"
-	// RuleObserve is that whoever asks who leads or who waits is told states that were, in their order,
-	// and without faults soon; and that who is evicted is gone.
+	// RuleObserve: whoever asks who leads or waits is told states that existed, in their order, and, without faults,
+	// soon. Whoever was evicted is gone.
 	RuleObserve = "observe"
-	// RuleEnd is that nothing failed and nothing is left.
+	// RuleEnd: nothing failed and nothing is left.
 	RuleEnd = "end"
-	// RuleNothing is that there was something to check.
+	// RuleNothing: there was something to check.
 	RuleNothing = "nothing checked"
 )
 
-// RecoverTime is what an election has beside the TTL to have a leader once faults have ceased, and what
-// anything else has that takes moments.
+// RecoverTime is how much longer than the TTL an election may take to have a leader once faults have ceased. It is also
+// the limit for everything else that takes moments.
 const RecoverTime = 3 * time.Second
 
 const (
-	// lateRequest is how late a request may have its effect that was given up, at TTLs that are no longer
-	// than half of it: etcd itself gives up on a proposal after 7 s, and what waits for a member that is
-	// paused, or for an endpoint that is dark, comes with it.
+	// lateRequest is how late a request that was given up may take effect, for TTLs of up to half of it. etcd itself
+	// gives up a proposal after 7 s. Waiting for a member that is paused, or for an endpoint that is dark, comes on
+	// top.
 	lateRequest = 15 * time.Second
-	// deposedFor is how long a leader of etcd that goes on after a pause may revoke leases: until it has
-	// heard from the others.
+	// deposedFor is how long a leader of etcd that resumes after a pause may revoke leases: until it has heard from the
+	// others.
 	deposedFor = 2 * time.Second
-	// auditLag is how late an event may be seen: etcd itself may have to elect a leader first.
+	// auditLag is how late an event may be seen: etcd may first have to elect a leader.
 	auditLag = RecoverTime
-	// rounding is what the times of clocks that run at another rate are wrong by.
+	// rounding is the error of times that are converted from clocks of another rate.
 	rounding = time.Microsecond
-	// clockLag is how far apart two looks at the clock may be that are meant to be one.
+	// clockLag is how far apart two readings of the clock may be that are meant to be one.
 	clockLag = 5 * time.Millisecond
 	// giveUpTime is how long a campaign that is given up may try to delete its key.
 	giveUpTime = 2 * time.Second
-	// pauseOfRun is how long Run rests at least after a term that was lost.
+	// pauseOfRun is the shortest pause of Run after a term that was lost.
 	pauseOfRun = 50 * time.Millisecond
-	// tellTime is how long the end of a term may take to be told: two requests of 5 s.
+	// tellTime is how long it may take to report the end of a term: two requests of 5 s.
 	tellTime = 10 * time.Second
-	// calmEvery is how many TTLs may pass without calm. Only in calm the rules know how long a thing may take.
+	// calmEvery is how many TTLs may pass without calm. Only in calm do the rules know how long something may take.
 	calmEvery = 100
 )
 
-// Options are what a history does not tell of itself.
+// Options are what a history does not say about itself.
 type Options struct {
 	TTL, Margin time.Duration
-	// Elections are those that are to have a leader.
+	// Elections are the elections that must have a leader.
 	Elections []string
 	// Data is the prefix of what leaders write in etcd: see [Options.DataKey].
 	Data string
-	// Require are kinds of which a history without any proves nothing.
+	// Require are kinds of entries. A history that lacks one of them proves nothing.
 	Require []Kind
-	// DeposedAfter is for how long a leader of etcd must pause for another one to be elected.
+	// DeposedAfter is how long a leader of etcd must pause for another one to be elected.
 	DeposedAfter time.Duration
-	// Exact says that the times of entries are the very times of what they tell, that timers fire in time, and that
-	// all that somebody else than its owner has taken is told: so it is in a simulation.
+	// Exact says that the recorded times are the true ones, that timers fire in time, and that every deletion by
+	// somebody other than the owner is recorded. This is so in a simulation.
 	Exact bool
-	// Patience is what a watch may take to be created beside what anything takes, where it has to authenticate.
+	// Patience is how much longer than anything else the creation of a watch may take where it has to authenticate.
 	Patience time.Duration
 }
 
 // DataKey is the key of a value in etcd that leaders of an election write.
 func (o Options) DataKey(election, what string) string { return o.Data + election + "/" + what }
 
-// late is how long a request may take to have its effect that was given up.
+// late returns how long a request that was given up may take to have its effect.
 func (o Options) late() int64 { return int64(max(lateRequest, 2*o.TTL)) }
 
-// slack is what an entry may be wrong by, where it may be.
+// slack returns by how much an entry may be wrong: d, or next to nothing if the history is exact.
 func (o Options) slack(d time.Duration) int64 {
 	if o.Exact {
 		return int64(min(d, rounding))
@@ -119,59 +116,59 @@ func (o Options) slack(d time.Duration) int64 {
 	return int64(d)
 }
 
-// A Verdict is what a history comes to. It is good if there are no violations.
+// A Verdict is the result of checking a history. The history is good if there are no violations.
 type Verdict struct {
 	Violations []Violation
 	Checked    Counts
-	// Overlaps are those that are excused.
+	// Overlaps are the excused ones.
 	Overlaps []Overlap
-	// Late are pieces of belief in a context that was over by the clock, but whose timer had not fired
-	// yet after the process was stopped. Each would be a violation else.
+	// Late are pieces of belief in a context that was over by the clock, but whose timer had not fired yet after the
+	// process was stopped. Without that excuse each would be a violation.
 	Late []Entry
 }
 
 // A Violation is one breach of a rule.
 type Violation struct {
 	Rule    string
-	What    string  // who has done what when; times are in seconds since the run began
-	Entries []Entry // that show it
+	What    string  // who did what when; times are in seconds since the run began
+	Entries []Entry // entries that show it
 }
 
-// Counts say how much was checked: a rule that has had nothing to object to proves nothing.
+// Counts say how much was checked: a rule that was never applied proves nothing.
 type Counts struct {
 	Entries, Events, Campaigns, Terms, PeerTerms, Beliefs int
 
-	Resigned, Expired, Early, Taken int // how keys of terms of ours have ended
-	Waited, Lost                    int // keys of candidates that were not elected; those that they lost
-	Oldest                          int // terms that a read shows to have begun in their turn
+	Resigned, Expired, Early, Taken int // how the keys of this library's terms ended
+	Waited, Lost                    int // keys of candidates that were not elected; of these, taken by an operator or etcd
+	Oldest                          int // terms checked by a read: no older candidate was left
 
 	Reads, Writes int // all that were recorded
 	Effects       int // writes that took effect
-	Resolved      int // writes without an answer of which the audit knows better
-	Recovered     int // writes that their writer was killed before it could record
+	Resolved      int // writes without an answer, whose outcome the audit shows
+	Recovered     int // writes whose writer was killed before it recorded them
 
 	Appends, Calms int
 
 	Observations int // by Observe and LeaderChanged
-	Fresh        int // states that they had to be told of in time
+	Fresh        int // states that an observer had to see in time
 	Asked        int // calls of Current and Candidates
 
-	Faults int // that were injected
+	Faults int // faults that were injected
 }
 
-// Check checks a history, in the order of time (see [Sort]).
+// Check checks a history, which must be in the order of time (see [Sort]).
 func Check(history []Entry, o Options) Verdict {
 	c := newChecker(history, o)
 	c.run()
 	return c.Verdict
 }
 
-// A checker is a history by what its rules ask for.
+// A checker is a history, indexed as its rules need it.
 type checker struct {
 	Verdict
 	Options
 	began    int64
-	patience time.Duration // with each check for linearizability
+	patience time.Duration // limit for each check of linearizability
 
 	by map[Kind][]*Entry
 	*clocks
@@ -180,7 +177,7 @@ type checker struct {
 	renewed map[int64][]*renewal // by lease, in the order of T
 	takings map[target][]*Entry
 	reads   map[termID]*Entry // the first in each term, by its holder
-	calms   []*Entry          // that are long enough to show anything
+	calms   []*Entry          // those that are long enough to show anything
 }
 
 func newChecker(history []Entry, o Options) *checker {
@@ -247,7 +244,7 @@ func (c *checker) violate(rule string, entries []*Entry, format string, args ...
 	c.Violations = append(c.Violations, v)
 }
 
-// at is a time as a reader of the report knows it.
+// at formats a time as a reader of the report knows it.
 func (c *checker) at(t int64) string {
 	if t == never {
 		return "the end"
@@ -255,7 +252,7 @@ func (c *checker) at(t int64) string {
 	return fmt.Sprintf("%.3fs", time.Duration(t-c.began).Seconds())
 }
 
-// checkAnything objects to a history that proves nothing.
+// checkAnything flags a history that proves nothing.
 func (c *checker) checkAnything() {
 	for _, kind := range c.Require {
 		if len(c.by[kind]) == 0 {
@@ -266,7 +263,7 @@ func (c *checker) checkAnything() {
 		c.violate(RuleNothing, nil, "no guarded write has succeeded")
 	}
 	if len(c.by[AuditEnd]) == 0 {
-		c.violate(RuleNothing, nil, "the audit has not come to the end")
+		c.violate(RuleNothing, nil, "the audit has not reached the end")
 	}
 	told := make(map[Kind]map[string]bool)
 	for _, kind := range []Kind{Campaigning, Term, Belief, Ended} {
@@ -276,7 +273,7 @@ func (c *checker) checkAnything() {
 		}
 		for _, election := range c.Elections {
 			if !told[kind][election] {
-				c.violate(RuleNothing, nil, "nobody has told anything of the kind %q of %s", kind, election)
+				c.violate(RuleNothing, nil, "no process under test has recorded a %q of %s", kind, election)
 			}
 		}
 	}
@@ -312,8 +309,8 @@ func (c *checker) checkTokens() {
 			continue
 		}
 		c.Checked.Terms++
-		// The entry of a term may come late, from a process that was stopped meanwhile. What it must not do is
-		// to campaign after another has won, and yet have the smaller token.
+		// The entry of a term may come late, from a process that was stopped meanwhile. But a process must not begin a
+		// campaign after another has won, and then get the smaller token.
 		if l := largest[e.Election]; l == nil || l.Token < e.Token {
 			largest[e.Election] = e
 		} else if e.From > l.T {
@@ -359,13 +356,13 @@ func (c *checker) checkFencing() {
 	for _, e := range c.by[Append] {
 		a := accepted[request{e.Election, e.Value}]
 		if e.Result == OK && a == nil || e.Result == Failed && a != nil {
-			c.violate(RuleFencing, []*Entry{e, a}, "%s was told %q of its append %q in %s at %s, which is not so",
+			c.violate(RuleFencing, []*Entry{e, a}, "%s was told %q about its append %q in %s at %s, which is false",
 				e.Proc, e.Result, e.Value, idOf(e), c.at(e.T))
 		}
 	}
 }
 
-// checkRest goes through what was said to be wrong when it happened.
+// checkRest flags what was recorded as wrong when it happened.
 func (c *checker) checkRest() {
 	for _, e := range c.by[Left] {
 		c.violate(RuleEnd, []*Entry{e}, "the %s %s is left", e.Op, e.Value)
@@ -383,7 +380,7 @@ func (c *checker) checkRest() {
 // never is later than everything.
 const never = math.MaxInt64
 
-// firstAfter is the first of entries, in the order of T, that is not before t, or nil.
+// firstAfter returns the first of the entries, which are in the order of T, that is not before t, or nil.
 func firstAfter(entries []*Entry, t int64) *Entry {
 	i, _ := slices.BinarySearchFunc(entries, t, func(e *Entry, t int64) int { return cmp.Compare(e.T, t) })
 	if i == len(entries) {

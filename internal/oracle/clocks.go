@@ -8,22 +8,22 @@ import (
 	"time"
 )
 
-// timerLength is how long the timer is armed for at most that ends a term's context.
+// timerLength is the longest time for which the timer that ends a term's context is set.
 const timerLength = time.Second
 
-// maxArming is how much later than the clocks say the timer may fire that ends a term's context, if its process was stopped
-// as it was set.
+// maxArming is how much later than the clocks say the timer that ends a term's context may fire, if its process was
+// stopped while it set the timer.
 const maxArming = time.Millisecond
 
-// What is known of the processes' machines: when they ran, and how right their clocks were.
+// clocks is what is known of the processes' machines: when they ran, and how correct their clocks were.
 type clocks struct {
-	hosts    map[string]string // of what is a part of a process
+	hosts    map[string]string // the process that another one is a part of
 	rates    map[string]float64
 	sets     map[string][]*Entry
-	untold   map[string]int64  // when it was killed while it could not tell of renewals
-	stops    map[string][]span // merged, as are those:
-	suspends map[string][]span // in which timers stood still
-	hindered map[string][]span // when what was to be done was not gone on with
+	untold   map[string]int64  // when it was killed while it could not report renewals
+	stops    map[string][]span // merged, as are the two below
+	suspends map[string][]span // times in which timers stood still
+	hindered map[string][]span // times in which its work did not continue
 }
 
 func (c *checker) readClocks() *clocks {
@@ -71,10 +71,10 @@ func (c *checker) readClocks() *clocks {
 	return k
 }
 
-// host is the process that it is a part of, or it itself.
+// host returns the process that proc is a part of, or proc itself.
 func (k *clocks) host(proc string) string { return cmp.Or(k.hosts[proc], proc) }
 
-// real is how long it takes until d has passed on the clocks of a process.
+// real returns how long it takes until d has passed on the clocks of a process.
 func (k *clocks) real(proc string, d time.Duration) int64 {
 	rate, ok := k.rates[k.host(proc)]
 	if !ok || rate == 1 {
@@ -83,26 +83,29 @@ func (k *clocks) real(proc string, d time.Duration) int64 {
 	return int64(math.Ceil(float64(d) / rate))
 }
 
-// lasts is how long a term lasts after a renewal was sent.
+// lasts returns how long a term lasts after a renewal was sent.
 func (c *checker) lasts(proc string) int64 { return c.real(proc, c.TTL-c.Margin) }
 
-// ttl is how long nobody takes a lease after a renewal was sent: neither etcd, nor its owner by its own clocks.
+// ttl returns how long nobody may take a lease after a renewal was sent: neither etcd, nor its owner by its own clocks.
 func (c *checker) ttl(proc string) int64 { return min(int64(c.TTL), c.real(proc, c.TTL)) }
 
-// margin is how long before that a term is over. It is negative where a clock is slower than the margin covers.
+// margin returns how long before the end of ttl a term is over. It is negative if a clock is slower than the margin
+// covers.
 func (c *checker) margin(proc string) int64 { return c.ttl(proc) - c.lasts(proc) }
 
 // slow reports whether the clocks of a process are slower than the margin covers.
 func (c *checker) slow(proc string) bool { return c.margin(proc) < 0 }
 
-// set reports whether the wall clock of a process was set forward in that time. What it counts by it is over early.
+// set reports whether the wall clock of a process was set forward in that time. What the process measures by it then
+// ends early.
 func (k *clocks) set(proc string, from, to int64) bool {
 	e := firstAfter(k.sets[k.host(proc)], from)
 	return e != nil && e.T <= to
 }
 
-// lateUntil is until when what a timer of a process was to do at t may be late: because it was stopped then, or its machine
-// was suspended while the timer was armed. In a simulation it may also be late by as little as it is not set anew for.
+// lateUntil returns until when a timer of a process that was due at t may be late: because the process was stopped
+// then, or because its machine was suspended while the timer was set. In a simulation the timer may also be late by
+// maxArming.
 func (c *checker) lateUntil(proc string, t int64) int64 {
 	stops, late := c.stops[c.host(proc)], c.slack(lateTimer)
 	length := c.real(proc, timerLength)
@@ -120,7 +123,7 @@ func (c *checker) lateUntil(proc string, t int64) int64 {
 	return t
 }
 
-// ranSince is when somebody who is hindered at times has had so long since then.
+// ranSince returns when somebody who has been hindered at times has had time d since then. Each hindrance adds late.
 func ranSince(hindered []span, since, d, late int64) int64 {
 	t := since + d
 	i, _ := slices.BinarySearchFunc(hindered, since, func(s span, t int64) int { return cmp.Compare(s.to, t) })
@@ -133,7 +136,7 @@ func ranSince(hindered []span, since, d, late int64) int64 {
 	return t
 }
 
-// within is by when a process has had so long, by its clocks, for something that it was to do since a time.
+// within returns by when a process has had time d, by its clocks, for something that it had to do since a time.
 func (c *checker) within(proc string, since int64, d time.Duration) int64 {
 	spans, ok := c.hindered[proc]
 	if !ok {

@@ -10,7 +10,7 @@ import (
 	"github.com/anishathalye/porcupine"
 )
 
-// An effect is a read, or a write that took effect, in from..to.
+// An effect is a read, or a write that took effect, at some time in from..to.
 type effect struct {
 	*Entry
 	from, to    int64
@@ -38,11 +38,12 @@ func (c *checker) checkData() {
 	}
 }
 
-// checkProclaimed checks that what was proclaimed, each value once, is in etcd if that was told, in the term in which it
-// was, and not after a later value.
+// checkProclaimed checks the values that were proclaimed, each of which is unique. If a call succeeded, its value must
+// have been in etcd. A value must be in the key of its own term. It must not replace the value of a later call that
+// succeeded.
 func (c *checker) checkProclaimed() {
 	type value struct{ election, value string }
-	puts := make(map[value]*Entry) // the last of each
+	puts := make(map[value]*Entry) // the last put of each value
 	for _, e := range c.by[Event] {
 		election, _, _ := candidateOf(e.Key)
 		puts[value{election, e.Value}] = e
@@ -52,10 +53,10 @@ func (c *checker) checkProclaimed() {
 		put, id := puts[value{e.Election, e.Value}], idOf(e)
 		switch by := replaced[id]; {
 		case put != nil && put.Token != e.Token:
-			c.violate(RuleGuard, []*Entry{e, put}, "%q was proclaimed at revision %d by %s in the term %d, which is not its own",
+			c.violate(RuleGuard, []*Entry{e, put}, "%q was proclaimed at revision %d by %s in term %d, which is not its own",
 				e.Value, put.Rev, e.Proc, put.Token)
 		case put == nil && e.Result == OK:
-			c.violate(RuleData, []*Entry{e}, "%s was told that it had proclaimed %q in %s at %s, which is not so", e.Proc, e.Value, id, c.at(e.T))
+			c.violate(RuleData, []*Entry{e}, "%s was told that it had proclaimed %q in %s at %s, which is false", e.Proc, e.Value, id, c.at(e.T))
 		case put != nil && by != 0 && put.Rev > by:
 			c.violate(RuleData, []*Entry{e, put}, "%q was proclaimed at revision %d in %s, after a later value at revision %d", e.Value, put.Rev, id, by)
 		case e.Result == OK:
@@ -64,7 +65,7 @@ func (c *checker) checkProclaimed() {
 	}
 }
 
-// effects returns the writes of a register that took effect, by revision, and checks each of them.
+// effects returns the writes of a register that took effect, in the order of revisions, and checks each of them.
 func (c *checker) effects(r register, writes []*Entry) []effect {
 	puts := make(map[string]*Entry)
 	for _, e := range c.puts[r] {
@@ -80,14 +81,15 @@ func (c *checker) effects(r register, writes []*Entry) []effect {
 		written[w.Value] = w
 		put := puts[w.Value]
 		if w.Result == OK && (put == nil || put.Rev != w.Rev) || w.Result == Failed && put != nil {
-			c.violate(RuleData, []*Entry{w, put}, "%s was told %q of its write %q of %s in %s at %s, revision %d, which is not so",
+			c.violate(RuleData, []*Entry{w, put}, "%s was told %q about its write %q of %s in %s at %s, revision %d, which is false",
 				w.Proc, w.Result, w.Value, r.what, idOf(w), c.at(w.T), w.Rev)
 		}
 		if w.Result == Unknown {
 			c.Checked.Resolved++
 		}
 	}
-	// What nobody has recorded replaced the value before it, and not before that one was asked for.
+	// A write that nobody has recorded replaced the value before it. Its request came no earlier than the request for
+	// that value.
 	var base string
 	var from int64
 	for _, put := range c.puts[r] {
@@ -98,14 +100,14 @@ func (c *checker) effects(r register, writes []*Entry) []effect {
 		case w != nil:
 			e.Entry, e.from, e.base, token, ok = w, w.From, w.Base, w.Token, true
 		case !ok || n != before+1:
-			c.violate(RuleData, []*Entry{put}, "%s of %s went from %q to %q at revision %d, by nobody", r.what, r.election, base, put.Value, put.Rev)
+			c.violate(RuleData, []*Entry{put}, "%s of %s went from %q to %q at revision %d, although nobody wrote that", r.what, r.election, base, put.Value, put.Rev)
 		default:
 			c.Checked.Recovered++
 		}
 		if e.to < e.from {
 			c.violate(RuleData, []*Entry{e.Entry, put}, "%s of %s was %q at %s, before that was asked for at %s",
 				r.what, r.election, put.Value, c.at(e.to), c.at(e.from))
-			e.to = e.from // as time does not go back
+			e.to = e.from // because time does not go back
 		}
 		if ok {
 			c.checkGuard(termID{r.election, token}, put, e.Entry)
@@ -116,7 +118,7 @@ func (c *checker) effects(r register, writes []*Entry) []effect {
 	return effects
 }
 
-// parse takes a value "<n> <token>:<seq>" apart. None at all is 0.
+// parse splits a value "<n> <token>:<seq>". For an empty value n is 0.
 func parse(value string) (n, token int64, ok bool) {
 	number, id, _ := strings.Cut(value, " ")
 	text, seq, _ := strings.Cut(id, ":")
@@ -126,7 +128,7 @@ func parse(value string) (n, token int64, ok bool) {
 	return n, token, cmp.Or(err, terr, serr) == nil
 }
 
-// checkGuard checks that a guarded write came when the term's key was there and no older one was.
+// checkGuard checks that a guarded write came while the term's key existed and no older one did.
 func (c *checker) checkGuard(t termID, put, write *Entry) {
 	l := c.lives[t]
 	if l == nil || put.Rev <= t.token || l.goneBy(put.Rev) {
@@ -139,9 +141,9 @@ func (c *checker) checkGuard(t termID, put, write *Entry) {
 	}
 }
 
-// checkLinearizable lets porcupine check a register. Wherever nothing was under way the history is cut:
-// there the value is that of the last write before, in the order of revisions. So the parts are
-// small, and what is reported is only what is wrong.
+// checkLinearizable lets porcupine check a register. The history is cut wherever no operation was under way. There the
+// value is that of the last write before, in the order of revisions. So the parts are small, and a violation shows only
+// the part that is wrong.
 func (c *checker) checkLinearizable(r register, effects []effect) {
 	slices.SortFunc(effects, func(a, b effect) int { return cmp.Compare(a.from, b.from) })
 	var value string
@@ -162,20 +164,20 @@ func (c *checker) checkLinearizable(r register, effects []effect) {
 		if result := linearizable(part, first, value, end, c.patience); result != porcupine.Ok {
 			rule, is := RuleData, "is not linearizable"
 			if result == porcupine.Unknown {
-				rule, is = RuleUndecided, "may be linearizable or not, which takes too long to find out"
+				rule, is = RuleUndecided, "may be linearizable or not: the check takes too long"
 			}
 			var entries []*Entry
 			for _, e := range part {
 				entries = append(entries, e.Entry)
 			}
-			c.violate(rule, entries, "what happened to %s of %s from %s to %s, when it went from %q to %q, %s",
+			c.violate(rule, entries, "the history of %s of %s from %s to %s, in which it went from %q to %q, %s",
 				r.what, r.election, c.at(part[0].from), c.at(end), first, value, is)
 		}
 	}
 }
 
-// linearizable asks porcupine whether effects can have followed each other such that the value was first
-// at the beginning and last at the end.
+// linearizable asks porcupine whether there is an order of the effects in which the value is first at the beginning and
+// last at the end.
 func linearizable(effects []effect, first, last string, end int64, patience time.Duration) porcupine.CheckResult {
 	model := porcupine.Model{
 		Init: func() any { return first },

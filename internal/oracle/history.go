@@ -1,9 +1,9 @@
-// Package oracle judges what was recorded of candidates, leaders and observers while faults struck them: whether
-// the guarantees were kept, whatever system has recorded it. A history is a list of entries, and [Check] says what
-// they come to.
+// Package oracle judges a record of what candidates, leaders and observers did while faults struck them: whether the
+// guarantees were kept. It does not matter which system has recorded it. A history is a list of entries, and [Check]
+// returns a verdict on it.
 //
-// It knows nothing of processes, files or real time: names are names, and a time is a count of nanoseconds on a
-// clock that all entries of a history share.
+// The package knows nothing of processes, files or real time. Names are names, and a time is a number of nanoseconds on
+// a clock that all entries of a history share.
 package oracle
 
 import (
@@ -17,14 +17,14 @@ import (
 	"slices"
 )
 
-// A Kind says what an [Entry] tells and which of its fields it uses, beside T, Proc and Kind.
+// A Kind says what an [Entry] means and which of its fields it uses, besides T, Proc and Kind.
 type Kind string
 
-// What a process under test tells.
+// Recorded by a process under test.
 const (
-	// Campaigning, Elected, CampaignFailed, Changed and Ended are told by the hooks of the library.
+	// The hooks of the library record Campaigning, Elected, CampaignFailed, Changed and Ended.
 
-	// Campaigning is a campaign that begins. Election, Value (the call that it is of, where that is known).
+	// Campaigning is a campaign that begins. Election, Value (the call that it belongs to, where that is known).
 	Campaigning Kind = "campaigning"
 	// CampaignFailed is a campaign that ends without a term. Election, Op (why: [GaveUp], [Held] or
 	// [Shut]), Err.
@@ -33,40 +33,40 @@ const (
 	Elected Kind = "elected"
 	// Changed is what LeaderChanged was called with. Election, Token, Key, Value, Lease.
 	Changed Kind = "changed"
-	// Ended is a term that has ended. Election, Token, Op (the cause: [Resigned], [Expired] or
-	// [Evicted]), Err, Until (the deadline that the term says it had).
+	// Ended is a term that has ended. Election, Token, Op (the cause: [Resigned], [Expired] or [Evicted]), Err, Until
+	// (the deadline that the term reports).
 	Ended Kind = "ended"
 
-	// GivingUp is told before the context of a campaign, or of the campaigns that follow, ends.
-	// Election; none means all.
+	// GivingUp is recorded before the context of a campaign, or of the campaigns that follow, ends. Election; without
+	// one it is about all elections.
 	GivingUp Kind = "giving-up"
-	// Tried is a call of TryCampaign that has returned, From..T: its campaign was not to wait. Election.
+	// Tried is a call of TryCampaign that has returned, From..T: its campaign must not wait. Election.
 	Tried Kind = "tried"
-	// Closing is told before Close is called. Election; a call that is about several is told for each.
+	// Closing is recorded before Close is called. Election; a call that is about several elections is recorded for
+	// each.
 	Closing Kind = "closing"
 	// Closed is a call of Close that has returned, From..T. Election, Result.
 	Closed Kind = "closed"
 
-	// Term is a term whose work begins. From is the beginning of the campaign, as far as the caller
-	// knows it; Election, Token, Key, Lease, Until (the deadline), Op ([Ours], or the name of what else
-	// has won, which may believe what it likes), Value ([ByRun] if Run looks after the term).
+	// Term is a term whose work begins. From is the beginning of the campaign, as far as the caller knows it. Election,
+	// Token, Key, Lease, Until (the deadline), Op ([Ours], or the name of another system that has won, whose belief is
+	// not judged), Value ([ByRun] if Run ends the term).
 	Term Kind = "term"
-	// Belief is a piece of a term in which its holder believed that it led: it had an answer at From
-	// already and asked for another at T, and all of them said so. Of one answer alone, asked at T and
-	// got at From, From is the later. Pieces of a term that follow each other without a pause of the
-	// process begin where the one before them ends. Election, Token, Op (what was asked: [ByIsLeader],
-	// [ByContext] or [ByRun]; anything else is of no interest).
+	// Belief is a piece of a term in which its holder believed that it led. At From it already had an answer, at T it
+	// asked for the last one, and all answers said that it led. A piece may consist of a single answer, asked for at T
+	// and received at From; From is then the later. If pieces of a term follow each other without a pause of the
+	// process, each begins where the previous one ends. Election, Token, Op (what was asked: [ByIsLeader], [ByContext]
+	// or [ByRun]; anything else is ignored).
 	Belief Kind = "belief"
-	// Resigning is told before a term is given up. Election, Token.
+	// Resigning is recorded before a term is given up. Election, Token.
 	Resigning Kind = "resigning"
 	// Renewed is a renewal that counted. From is when it was sent; Lease, Until (the deadline).
 	Renewed Kind = "renewed"
-	// Refused is a renewal that etcd acknowledged in vain. Lease.
+	// Refused is a renewal that etcd acknowledged but that did not count. Lease.
 	Refused Kind = "refused"
 
-	// Read is a linearizable read of a value in etcd, From..T. Election, Token (the reader's term),
-	// Op (which value), Value, Rev (of etcd's answer). The first in a term also shows who was in the
-	// queue when it began.
+	// Read is a linearizable read of a value in etcd, From..T. Election, Token (the reader's term), Op (which value),
+	// Value, Rev (of etcd's answer). The first read in a term also shows who was in the queue when the term began.
 	Read Kind = "read"
 	// Write is a guarded write, From..T. Election, Token, Op, Base (the value that was read before),
 	// Value, Rev (of etcd's answer), Result.
@@ -81,74 +81,73 @@ const (
 	// Observed is a pair without an error that Observe has yielded. Election, Op, Token, Key, Value,
 	// Lease.
 	Observed Kind = "observed"
-	// ObserveEnded is a call of Observe that has returned. Election, Op, Err (of the last pair; none if
-	// there was no such pair).
+	// ObserveEnded is a call of Observe that has returned. Election, Op, Err (of the last pair; empty if no pair had an
+	// error).
 	ObserveEnded Kind = "observe-ended"
 	// Current and Candidates are calls of these names, From..T. Election, Err. Current: Token, Key,
 	// Value, Lease. Candidates: Value (the tokens in their order, with spaces between them).
 	Current    Kind = "current"
 	Candidates Kind = "candidates"
 
-	// Stopped is a time From..T in which the process did not run, or a part of it. Op ([Suspended] if the monotonic clock
-	// stood still meanwhile).
+	// Stopped is a time From..T in which the process, or a part of it, did not run. Op ([Suspended] if the monotonic
+	// clock stood still meanwhile).
 	Stopped Kind = "stopped"
-	// Busy is a time From..T for which the user's code has kept the library waiting, in a hook. Op ([Renewed] if renewals are
-	// not told meanwhile).
+	// Busy is a time From..T in which the user's code kept the library waiting, in a hook. Op ([Renewed] if renewals
+	// are not reported meanwhile).
 	Busy Kind = "busy"
-	// Failure is something that must not happen: an API call that returns what it should not, a
-	// goroutine that is left. Err.
+	// Failure is something that must not happen: an API call that returns what it should not, or a goroutine that is
+	// left. Err.
 	Failure Kind = "failure"
 )
 
-// What the one tells who runs the processes and strikes them.
+// Recorded by the process that runs the others and injects the faults.
 const (
-	// Run is the first entry. Value is what the recorder likes.
+	// Run is the first entry. Value is for the recorder: the oracle ignores it.
 	Run Kind = "run"
-	// Start is a process that was started. Op (which sort), Value (the process that it is a part of, which it stops
-	// and ends with; none if it is one by itself).
+	// Start is a process that was started. Op (its kind), Value (the process that it is a part of, with which it stops
+	// and ends; empty if it is a process of its own).
 	Start Kind = "start"
-	// Exit is a process that has ended. Result ([OK] as it was meant to, also if it was to be killed),
-	// Err (if it was killed or has failed).
+	// Exit is a process that has ended. Result ([OK] if it was meant to, even by being killed), Err (if it was killed
+	// or has failed).
 	Exit Kind = "exit"
-	// Clock is what is wrong with the clocks of a process. Op ([Rate]: they run Value times as fast as those of the
-	// history, from the beginning on; [Set]: the wall clock was set forward at T).
+	// Clock is an error of the clocks of a process. Op ([Rate]: they run Value times as fast as those of the history,
+	// from the beginning; [Set]: the wall clock was set forward at T).
 	Clock Kind = "clock"
-	// Fault is one fault, From its injection until T, when it was healed. Op (which sort), Value (whom
-	// it struck), Err if it could not be injected.
+	// Fault is one fault, From its injection until T, when it was healed. Op (its kind), Value (whom it struck), Err if
+	// it could not be injected.
 	Fault Kind = "fault"
-	// Resumed is a member of etcd that goes on after a pause, From..T. Op ([Follower] if it was known to
-	// be one when it was paused).
+	// Resumed is a member of etcd that resumes after a pause, From..T. Op ([Follower] if it was known to be a follower
+	// when it was paused).
 	Resumed Kind = "resumed"
 	// Calm is a time without faults, From..T.
 	Calm Kind = "calm"
-	// Taken is a key that an operator took, From..T. Op ([Delete]: this key; [Revoke]: all of this
-	// lease; [Evict]: that of whoever led), Election, Token (for Evict, of who led before), Key, Lease,
-	// Result, Rev: of [OK], the revision in which the keys went; of [Unknown], and of Evict, one in which
-	// they were known to be gone, by this request or not. That of Evict may be missing.
+	// Taken is a key that an operator took, From..T. Op ([Delete]: this key; [Revoke]: all keys of this lease; [Evict]:
+	// the key of whoever led), Election, Token (for Evict, of who led before), Key, Lease, Result, Rev. With [OK], Rev
+	// is the revision in which the keys went. With [Unknown], and for Evict, it is a revision in which they were known
+	// to be gone, whether by this request or not. For Evict it may be missing.
 	Taken Kind = "taken"
-	// Event is a change in etcd, seen at T. Rev, Key, Op ("put", "delete"), Token (create revision),
-	// Value (of a put; of a candidate's first put, its process's name, alone or before a slash), Lease (of
-	// a put).
+	// Event is a change in etcd, seen at T. Rev, Key, Op ("put", "delete"), Token (create revision), Value (of a put; a
+	// candidate's first put has its process's name, alone or in front of a slash), Lease (of a put).
 	Event Kind = "event"
-	// AuditEnd says that all events up to its Rev were told, and that nothing was asked of etcd later.
+	// AuditEnd says that all events up to its Rev were recorded, and that nothing was requested of etcd later.
 	AuditEnd Kind = "audit-end"
-	// Accepted is a request that the resource outside etcd has taken or, by Result, refused.
-	// Election, Token, Value.
+	// Accepted is a request that the resource outside etcd has accepted or, according to Result, refused. Election,
+	// Token, Value.
 	Accepted Kind = "accepted"
-	// Left is something of ours in etcd after everybody has resigned. Op ("key", "lease"), Value.
+	// Left is something of this library that is in etcd after everybody has resigned. Op ("key", "lease"), Value.
 	Left Kind = "left"
 )
 
-// How a request ended.
+// Results of requests.
 const (
 	OK      = "ok"
-	Failed  = "failed"  // it has certainly not had an effect
-	Unknown = "unknown" // it may have had one, or have one yet
+	Failed  = "failed"  // it certainly had no effect
+	Unknown = "unknown" // it may have had an effect, or may still have one
 )
 
-// What Op is.
+// Values of Op.
 const (
-	Ours = "leader" // of Term: won by a process that is to keep the rules
+	Ours = "leader" // of Term: won by a process that must keep the rules
 
 	// Of Belief.
 	ByIsLeader = "IsLeader"
@@ -162,7 +161,7 @@ const (
 
 	// Of CampaignFailed.
 	GaveUp = "gave-up" // its context had ended
-	Held   = "held"    // it was not to wait
+	Held   = "held"    // it must not wait, and somebody else was there
 	Shut   = "shut"    // Close was called
 
 	// Of Taken.
@@ -202,13 +201,13 @@ type Entry struct {
 func Encode(e Entry) []byte {
 	line, err := json.Marshal(e)
 	if err != nil {
-		panic(err) // an entry has nothing that JSON has not
+		panic(err) // every field of an entry can be encoded
 	}
 	return append(line, '\n')
 }
 
-// Decode reads entries, one a line. A last line without an end was being written when its process was killed, and is left
-// out.
+// Decode reads entries, one a line. It leaves out a last line without an end, which its process was writing when it was
+// killed.
 func Decode(r io.Reader) ([]Entry, error) {
 	var entries []Entry
 	for lines := bufio.NewReader(r); ; {
@@ -229,7 +228,7 @@ func Decode(r io.Reader) ([]Entry, error) {
 	}
 }
 
-// Sort brings entries into the order of time. What is of one time stays in its order.
+// Sort sorts entries by time. Entries of the same time stay in their order.
 func Sort(history []Entry) {
 	slices.SortStableFunc(history, func(a, b Entry) int { return cmp.Compare(a.T, b.T) })
 }

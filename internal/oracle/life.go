@@ -5,20 +5,20 @@ import (
 	"slices"
 )
 
-// An ending is how a candidate's key has come to its end.
+// An ending is how a candidate's key came to its end.
 type ending string
 
 const (
 	alive    ending = "alive"
 	operator ending = "operator"
-	resigned ending = "resigned" // or withdrawn: its owner had said that it would
+	resigned ending = "resigned" // or withdrawn: its owner had said that it would delete the key
 	expired  ending = "expired"
-	// early is before etcd could let the lease expire, and by nobody that is known: etcd itself may do so.
+	// early is before etcd may let the lease expire, and not by anybody known: etcd itself may have done it.
 	early ending = "early"
 )
 
-// endingOf says how a key has come to its end and, if that was by an operator, by which request: one that began
-// by a time.
+// endingOf returns how a key came to its end and, if an operator took it, by which request. Only requests that began by
+// the given time count.
 func (c *checker) endingOf(l *life, by int64) (ending, *Entry) {
 	if l.deleted == nil {
 		return alive, nil
@@ -30,7 +30,7 @@ func (c *checker) endingOf(l *life, by int64) (ending, *Entry) {
 	t := c.terms[l.termID]
 	switch {
 	case t != nil && t.first() != nil:
-		// Whoever has lost a term says that it resigns, too: so the cause counts that it was told.
+		// Whoever has lost a term also records that it resigns. So the recorded cause decides.
 		given := c.given(t)
 		bySelf := l.gone.to < expiry || c.Exact && l.deleted.Proc == c.host(l.owner)
 		if given != nil && given.T <= l.gone.to && (t.cause() == Resigned || t.cause() == "" && bySelf) {
@@ -39,7 +39,7 @@ func (c *checker) endingOf(l *life, by int64) (ending, *Entry) {
 	case c.withdrawn(l):
 		return resigned, nil
 	default:
-		// When its session is over a candidate may delete its key.
+		// When its session is over, a candidate may delete its key.
 		if c.set(l.owner, expiry-int64(c.TTL), l.gone.to) {
 			return resigned, nil
 		}
@@ -51,7 +51,7 @@ func (c *checker) endingOf(l *life, by int64) (ending, *Entry) {
 	return expired, nil
 }
 
-// A target is what an operator wanted to take: the key of a term, all of a lease, or that of whoever led.
+// A target is what an operator wanted to take: the key of a term, all keys of a lease, or the key of whoever led.
 type target struct {
 	op, election string
 	number       int64 // token or lease
@@ -67,11 +67,11 @@ func targetOf(e *Entry) target {
 	return target{e.Op, e.Election, 0}
 }
 
-// taking is the request by which an operator took a key, or may have taken it.
+// taking returns the request by which an operator took a key, or may have taken it.
 func (c *checker) taking(l *life) *Entry {
 	for _, at := range []target{{Delete, l.election, l.token}, {Revoke, "", l.lease}, {Evict, l.election, 0}} {
 		if c.Exact && at.op == Evict {
-			continue // the deletion is told as well
+			continue // the deletion is recorded too
 		}
 		for _, e := range c.takings[at] {
 			if e.Result != Failed && c.took(e, l) {
@@ -82,7 +82,7 @@ func (c *checker) taking(l *life) *Entry {
 	return nil
 }
 
-// goneBy reports whether a key was gone when somebody was told that the leader's was.
+// goneBy reports whether a key was gone when an eviction was answered.
 func goneBy(l *life, e *Entry) bool {
 	if e.Rev != 0 {
 		return l.goneBy(e.Rev)
@@ -90,7 +90,7 @@ func goneBy(l *life, e *Entry) bool {
 	return l.gone.from <= e.T
 }
 
-// took reports whether a key that a request was about may have gone by it.
+// took reports whether a request may have taken a key that it was about.
 func (c *checker) took(e *Entry, l *life) bool {
 	switch {
 	case e.From > l.gone.to:
@@ -107,7 +107,7 @@ func (c *checker) took(e *Entry, l *life) bool {
 	return l.deleted.Rev == e.Rev
 }
 
-// withdrawn reports whether the owner of a key that was not elected may have deleted it by itself.
+// withdrawn reports whether the owner of a key that was not elected may have deleted it itself.
 func (c *checker) withdrawn(l *life) bool {
 	campaigns := c.campaignsOf(l)
 	for _, k := range campaigns {
@@ -118,12 +118,13 @@ func (c *checker) withdrawn(l *life) bool {
 	return len(campaigns) == 0 || c.stray(l, campaigns[0])
 }
 
-// stray reports whether a key may be none of the campaign in which it came: a join of an earlier one that arrived late,
-// and that its process has looked for. What shows that it may be is another key of the campaign beside it. Without one it
-// is so unless the campaign joins again under the same name, which it does not do where that may be taken.
+// stray reports whether a key may not belong to the campaign in which it appeared. It may come from the join of an
+// earlier campaign, which arrived late and which its process has looked for. That is possible if the campaign has
+// another key at the same time. Otherwise it is possible unless the campaign joins again under the same name: it does
+// not do that while the name may be taken.
 func (c *checker) stray(l *life, k *campaign) bool {
 	if k.began.Value != "" && l.created.Value != k.began.Value {
-		return true // it has the value of another call
+		return true // the key has the value of another call
 	}
 	at := place{l.owner, l.election}
 	lives := c.of[at]
@@ -135,7 +136,7 @@ func (c *checker) stray(l *life, k *campaign) bool {
 		if older.gone.to >= l.gone.from {
 			return true
 		}
-		if older.key == l.key { // a join of the campaign, sent again, may have arrived when that key was gone
+		if older.key == l.key { // a second copy of the campaign's join may have arrived when that key was gone
 			return true
 		}
 	}
@@ -161,7 +162,7 @@ func (c *checker) stray(l *life, k *campaign) bool {
 	return false
 }
 
-// campaignsOf returns those in which a key may have been put. It was seen some time after that.
+// campaignsOf returns the campaigns in which a key may have been put. The key was seen some time after that.
 func (c *checker) campaignsOf(l *life) []*campaign {
 	if t := c.terms[l.termID]; t != nil && t.campaign != nil {
 		return []*campaign{t.campaign}
@@ -172,16 +173,16 @@ func (c *checker) campaignsOf(l *life) []*campaign {
 	return all[first:last]
 }
 
-// deposed reports whether there may have been, at that time, a leader of etcd that did not know yet that it was
-// deposed. It revokes what has expired by its own count: etcd-io/etcd#15247, which the leadership check of 3.5.10 and
-// later does not prevent in one that was paused.
+// deposed reports whether there may have been, at that time, a leader of etcd that did not yet know that it was
+// deposed. Such a leader revokes what has expired by its own count: etcd-io/etcd#15247. The leadership check of etcd
+// 3.5.10 and later does not prevent this if the leader was paused.
 func (c *checker) deposed(at int64) bool {
 	return !c.Exact && slices.ContainsFunc(c.by[Resumed], func(e *Entry) bool {
 		return e.Op != Follower && e.T-e.From >= int64(c.DeposedAfter) && e.T <= at && at <= e.T+int64(deposedFor)
 	})
 }
 
-// counted is the last renewal of a lease that had counted by then, or nil.
+// counted returns the last renewal of a lease that had counted by the given time, or nil.
 func (c *checker) counted(lease, by int64) *renewal {
 	renewals := c.renewed[lease]
 	i, _ := slices.BinarySearchFunc(renewals, by+1, func(r *renewal, t int64) int { return cmp.Compare(r.T, t) })
@@ -191,7 +192,8 @@ func (c *checker) counted(lease, by int64) *renewal {
 	return renewals[i-1]
 }
 
-// expiry is a time before which etcd must not let a lease expire, as far as renewals go that had counted by then.
+// expiry returns the earliest time at which etcd may let a lease expire, considering the renewals that had counted by
+// the given time.
 func (c *checker) expiry(lease, by int64) int64 {
 	if r := c.counted(lease, by); r != nil {
 		return r.sent + c.ttl(r.Proc)
@@ -199,8 +201,8 @@ func (c *checker) expiry(lease, by int64) int64 {
 	return c.granted(lease) + c.ttl(c.leased[lease][0].owner)
 }
 
-// granted is a time before which a lease cannot have been asked for: when its process began to campaign without a key.
-// It may have done so in other elections before.
+// granted returns the earliest time at which a lease can have been requested: when its process began to campaign
+// without a key, in any election.
 func (c *checker) granted(lease int64) int64 {
 	first := slices.MinFunc(c.leased[lease], func(x, y *life) int { return cmp.Compare(x.token, y.token) })
 	campaigns := c.campaignsOf(first)
@@ -230,7 +232,7 @@ func (c *checker) checkLives() {
 				if r := c.counted(l.lease, l.gone.to); r != nil {
 					shown = append(shown, r.Entry)
 				}
-				c.violate(RuleLease, shown, "%s with token %d was gone at %s, though nobody had said that it would and its lease was to last until %s",
+				c.violate(RuleLease, shown, "%s with token %d was gone at %s, though nobody had said that it would delete it, and its lease had to last until %s",
 					l.key, l.token, c.at(l.gone.to), c.at(c.expiry(l.lease, l.gone.to)))
 			}
 			c.checkOrphan(l, t)
@@ -262,8 +264,8 @@ func (c *checker) count(how ending, elected bool) {
 	}
 }
 
-// checkOrphan objects to a key that is there, in calm, longer after its use than its lease may last or others may
-// take to look for it.
+// checkOrphan flags a key that, in calm, exists for longer after its use than its lease may last or others may take
+// to look for it.
 func (c *checker) checkOrphan(l *life, t *term) {
 	unused := l.since.to
 	switch campaigns := c.campaignsOf(l); {
@@ -275,11 +277,11 @@ func (c *checker) checkOrphan(l *life, t *term) {
 		unused = campaigns[len(campaigns)-1].until
 	}
 	if e := c.lingers(unused, l.gone.to); e != nil {
-		c.violate(RuleOrphan, []*Entry{l.created, l.deleted, e}, "%s with token %d was not used any more since %s, and there until %s, though it was calm since %s",
+		c.violate(RuleOrphan, []*Entry{l.created, l.deleted, e}, "%s with token %d was not used any more after %s but existed until %s, although it had been calm since %s",
 			l.key, l.token, c.at(unused), c.at(l.gone.to), c.at(e.From))
 		return
 	}
-	// A campaign that has lost a key may have joined again. It uses one key at a time.
+	// A campaign that has lost a key may have joined again. But it uses one key at a time.
 	lives := c.of[place{l.owner, l.election}]
 	i, _ := slices.BinarySearchFunc(lives, l.token+1, func(l *life, token int64) int { return cmp.Compare(l.token, token) })
 	for _, next := range lives[i:] {
@@ -287,14 +289,14 @@ func (c *checker) checkOrphan(l *life, t *term) {
 			return
 		}
 		if e := c.lingers(next.since.to, min(l.gone.to, next.gone.to)); e != nil {
-			c.violate(RuleOrphan, []*Entry{l.created, next.created, e}, "%s had the keys with the tokens %d and %d in %s until %s, though it was calm since %s",
+			c.violate(RuleOrphan, []*Entry{l.created, next.created, e}, "%s had two keys, with the tokens %d and %d, in %s until %s, although it had been calm since %s",
 				l.owner, l.token, next.token, l.election, c.at(min(l.gone.to, next.gone.to)), c.at(e.From))
 			return
 		}
 	}
 }
 
-// lingers returns a calm in which what was not used any more since a time was still there when it must have been gone.
+// lingers returns a calm in which something unused since a time still existed when it had to be gone.
 func (c *checker) lingers(unused, until int64) *Entry {
 	i, _ := slices.BinarySearchFunc(c.calms, unused, func(e *Entry, t int64) int { return cmp.Compare(e.T, t) })
 	for _, e := range c.calms[i:] {
@@ -308,13 +310,13 @@ func (c *checker) lingers(unused, until int64) *Entry {
 	return nil
 }
 
-// checkOrder objects to a term that began while an older candidate was there. A read in the term shows the queue
-// exactly; without one the audit does, as soon as it must have caught up.
+// checkOrder flags a term that began while an older candidate existed. A read in the term shows the queue exactly.
+// Without one, the audit shows it as soon as it must have caught up.
 func (c *checker) checkOrder(l *life, t *term) {
 	b := l.before
-	// Where a join was answered late, whoever was before it may have gone meanwhile.
+	// If a join was answered late, whoever was before it may have gone meanwhile.
 	if k := t.campaign; k != nil && k.tries && b != nil && !b.goneBy(l.token-1) && c.inCalm(k.began.T, k.until) {
-		c.violate(RuleCampaign, []*Entry{t.campaign.began, t.first(), b.created, b.deleted}, "%s was not to wait, and won %s behind %s",
+		c.violate(RuleCampaign, []*Entry{t.campaign.began, t.first(), b.created, b.deleted}, "%s called TryCampaign, which must not wait, and won %s behind %s",
 			t.proc(), t.termID, b.key)
 	}
 	if read := c.reads[t.termID]; read != nil {
@@ -329,7 +331,7 @@ func (c *checker) checkOrder(l *life, t *term) {
 	}
 }
 
-// checkRenewals objects to a lease that is renewed when it has neither a key nor a campaign that may put one.
+// checkRenewals flags a lease that is renewed without a key or a campaign that may put one.
 func (c *checker) checkRenewals() {
 	for _, lease := range sortedKeys(c.renewed, cmp.Compare[int64]) {
 		var used []span
@@ -338,21 +340,21 @@ func (c *checker) checkRenewals() {
 		}
 		used = merge(used)
 		for _, r := range c.renewed[lease] {
-			// A key may go while its owner does not know, until a renewal tells it.
+			// The owner does not know that a key has gone until a renewal tells it.
 			when := span{r.sent - int64(c.TTL), r.T}
 			if _, ok := touches(used, when); ok {
 				continue
 			}
 			if _, ok := touches(c.joining[r.Proc], when); !ok && !c.lapsed(r) {
-				c.violate(RuleOrphan, []*Entry{r.Entry}, "%s renewed the lease %x at %s, which had no key any more", r.Proc, lease, c.at(r.sent))
+				c.violate(RuleOrphan, []*Entry{r.Entry}, "%s renewed the lease %x, which had no key any more, at %s", r.Proc, lease, c.at(r.sent))
 				break
 			}
 		}
 	}
 }
 
-// lapsed reports whether a campaign may need the lease that was renewed, as its time with the one that its key is on was over by
-// then. It takes another lease before it puts another key.
+// lapsed reports whether a campaign may need the lease that was renewed. It may if the lease of its own key was over by
+// then: before it puts another key, it takes another lease.
 func (c *checker) lapsed(r *renewal) bool {
 	for _, election := range sortedKeys(c.queues, cmp.Compare[string]) {
 		at := place{r.Proc, election}
@@ -370,8 +372,8 @@ func (c *checker) lapsed(r *renewal) bool {
 	return false
 }
 
-// checkClosed objects to a key that is there when all were said to be gone. A lease that cannot be trusted any more is
-// left to expire.
+// checkClosed flags a key that exists although Close said that all are gone. A lease that its owner can no longer
+// trust is left to expire.
 func (c *checker) checkClosed() {
 	for _, e := range c.by[Closed] {
 		if e.Result != OK {
@@ -379,20 +381,20 @@ func (c *checker) checkClosed() {
 		}
 		for _, l := range c.of[placeOf(e)] {
 			if l.since.to <= e.T && l.gone.from > e.T && c.trusted(l, e.T) {
-				c.violate(RuleOrphan, []*Entry{l.created, e, l.deleted}, "%s with token %d was there until %s, though %s had closed all at %s",
+				c.violate(RuleOrphan, []*Entry{l.created, e, l.deleted}, "%s with token %d existed until %s, although Close of %s had returned at %s",
 					l.key, l.token, c.at(l.gone.to), e.Proc, c.at(e.T))
 			}
 		}
 	}
 }
 
-// trusted reports whether the owner of a key may take its lease for alive: its term is not over, by both clocks.
+// trusted reports whether the owner of a key may consider its lease alive: its term is not over, by both clocks.
 func (c *checker) trusted(l *life, at int64) bool {
 	expiry := c.expiry(l.lease, at)
 	return expiry-c.margin(l.owner) > at+c.slack(rounding) && !c.set(l.owner, expiry-int64(c.TTL), at)
 }
 
-// readReads returns what the holder of each term read first in it.
+// readReads returns the first read of the holder in each term.
 func (c *checker) readReads() map[termID]*Entry {
 	reads := make(map[termID]*Entry)
 	for _, e := range c.by[Read] {

@@ -6,19 +6,19 @@ import (
 	"time"
 )
 
-// seesIn is how soon, in calm, a state is to be told of.
+// seesIn is how soon, in calm, a state must be reported.
 const seesIn = 2 * time.Second
 
-// A stream is what is told of an election to one call of Observe, or to the hook LeaderChanged of one process.
+// A stream is what one call of Observe, or the hook LeaderChanged of one process, is told about an election.
 type stream struct {
 	proc, election, op string
 	told               []*Entry
-	open               []span // when there was somebody to tell
+	open               []span // times in which there was somebody to tell
 }
 
 func leadingOf(e *Entry) leading { return leading{e.Token, e.Key, e.Value, e.Lease} }
 
-// checkObservers checks what was told by itself.
+// checkObservers checks what observers were told without asking.
 func (c *checker) checkObservers() {
 	for _, s := range c.streams() {
 		c.checkTold(s)
@@ -28,7 +28,7 @@ func (c *checker) checkObservers() {
 	}
 }
 
-// streams returns them in an order that does not change.
+// streams returns all streams in a fixed order.
 func (c *checker) streams() []*stream {
 	type key struct{ proc, election, op string }
 	streams := make(map[key]*stream)
@@ -56,7 +56,7 @@ func (c *checker) streams() []*stream {
 	for _, e := range c.by[ObserveEnded] {
 		s := of(e)
 		if e.Err == "" {
-			c.violate(RuleObserve, []*Entry{e}, "a call of %s to observe %s ended at %s without an error", e.Proc, e.Election, c.at(e.T))
+			c.violate(RuleObserve, []*Entry{e}, "a call of Observe by %s in %s ended at %s without an error", e.Proc, e.Election, c.at(e.T))
 		}
 		if len(s.open) == 1 {
 			s.open[0].to = e.T
@@ -80,17 +80,17 @@ func (c *checker) streams() []*stream {
 	return all
 }
 
-// checkTold objects to states that never were, that are older than what was told before, and to one that is told again
-// by the same call.
+// checkTold flags states that never existed, states that are older than what was told before, and a state that the
+// same call was told twice in a row.
 func (c *checker) checkTold(s *stream) {
 	states := c.statesOf(s.election)
-	at := 0 // the earliest state that it can have come to
+	at := 0 // the earliest state that the stream can have reached
 	var last *Entry
 	for _, e := range s.told {
 		next := index(states[at:], e, e.T)
 		switch {
 		case last != nil && e.Kind == Observed && leadingOf(last) == leadingOf(e):
-			c.violate(RuleObserve, []*Entry{last, e}, "%s was told twice that %q leads %s with token %d and value %q, at %s and %s",
+			c.violate(RuleObserve, []*Entry{last, e}, "%s was told twice in a row that %q leads %s with token %d and value %q, at %s and %s",
 				e.Proc, e.Key, e.Election, e.Token, e.Value, c.at(last.T), c.at(e.T))
 		case next >= 0:
 			at += next
@@ -106,7 +106,7 @@ func (c *checker) checkTold(s *stream) {
 	}
 }
 
-// checkFresh objects to a state, in calm, of which nobody was told soon, nor of a later one.
+// checkFresh flags a state, in calm, if neither it nor a later one was told soon.
 func (c *checker) checkFresh(s *stream, open span) {
 	states := c.statesOf(s.election)
 	calm, _ := slices.BinarySearchFunc(c.calms, open.from, func(e *Entry, t int64) int { return cmp.Compare(e.T, t) })
@@ -114,7 +114,7 @@ func (c *checker) checkFresh(s *stream, open span) {
 		if e.From > open.to {
 			return
 		}
-		from := max(open.from, e.From+int64(c.TTL)) // then watches that are dead must have been found out
+		from := max(open.from, e.From+int64(c.TTL)) // by then dead watches must have been noticed
 		to := min(open.to, e.T)
 		first, _ := slices.BinarySearchFunc(states, from+1, func(s state, t int64) int { return cmp.Compare(s.since.to, t) })
 		for i := first - 1; i < len(states); i++ {
@@ -133,7 +133,8 @@ func (c *checker) checkFresh(s *stream, open span) {
 	}
 }
 
-// index is that of the first state that is what was told, of those that had begun by then, or -1.
+// index returns the index of the first state that is what was told, among those that had begun by the given time, or
+// -1.
 func index(states []state, told *Entry, by int64) int {
 	for i, s := range states {
 		if s.since.from > by {
@@ -146,7 +147,7 @@ func index(states []state, told *Entry, by int64) int {
 	return -1
 }
 
-// by is what was told last by then, or nil.
+// by returns what was told last at or before t, or nil.
 func (s *stream) by(t int64) *Entry {
 	i, _ := slices.BinarySearchFunc(s.told, t+1, func(e *Entry, t int64) int { return cmp.Compare(e.T, t) })
 	if i == 0 {
@@ -155,12 +156,12 @@ func (s *stream) by(t int64) *Entry {
 	return s.told[i-1]
 }
 
-// checkAnswers checks what was told to those who asked.
+// checkAnswers checks the answers of Current and Candidates.
 func (c *checker) checkAnswers() {
 	for _, e := range slices.Concat(c.by[Current], c.by[Candidates]) {
 		if e.Err != "" {
 			if c.inCalm(e.From, e.T) {
-				c.violate(RuleObserve, []*Entry{e}, "%s asked who leads %s from %s to %s: %s", e.Proc, e.Election, c.at(e.From), c.at(e.T), e.Err)
+				c.violate(RuleObserve, []*Entry{e}, "in calm, %s asked who leads %s, from %s to %s, and got an error: %s", e.Proc, e.Election, c.at(e.From), c.at(e.T), e.Err)
 			}
 			continue
 		}
@@ -171,13 +172,13 @@ func (c *checker) checkAnswers() {
 			was = during(c.linesOf(e.Election), e, func(l line) (span, bool) { return l.since, l.tokens == e.Value })
 		}
 		if !was {
-			c.violate(RuleObserve, []*Entry{e}, "%s was told %q by %s that %s leads %s with token %d, from %s to %s, which was not so then",
+			c.violate(RuleObserve, []*Entry{e}, "%s was told %q by %s, and that %s leads %s with token %d, from %s to %s, but no such state existed then",
 				e.Proc, e.Value, e.Kind, cmp.Or(e.Key, "nobody"), e.Election, e.Token, c.at(e.From), c.at(e.T))
 		}
 	}
 }
 
-// checkEvictions checks what was told to those who evicted leaders.
+// checkEvictions checks the answers of Evict.
 func (c *checker) checkEvictions() {
 	for _, e := range c.by[Taken] {
 		if e.Op != Evict {
@@ -185,22 +186,22 @@ func (c *checker) checkEvictions() {
 		}
 		vacant := func(s state) (span, bool) { return s.since, s.token == 0 }
 		if e.Result == Failed && !during(c.statesOf(e.Election), e, vacant) {
-			c.violate(RuleObserve, []*Entry{e}, "%s was told that there is nobody to evict from %s, from %s to %s, which was not so then",
+			c.violate(RuleObserve, []*Entry{e}, "%s was told that nobody leads %s, from %s to %s, but somebody led all that time",
 				e.Proc, e.Election, c.at(e.From), c.at(e.T))
 		}
 		if l := c.lives[idOf(e)]; e.Result == OK && l != nil && !goneBy(l, e) {
-			c.violate(RuleObserve, []*Entry{e, l.created, l.deleted}, "%s was there until %s, though %s had evicted whoever led at %s",
+			c.violate(RuleObserve, []*Entry{e, l.created, l.deleted}, "%s existed until %s, although %s had evicted the leader at %s",
 				l.key, c.at(l.gone.to), e.Proc, c.at(e.T))
 		}
 	}
 }
 
-// inCalm reports whether that was in a calm that had settled.
+// inCalm reports whether from..to lies in a calm, at least one TTL after its beginning.
 func (c *checker) inCalm(from, to int64) bool {
 	return slices.ContainsFunc(c.calms, func(e *Entry) bool { return e.From+int64(c.TTL) <= from && to <= e.T })
 }
 
-// during reports whether a state that is told by an answer may have held at some time while it was asked for.
+// during reports whether the state in an answer may have existed at some time during the call.
 func during[S any](states []S, e *Entry, is func(S) (since span, same bool)) bool {
 	i, _ := slices.BinarySearchFunc(states, e.From, func(s S, t int64) int { since, _ := is(s); return cmp.Compare(since.to, t) })
 	for _, s := range states[max(0, i-1):] {

@@ -8,14 +8,14 @@ import (
 	"time"
 )
 
-// What processes have told, by process, campaign and term.
+// processes is what the processes have recorded, by process, campaign and term.
 type processes struct {
 	exits     map[string][]*Entry
 	campaigns map[place][]*campaign // in their order
 	closings  map[place][]*Entry
 	terms     map[termID]*term
-	keyless   map[place][]span  // when a campaign had no key
-	joining   map[string][]span // the same of all campaigns of a process, merged
+	keyless   map[place][]span  // times in which a campaign had no key
+	joining   map[string][]span // the same for all campaigns of a process, merged
 }
 
 // A place is a process's part in an election.
@@ -23,7 +23,7 @@ type place struct{ proc, election string }
 
 func placeOf(e *Entry) place { return place{e.Proc, e.Election} }
 
-// A termID is what a term is known by.
+// A termID identifies a term.
 type termID struct {
 	election string
 	token    int64
@@ -36,24 +36,25 @@ func idOf(e *Entry) termID { return termID{e.Election, e.Token} }
 // A span is a stretch of time, both ends included.
 type span struct{ from, to int64 }
 
-// A campaign is one from its beginning to its end, which is [Elected] or [CampaignFailed], if it has told one.
+// A campaign is a campaign from its beginning to its end. The end is [Elected] or [CampaignFailed], if one was
+// recorded.
 type campaign struct {
 	began *Entry
 	end   *Entry
 	until int64    // its end, or that of its process
-	stops []*Entry // [GivingUp] and [Closing] that are about it
-	tries bool     // it was not to wait
+	stops []*Entry // the [GivingUp] and [Closing] that concern it
+	tries bool     // TryCampaign: it must not wait
 }
 
-// stop is what was first told to end it while it lasted, or nil.
+// stop returns the first entry that told it to end while it lasted, or nil.
 func (k *campaign) stop() *Entry { return firstAfter(k.stops, k.began.T) }
 
-// asked reports whether it was told to end so.
+// asked reports whether it was told to end in this way.
 func (k *campaign) asked(kind Kind) bool {
 	return slices.ContainsFunc(k.stops, func(e *Entry) bool { return e.Kind == kind })
 }
 
-// A term is one that somebody has told of.
+// A term is a term that somebody has recorded.
 type term struct {
 	termID
 	won       *Entry // [Term]
@@ -63,14 +64,14 @@ type term struct {
 	ended     []*Entry
 	pieces    []*piece // in the order of T
 	exit      int64    // when its process ended
-	killed    bool     // so it has
-	last      int64    // when somebody believed in it last, or when it was won
+	killed    bool     // its process was killed
+	last      int64    // when somebody last believed in it, or when it was won
 }
 
-// proc is who has won it.
+// proc returns the process that has won the term.
 func (t *term) proc() string { return t.first().Proc }
 
-// first is what was told of it first.
+// first returns the first entry about the term.
 func (t *term) first() *Entry {
 	if t.elected == nil {
 		return t.won
@@ -78,10 +79,10 @@ func (t *term) first() *Entry {
 	return t.elected
 }
 
-// cutShort reports whether its process was killed by then.
+// cutShort reports whether its process was killed by the given time.
 func (t *term) cutShort(by int64) bool { return t.killed && t.exit <= by }
 
-// cause is why it has ended, as it was told, or "".
+// cause returns the recorded reason why it ended, or "".
 func (t *term) cause() string {
 	if len(t.ended) == 0 {
 		return ""
@@ -89,17 +90,20 @@ func (t *term) cause() string {
 	return t.ended[0].Op
 }
 
-// ours reports whether a process uses the library that is judged.
+// lost reports whether it was told that the term was lost. Run does not call its function if that comes first.
+func (t *term) lost() bool { return t.cause() == Evicted || t.cause() == Expired }
+
+// ours reports whether a process uses the library under test.
 func (c *checker) ours(proc string) bool { return c.joining[proc] != nil }
 
-// readProcesses follows what was told, in the order of time.
+// readProcesses follows the history in the order of time.
 func (c *checker) readProcesses(history []Entry) *processes {
 	p := &processes{
 		exits: make(map[string][]*Entry), campaigns: make(map[place][]*campaign), closings: make(map[place][]*Entry),
 		terms: make(map[termID]*term), keyless: make(map[place][]span), joining: make(map[string][]span),
 	}
 	open := make(map[place]*campaign)
-	stopping := make(map[place][]*Entry) // campaigns that may have yet to begin; those without an election, all of a process
+	stopping := make(map[place][]*Entry) // for campaigns that may not have begun; without an election, for all
 	for i := range history {
 		switch e := &history[i]; e.Kind {
 		case Exit:
@@ -114,13 +118,13 @@ func (c *checker) readProcesses(history []Entry) *processes {
 		case Campaigning:
 			at := placeOf(e)
 			if k := open[at]; k != nil {
-				c.violate(RuleCampaign, []*Entry{k.began, e}, "%s began a campaign in %s at %s, when it had not told the end of the one before",
+				c.violate(RuleCampaign, []*Entry{k.began, e}, "%s began a campaign in %s at %s, but had not reported the end of the previous one",
 					e.Proc, e.Election, c.at(e.T))
 			}
 			k := &campaign{began: e, until: never, stops: slices.Concat(stopping[at], stopping[place{e.Proc, ""}])}
 			open[at] = k
 			p.campaigns[at] = append(p.campaigns[at], k)
-		case Tried: // unless it was refused, so that it was no campaign
+		case Tried: // a call that was refused is not a campaign
 			if all := p.campaigns[placeOf(e)]; len(all) > 0 && all[len(all)-1].began.T >= e.From {
 				all[len(all)-1].tries = true
 			}
@@ -142,7 +146,7 @@ func (c *checker) readProcesses(history []Entry) *processes {
 			delete(open, at)
 			delete(stopping, at)
 			if k == nil {
-				c.violate(RuleCampaign, []*Entry{e}, "%s told %q of %s at %s, when it did not campaign", e.Proc, e.Kind, e.Election, c.at(e.T))
+				c.violate(RuleCampaign, []*Entry{e}, "%s reported %q of %s at %s, when it did not campaign", e.Proc, e.Kind, e.Election, c.at(e.T))
 			} else {
 				k.end, k.until = e, e.T
 			}
@@ -192,7 +196,7 @@ func (p *processes) term(e *Entry) *term {
 	return t
 }
 
-// readKeyless finds when campaigns had no key.
+// readKeyless finds the times in which campaigns had no key.
 func (p *processes) readKeyless(a *audited) {
 	for at, campaigns := range p.campaigns {
 		lives := a.of[at]
@@ -228,7 +232,7 @@ func merge(spans []span) []span {
 	return merged
 }
 
-// touches returns the first of merged spans that has something in common with s.
+// touches returns the first of the merged spans that shares a time with s.
 func touches(spans []span, s span) (span, bool) {
 	i, _ := slices.BinarySearchFunc(spans, s.from, func(other span, t int64) int { return cmp.Compare(other.to, t) })
 	if i < len(spans) && spans[i].from <= s.to {
@@ -237,7 +241,7 @@ func touches(spans []span, s span) (span, bool) {
 	return span{}, false
 }
 
-// checkCampaigns objects to campaigns that end for no reason, or late, and to what else they must not do.
+// checkCampaigns flags campaigns that end without a reason, or late, and other things that campaigns must not do.
 func (c *checker) checkCampaigns() {
 	for _, at := range c.places() {
 		c.checkJoins(at)
@@ -259,20 +263,20 @@ func (c *checker) checkCampaigns() {
 				continue
 			}
 			if e.T > c.within(at.proc, stop.T, giveUpTime+time.Duration(c.slack(RecoverTime))) {
-				c.violate(RuleCampaign, []*Entry{stop, e}, "campaign of %s in %s that was to end at %s did so at %s",
+				c.violate(RuleCampaign, []*Entry{stop, e}, "campaign of %s in %s was told to end at %s but ended at %s",
 					at.proc, at.election, c.at(stop.T), c.at(e.T))
 			}
 		}
 	}
 	for _, e := range c.by[Tried] {
 		if c.inCalm(e.From, e.T) && e.T > c.within(e.Proc, e.From, RecoverTime) {
-			c.violate(RuleCampaign, []*Entry{e}, "%s was not to wait in %s, and did from %s to %s", e.Proc, e.Election, c.at(e.From), c.at(e.T))
+			c.violate(RuleCampaign, []*Entry{e}, "%s called TryCampaign in %s, and it waited from %s to %s", e.Proc, e.Election, c.at(e.From), c.at(e.T))
 		}
 	}
 	c.checkChanged()
 }
 
-// checkJoins objects to campaigns that have no key in calm.
+// checkJoins flags campaigns that have no key in calm.
 func (c *checker) checkJoins(at place) {
 	for _, s := range c.keyless[at] {
 		i, _ := slices.BinarySearchFunc(c.calms, s.from, func(e *Entry, t int64) int { return cmp.Compare(e.T, t) })
@@ -289,8 +293,8 @@ func (c *checker) checkJoins(at place) {
 	}
 }
 
-// checkPauses objects to a campaign that follows too soon on a term of Run that was lost. One that is closed, or given up,
-// may be followed at once by another's.
+// checkPauses flags a campaign that follows too soon on a lost term of Run. If the Run is closed or given up, another
+// call may campaign at once.
 func (c *checker) checkPauses(at place) {
 	campaigns := c.campaigns[at]
 	for i, k := range campaigns[:len(campaigns)-1] {
@@ -299,10 +303,9 @@ func (c *checker) checkPauses(at place) {
 		}
 		t, next := c.terms[idOf(k.end)], campaigns[i+1].began
 		if next.Value != k.began.Value {
-			continue // it is another call's
+			continue // the next campaign is another call's
 		}
-		lost := t.cause() == Expired || t.cause() == Evicted
-		if t.won == nil || t.won.Value != ByRun || !lost || t.resigning == nil || next.T+c.slack(rounding) >= t.resigning.T+c.real(at.proc, pauseOfRun) {
+		if t.won == nil || t.won.Value != ByRun || !t.lost() || t.resigning == nil || next.T+c.slack(rounding) >= t.resigning.T+c.real(at.proc, pauseOfRun) {
 			continue
 		}
 		closed := firstAfter(c.closings[at], k.began.T)
@@ -316,8 +319,8 @@ func (c *checker) checkPauses(at place) {
 	}
 }
 
-// checkWithdrawn objects to a key that was left, in calm, although there was time to delete it. A campaign that is given
-// up before its join has arrived may leave it to the next renewal.
+// checkWithdrawn flags a key that was left, in calm, although there was time to delete it. A campaign that is given
+// up before its join has arrived may leave the key to the next renewal.
 func (c *checker) checkWithdrawn(at place, k *campaign) {
 	from, joined := k.began.T, k.until
 	if stop := k.stop(); stop != nil {
@@ -329,12 +332,12 @@ func (c *checker) checkWithdrawn(at place, k *campaign) {
 		return
 	}
 	if l := lives[i-1]; l.gone.from > k.until {
-		c.violate(RuleOrphan, []*Entry{k.began, k.end, l.created, l.deleted}, "%s with token %d was there until %s, though the campaign of %s had ended at %s",
+		c.violate(RuleOrphan, []*Entry{k.began, k.end, l.created, l.deleted}, "%s with token %d existed until %s, although the campaign of %s had ended at %s",
 			l.key, l.token, c.at(l.gone.to), at.proc, c.at(k.until))
 	}
 }
 
-// places returns all of them in an order that does not change.
+// places returns all places in a fixed order.
 func (c *checker) places() []place {
 	return sortedKeys(c.campaigns, func(a, b place) int {
 		return cmp.Or(cmp.Compare(a.election, b.election), cmp.Compare(a.proc, b.proc))
@@ -350,14 +353,14 @@ func sortedKeys[K comparable, V any](m map[K]V, compare func(a, b K) int) []K {
 	return keys
 }
 
-// tries reports whether a campaign may have been one that was not to wait. Its process may be killed before it can tell.
+// tries reports whether a campaign may have been by TryCampaign. Its process may be killed before it records that.
 func (c *checker) tries(at place, k *campaign) bool {
 	exit := firstAfter(c.exits[c.host(at.proc)], k.until)
 	return k.tries || exit != nil && exit.Err != "" && exit.T <= c.within(at.proc, k.until, tellTime)
 }
 
-// held reports whether somebody else may have been in the queue during a campaign. Under faults that may be a key of its
-// own, of a join that came late.
+// held reports whether somebody else may have been in the queue during a campaign. Under faults that may be a key of
+// its own process, from a join that came late.
 func (c *checker) held(at place, k *campaign) bool {
 	calm := c.inCalm(k.began.T, k.until)
 	for _, l := range slices.Backward(c.queues[at.election]) {
@@ -368,7 +371,7 @@ func (c *checker) held(at place, k *campaign) bool {
 	return false
 }
 
-// checkChanged objects to what LeaderChanged was told when its process neither campaigned nor led.
+// checkChanged flags calls of LeaderChanged while its process neither campaigned nor led.
 func (c *checker) checkChanged() {
 	busy := make(map[place][]span)
 	for at, campaigns := range c.campaigns {
@@ -378,7 +381,7 @@ func (c *checker) checkChanged() {
 		busy[at] = merge(busy[at])
 	}
 	for _, e := range c.by[Changed] {
-		// What it is told comes beside what is told of the campaign, which may be held up.
+		// The hook runs beside those of the campaign, which may be held up.
 		if _, ok := touches(busy[placeOf(e)], span{e.T, c.within(e.Proc, e.T, 0)}); !ok {
 			c.violate(RuleCampaign, []*Entry{e}, "%s was told at %s who leads %s, when it neither campaigned nor led",
 				e.Proc, c.at(e.T), e.Election)
@@ -386,7 +389,7 @@ func (c *checker) checkChanged() {
 	}
 }
 
-// endOf is when a campaign or the term that it has won was over, as it was told.
+// endOf returns when a campaign, or the term that it has won, was reported as over.
 func (c *checker) endOf(k *campaign) int64 {
 	if k.end == nil || k.end.Kind != Elected {
 		return k.until
@@ -398,7 +401,7 @@ func (c *checker) endOf(k *campaign) int64 {
 	return t.ended[0].T
 }
 
-// checkEnds checks what was told of the beginning and the end of each term.
+// checkEnds checks what was recorded of the beginning and the end of each term.
 func (c *checker) checkEnds() {
 	for _, t := range c.allTerms() {
 		if t.won != nil && t.won.Op != Ours {
@@ -407,22 +410,22 @@ func (c *checker) checkEnds() {
 		switch {
 		case t.first() == nil:
 			if len(t.ended) > 0 {
-				c.violate(RuleEnded, t.ended, "%s has ended, though it was not won", t.termID)
+				c.violate(RuleEnded, t.ended, "the end of %s was reported, though nobody had won it", t.termID)
 			}
 			continue
 		case t.elected == nil || t.won != nil && t.elected.T > t.won.T:
-			c.violate(RuleCampaign, []*Entry{t.won, t.elected}, "%s of %s had not been told when it was won", t.termID, t.proc())
+			c.violate(RuleCampaign, []*Entry{t.won, t.elected}, "%s of %s had not been told to the hook Elected when it was won", t.termID, t.proc())
 		case t.won != nil && t.elected.T > c.lateUntil(t.proc(), c.deadline(t, t.elected.T)+c.slack(c.Margin/4)):
 			c.violate(RuleDeadline, []*Entry{t.elected, t.won}, "%s was elected in %s at %s, after its deadline at %s",
 				t.proc(), t.termID, c.at(t.elected.T), c.at(c.deadline(t, t.elected.T)))
-		case t.won == nil && !t.cutShort(c.within(t.proc(), t.elected.T, tellTime)):
-			c.violate(RuleCampaign, []*Entry{t.elected}, "%s of %s was told and not won", t.termID, t.proc())
+		case t.won == nil && !t.lost() && !t.cutShort(c.within(t.proc(), t.elected.T, tellTime)):
+			c.violate(RuleCampaign, []*Entry{t.elected}, "%s of %s was told to the hook Elected but not won", t.termID, t.proc())
 		}
-		// The holder may be killed before it can tell.
+		// The holder may be killed before it can record the end.
 		limit := c.within(t.proc(), t.last, tellTime)
 		switch n := len(t.ended); {
 		case n == 0 && !t.cutShort(limit):
-			c.violate(RuleEnded, []*Entry{t.won}, "the end of %s of %s was not told by %s, though nobody believed in it after %s",
+			c.violate(RuleEnded, []*Entry{t.won}, "the end of %s of %s was not told to the hook Ended by %s, though nobody believed in it after %s",
 				t.termID, t.proc(), c.at(t.exit), c.at(t.last))
 		case n > 1:
 			c.violate(RuleEnded, t.ended, "the end of %s of %s was told %d times", t.termID, t.proc(), n)
@@ -436,7 +439,7 @@ func (c *checker) checkEnds() {
 	}
 }
 
-// allTerms returns them in an order that does not change.
+// allTerms returns all terms in a fixed order.
 func (c *checker) allTerms() []*term {
 	var terms []*term
 	for _, id := range sortedKeys(c.terms, func(a, b termID) int {
@@ -447,7 +450,7 @@ func (c *checker) allTerms() []*term {
 	return terms
 }
 
-// checkCause compares why a term ended, as it was told, with what is known.
+// checkCause compares the recorded cause of the end of a term with what is known.
 func (c *checker) checkCause(t *term, ended *Entry) {
 	l := c.lives[t.termID]
 	wrong := func(why string, because ...*Entry) {
@@ -465,7 +468,7 @@ func (c *checker) checkCause(t *term, ended *Entry) {
 		}
 	case Evicted:
 		if l == nil {
-			return // it is wrong anyway
+			return // another rule reports this
 		}
 		switch how, because := c.endingOf(l, never); {
 		case how == expired && c.slow(t.proc()):
@@ -475,14 +478,14 @@ func (c *checker) checkCause(t *term, ended *Entry) {
 			wrong(fmt.Sprintf("though its key was there until %s", c.at(l.gone.to)), l.deleted)
 		}
 	default:
-		wrong("which is none")
+		wrong("which does not exist")
 	}
 	if ended.Until > ended.T+c.slack(clockLag) {
-		wrong(fmt.Sprintf("and yet its deadline is %s", c.at(ended.Until)))
+		wrong(fmt.Sprintf("but its deadline is %s", c.at(ended.Until)))
 	}
 }
 
-// given is what was told first when a term was given up: [Resigning], or [Closing].
+// given returns the first entry that says that a term is given up: [Resigning], or [Closing].
 func (c *checker) given(t *term) *Entry {
 	given := t.resigning
 	if t.campaign != nil {

@@ -542,6 +542,7 @@ func TestCampaignsAreToldFromBeginningToEnd(t *testing.T) {
 		"elected, and told after it":     {scene{extra: join(elected(12, 10))}, violated(RuleCampaign)},
 		"elected twice":                  {scene{extra: join(elected(11, 10), elected(11, 10))}, violated(RuleCampaign)},
 		"elected, and not won":           {scene{drop: "term c1"}, violated(RuleCampaign)},
+		"elected, and lost at once":      {scene{4999, Evicted, "term c1 read c1 resigning c1", join(deletedIt)}, good},
 		"elected, and killed":            {scene{gone: 2500, drop: "term c1 ended c1 read c1 resigning c1 renewed c1", extra: join(with1("c1", with(dead, func(e *Entry) { e.T = 2400 })))}, good},
 		"elected, and killed much later": {scene{gone: 2500, drop: "term c1 ended c1 read c1 resigning c1 renewed c1", extra: join(with1("c1", with(dead, func(e *Entry) { e.T = 10012 })))}, violated(RuleCampaign, RuleEnded)},
 		"elected, and exited":            {scene{gone: 2500, drop: "term c1 ended c1 read c1 resigning c1 renewed c1", extra: join(with1("c1", with(dead, func(e *Entry) { e.T, e.Err = 2400, "" })))}, violated(RuleCampaign, RuleEnded)},

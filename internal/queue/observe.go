@@ -8,26 +8,24 @@ import (
 	"time"
 
 	"example.com/leader/internal/retry"
-	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
 const (
-	// maxPending and maxPendingBytes bound the states that wait for a slow consumer of Observe: then
-	// the oldest are left out.
+	// maxPending and maxPendingBytes bound the states that wait for a slow consumer of Observe. Beyond that, the oldest
+	// are left out.
 	maxPending      = 64
 	maxPendingBytes = 1 << 20
 )
 
-// Observe calls yield with the present leader, then with each change of the leader or its value, in the
-// order of revisions, until yield returns false, and returns nil then, or until ctx ends or a request
-// fails for good. The zero Candidate means that nobody leads. While yield has not returned, states may
-// be left out, but not the last one. warn is told of the first failure of each streak. Both are called
-// in the caller's goroutine.
+// Observe calls yield with the present leader, and then with each change of the leader or its value, in the order of
+// revisions. It returns nil when yield returns false, and an error when ctx ends or a request fails for good. The zero
+// Candidate means that nobody leads. While yield has not returned, states may be left out, but never the last one. warn
+// is called with the first failure of each streak. Both are called in the caller's goroutine.
 //
-// It keeps a copy of the whole queue, which the events of one watch keep up to date, so that a
-// handoff costs no read. Where the watch breaks or its history is compacted the copy is read
-// anew, as it is when the interval reread shows another leader than the copy's.
+// It keeps a copy of the whole queue and updates it by the events of one watch, so a handoff costs no read. It reads
+// the queue again if the watch breaks or its history is compacted. At the interval reread it reads the leader, and if
+// that is not the copy's, it reads the queue again.
 func (q *Queue) Observe(ctx context.Context, warn func(error), reread time.Duration, yield func(Candidate) bool) error {
 	following, cancel := context.WithCancel(ctx)
 	o := &observer{q: q, reread: reread, changed: make(chan struct{}, 1)}
@@ -53,38 +51,41 @@ func (q *Queue) Observe(ctx context.Context, warn func(error), reread time.Durat
 	}
 	cancel()
 	follower.Wait()
+	if last := o.loop.Last(); ctx.Err() != nil && last != nil {
+		return retry.WithLast(ctx.Err(), last)
+	}
 	return cmp.Or(ctx.Err(), err)
 }
 
-// An observer follows the queue in a goroutine that takes every event at once, however slow the
-// consumer is: clientv3 would keep them all, without a bound.
+// An observer follows the queue in a goroutine of its own. The goroutine takes every event at once, however slow the
+// consumer is: otherwise clientv3 would keep all events, without a bound.
 type observer struct {
 	q      *Queue
 	reread time.Duration
 
 	mu      sync.Mutex
-	pending []Candidate // states to be yielded
-	bytes   int         // of their values
-	failure error       // to be warned of
+	pending []Candidate // states to yield
+	bytes   int         // total length of their values
+	failure error       // to pass to warn
 	ended   bool
 	changed chan struct{} // has a token when one of these has changed
 
-	// Of the caller alone.
-	told    bool
-	yielded Candidate // if told
+	// Used only by the caller's goroutine.
+	told    bool      // yielded is set
+	yielded Candidate // the last one
 
-	// Of the follower alone.
+	// Used only by the follower's goroutine.
 	loop  retry.Loop
-	tries int                        // to have a watch created
-	queue []Candidate                // the copy, by Token
-	rev   int64                      // of the last read of it
-	valid bool                       // no event has been missed since then
-	since map[string]*clientv3.Event // the last event of each key while the queue is being read
-	began bool                       // last is pending, or was
-	last  Candidate
+	tries int                        // how often a watch was opened without being created
+	queue []Candidate                // the copy, sorted by Token
+	rev   int64                      // revision of the last read of the queue
+	valid bool                       // no event has been missed since that read
+	since map[string]*clientv3.Event // last event of each key while the queue is being read; nil otherwise
+	began bool                       // last is set
+	last  Candidate                  // the last state that was added to pending
 }
 
-// next blocks until there is something to yield or to warn of. more is false when nothing follows.
+// next blocks until there is a state to yield or a failure to warn of. more is false at the end.
 func (o *observer) next() (c Candidate, more bool, failure error) {
 	for {
 		o.mu.Lock()
@@ -97,7 +98,7 @@ func (o *observer) next() (c Candidate, more bool, failure error) {
 			c, o.pending = o.pending[0], o.pending[1:]
 			o.bytes -= len(c.Value)
 			o.mu.Unlock()
-			if o.told && c == o.yielded { // what came in between was left out
+			if o.told && c == o.yielded { // the states in between were left out, so nothing has changed
 				continue
 			}
 			o.told, o.yielded = true, c
@@ -123,7 +124,7 @@ func (o *observer) change(f func()) {
 
 func (o *observer) end() { o.change(func() { o.ended = true }) }
 
-// report tells of the leader if it has changed.
+// report adds the leader to pending if it has changed.
 func (o *observer) report() {
 	leader := o.leader()
 	if o.began && leader == o.last {
@@ -147,7 +148,7 @@ func (o *observer) leader() Candidate {
 	return o.queue[0]
 }
 
-// A snapshot is what a read of the queue has found.
+// A snapshot is the result of a read of the queue.
 type snapshot struct {
 	queue []Candidate
 	rev   int64
@@ -164,23 +165,23 @@ func (o *observer) follow(ctx context.Context) error {
 	for {
 		lived, err := o.watch(ctx)
 		if lived > retry.RequestTimeout {
-			o.loop.OK() // that was no part of a streak
+			o.loop.Forget() // a watch that lived that long does not continue a streak of failures
 		}
-		// The error of a watch may be about others, with which it shares a stream.
+		// The watch's error may be about another watch on its stream. If this read is refused, that is about the queue.
 		o.valid = false
 		now, rerr := retry.Ask(ctx, o.q.client, o.loop.Failed, o.read)
 		if rerr != nil {
 			return rerr
 		}
 		o.apply(now)
-		o.valid = false // nothing is watched
-		if err := o.loop.Again(ctx, retry.Passing(err)); err != nil {
+		o.valid = false // nothing is watched, so events may be missed from here on
+		if err := o.loop.Retry(ctx, retry.Passing(err)); err != nil {
 			return err
 		}
 	}
 }
 
-// watch follows one watch until it ends. It returns how long that has lived.
+// watch follows one watch until it ends. It returns how long the watch lived.
 func (o *observer) watch(ctx context.Context) (lived time.Duration, err error) {
 	var beside sync.WaitGroup
 	defer beside.Wait()
@@ -253,10 +254,8 @@ func (o *observer) watch(ctx context.Context) (lived time.Duration, err error) {
 			found := make(chan Candidate, 1)
 			leaders = found
 			beside.Go(func() {
-				c, err := o.q.Leader(ctx, func(ctx context.Context, read Read) ([]*mvccpb.KeyValue, error) {
-					return retry.Ask(ctx, o.q.client, fail, read)
-				})
-				if err != nil { // the read of all says why
+				c, err := o.q.Leader(ctx, &retry.Loop{Client: o.q.client, Warn: fail})
+				if err != nil { // nobody has this token, so the queue is read, and that read reports the error
 					c = Candidate{Token: -1}
 				}
 				found <- c
@@ -264,7 +263,7 @@ func (o *observer) watch(ctx context.Context) (lived time.Duration, err error) {
 		case leader := <-leaders:
 			leaders = nil
 			if leader != o.leader() {
-				read() // either an event is still under way or the watch has died silently
+				read() // either an event is still under way, or the watch has died without a sign
 			} else {
 				ok()
 			}
@@ -277,10 +276,10 @@ func (o *observer) watch(ctx context.Context) (lived time.Duration, err error) {
 	}
 }
 
-// events brings the copy up to date, and keeps the events for the read that is under way.
+// events applies events to the copy. It also keeps them for the read of the queue that is under way, if any.
 //
-// Here is the rule "an event counts only if it is newer than what it is about": the copy has the older
-// ones already.
+// Rule: an event counts only if it is newer than what it is about. Here that is the copy, which already contains
+// everything up to revision rev.
 func (o *observer) events(events []*clientv3.Event) {
 	for i, ev := range events {
 		if o.since != nil {
@@ -290,14 +289,14 @@ func (o *observer) events(events []*clientv3.Event) {
 			continue
 		}
 		o.applyEvent(ev)
-		// A revision is atomic: only its last event shows a state that existed.
+		// All events of a revision happen at once, so only the last one yields a state that existed.
 		if i+1 == len(events) || events[i+1].Kv.ModRevision != ev.Kv.ModRevision {
 			o.report()
 		}
 	}
 }
 
-// applyEvent makes the change of one event in the copy.
+// applyEvent applies one event to the copy.
 func (o *observer) applyEvent(ev *clientv3.Event) {
 	c, ok := o.q.candidate(ev.Kv)
 	if !ok {
@@ -311,7 +310,7 @@ func (o *observer) applyEvent(ev *clientv3.Event) {
 	o.queue = slices.Insert(o.queue, i, c)
 }
 
-// apply makes what a read has found the copy, with the events that are newer.
+// apply replaces the copy by the result of a read, and applies the newer events that came during the read.
 func (o *observer) apply(now snapshot) {
 	o.queue, o.rev, o.valid = now.queue, now.rev, true
 	for _, ev := range o.since {

@@ -1,9 +1,8 @@
 // Package queue is an election's queue of candidates in etcd.
 //
-// A candidate is a key `<name>/<lease in hex>`, bound to that lease, as
-// [concurrency.NewElection] and `etcdctl elect` write it. The candidate with the lowest create
-// revision leads; the others wait, each for the one before it alone, so that a handoff wakes
-// one of them and not all.
+// A candidate is a key `<name>/<lease in hex>`, bound to that lease, as [concurrency.NewElection] and `etcdctl elect`
+// write it. The candidate with the lowest create revision leads. Each of the others watches only the key before its
+// own, so a handoff wakes only one.
 package queue
 
 import (
@@ -18,7 +17,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// A Candidate is one key of the queue. The zero value is nobody.
+// A Candidate is one key of the queue. The zero value means nobody.
 type Candidate struct {
 	Value string
 	Token int64 // create revision
@@ -26,8 +25,8 @@ type Candidate struct {
 	Lease clientv3.LeaseID
 }
 
-// A Queue is the queue of one election. Its methods may be called concurrently, as long as each
-// call has a [retry.Loop] of its own.
+// A Queue is the queue of one election. Its methods may be called concurrently if each call has a [retry.Loop] of its
+// own.
 type Queue struct {
 	client *clientv3.Client
 	name   string
@@ -39,26 +38,25 @@ func New(client *clientv3.Client, name string) *Queue {
 	return &Queue{client: client, name: name, prefix: name + "/"}
 }
 
-// Name is the election's.
+// Name returns the name of the election.
 func (q *Queue) Name() string { return q.name }
 
-// Prefix is what all keys of the queue begin with. Not every key that does is of the queue:
-// other elections and other data may lie under it.
+// Prefix returns the prefix of all keys of the queue. Other elections and other data may have keys under it, too.
 func (q *Queue) Prefix() string { return q.prefix }
 
-// Key is the key of the candidate with this lease.
+// Key returns the key of the candidate with this lease.
 func (q *Queue) Key(id clientv3.LeaseID) string {
 	return q.prefix + strconv.FormatInt(int64(id), 16)
 }
 
-// ParseKey returns the lease in a candidate's key, and whether it is one.
+// ParseKey returns the lease in a candidate's key, and whether key is a candidate's.
 func (q *Queue) ParseKey(key string) (clientv3.LeaseID, bool) {
 	hex, ok := strings.CutPrefix(key, q.prefix)
 	if !ok {
 		return 0, false
 	}
 	id, err := strconv.ParseInt(hex, 16, 64)
-	if err != nil || id == 0 || strconv.FormatInt(id, 16) != hex { // etcd grants negative ids on request
+	if err != nil || id == 0 || strconv.FormatInt(id, 16) != hex { // ids may be negative: etcd grants them on request
 		return 0, false
 	}
 	return clientv3.LeaseID(id), true
@@ -82,30 +80,32 @@ func (q *Queue) list(kvs []*mvccpb.KeyValue) []Candidate {
 
 // A Place is a candidate's place in the queue.
 type Place struct {
-	Token int64 // of the candidate itself
+	Token  int64 // of the candidate itself
+	Number int64 // counted from 1, the leader's place; 0 if unknown. Keys that are not candidates count, too.
 
-	// The candidate before it; before is empty if there is none, and the place wins.
+	// The candidate before this one. If before is empty there is none, and this candidate is elected.
 	before string
 	rev    int64
-	oldest bool // it is known that nobody is before that one
+	oldest bool // it is known that nobody is before that candidate
 }
 
-// First reports whether the place is the first of the queue, as far as it was last read.
+// First reports whether the place was the first of the queue when it was read.
 func (p Place) First() bool { return p.before == "" }
 
-// ErrTaken is returned by Join if the key is there and not as it was to be put: somebody else has put it.
+// ErrTaken is returned by Place if the candidate's key exists with another value or lease: somebody else has put it.
 var ErrTaken = errors.New("somebody else has put the candidate's key")
 
 // A Joining is the answer to a join.
 type Joining struct {
-	Token  int64              // of the key that is there now
+	Token  int64 // of the key, whether it was put or found
+	number int64
 	found  bool               // the key was there already
-	before []*mvccpb.KeyValue // the two newest keys before it, unless it was found
-	kv     *mvccpb.KeyValue   // if it was found
+	before []*mvccpb.KeyValue // the two newest keys before it, if it was put
+	kv     *mvccpb.KeyValue   // the key, if it was found
 }
 
-// Join returns the request that puts the candidate's key, unless it is there already. It may be sent
-// more than once; [Queue.Place] says what its answer means.
+// Join returns the request that puts the candidate's key, unless it is there already. It may be sent more than once.
+// [Queue.Place] says what its answer means.
 func (q *Queue) Join(id clientv3.LeaseID, value string) func(context.Context) (Joining, error) {
 	key := q.Key(id)
 	return func(ctx context.Context) (Joining, error) {
@@ -121,27 +121,29 @@ func (q *Queue) Join(id clientv3.LeaseID, value string) func(context.Context) (J
 			return Joining{}, err
 		}
 		if resp.Succeeded {
-			newest := resp.Responses[1].GetResponseRange().Kvs
-			return Joining{Token: resp.Header.Revision, before: newest[1:]}, nil
+			newest := resp.Responses[1].GetResponseRange()
+			return Joining{Token: resp.Header.Revision, number: newest.Count, before: newest.Kvs[1:]}, nil
 		}
 		kv := resp.Responses[0].GetResponseRange().Kvs[0]
 		return Joining{Token: kv.CreateRevision, found: true, kv: kv}, nil
 	}
 }
 
-// MayJoin returns nil if the client has the right to put the candidate's key. Its request changes nothing: etcd
-// asks for the right before it looks at the comparison, which never holds.
+// MayJoin returns nil if the client has the right to put the candidate's key. Its request changes nothing: its
+// comparison never holds, but etcd checks the right before the comparison.
 func (q *Queue) MayJoin(ctx context.Context, id clientv3.LeaseID) error {
 	key := q.Key(id)
 	_, err := q.client.Txn(ctx).If(clientv3.Compare(clientv3.CreateRevision(key), "=", -1)).Then(clientv3.OpPut(key, "")).Commit()
 	return err
 }
 
-// Place returns the place of a candidate that has joined. A key that was found is its own if it has the
-// value and the lease that it was to be put with: then an earlier attempt has put it.
+// Place returns the place of a candidate that has joined. If the key was found with the value and the lease of this
+// candidate, an earlier attempt has put it. Otherwise Place returns [ErrTaken].
 func (q *Queue) Place(ctx context.Context, loop *retry.Loop, j Joining, id clientv3.LeaseID, value string) (Place, error) {
 	if !j.found {
-		return q.place(ctx, loop, j.Token, j.before)
+		p, err := q.place(ctx, loop, j.Token, j.before)
+		p.Number = j.number
+		return p, err
 	}
 	if string(j.kv.Value) != value || j.kv.Lease != int64(id) {
 		return Place{}, ErrTaken
@@ -151,7 +153,7 @@ func (q *Queue) Place(ctx context.Context, loop *retry.Loop, j Joining, id clien
 
 // Remove deletes the candidate's key if its create revision is token. It sends one request, bounded by ctx.
 //
-// Here is the rule that no deletion is without a guard: it may arrive when the key is that of a later term.
+// Rule: no deletion without a guard. It may arrive late, when the key already belongs to a later term.
 func (q *Queue) Remove(ctx context.Context, key string, token int64) error {
 	_, err := q.client.Txn(ctx).
 		If(clientv3.Compare(clientv3.CreateRevision(key), "=", token)).
@@ -160,9 +162,9 @@ func (q *Queue) Remove(ctx context.Context, key string, token int64) error {
 	return err
 }
 
-// Touch tells the candidate behind this one, which has become the first, to look who is first: see
-// [Queue.Wait]. It changes the key's revision and nothing else, and returns it, or [ErrGone] if the key
-// is gone. It sends one request, bounded by ctx.
+// Touch is for a candidate that has become the first. It makes the candidate behind check that nobody else is before
+// it: see [Queue.Wait]. It changes only the key's mod revision and returns that, or [ErrGone] if the key is gone. It
+// sends one request, bounded by ctx.
 func (q *Queue) Touch(ctx context.Context, key string, token int64) (rev int64, err error) {
 	resp, err := q.client.Txn(ctx).
 		If(clientv3.Compare(clientv3.CreateRevision(key), "=", token)).
@@ -177,7 +179,7 @@ func (q *Queue) Touch(ctx context.Context, key string, token int64) (rev int64, 
 	return resp.Header.Revision, nil
 }
 
-// Revision returns the revision in which the key with this create revision was changed last, or [ErrGone].
+// Revision returns the mod revision of the key with this create revision, or [ErrGone].
 func (q *Queue) Revision(ctx context.Context, key string, token int64) (int64, error) {
 	resp, err := q.client.Get(ctx, key, clientv3.WithKeysOnly())
 	if err != nil {
@@ -189,13 +191,14 @@ func (q *Queue) Revision(ctx context.Context, key string, token int64) (int64, e
 	return resp.Kvs[0].ModRevision, nil
 }
 
+// newest returns the read of the n newest keys under the prefix, the newest first.
 func (q *Queue) newest(n int64, opts ...clientv3.OpOption) clientv3.Op {
 	opts = append(opts, clientv3.WithPrefix(), clientv3.WithKeysOnly(), clientv3.WithLimit(n),
 		clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortDescend))
 	return clientv3.OpGet(q.prefix, opts...)
 }
 
-// ErrGone is returned when a candidate's own key turns out to be gone.
+// ErrGone is returned if a candidate's own key is gone.
 var ErrGone = errors.New("the candidate's key is gone")
 
 // behind reads the place of the candidate with this token.
@@ -216,9 +219,8 @@ func (q *Queue) behind(ctx context.Context, loop *retry.Loop, token int64) (Plac
 	return q.place(ctx, loop, token, newest[1:])
 }
 
-// place works out the place of the candidate with this token from the two newest keys before it.
-// Where the newest is no candidate it reads all keys; that is the price of an election whose name is
-// the beginning of another's.
+// place returns the place of the candidate with this token, given the two newest keys before it. If the newest is not a
+// candidate, it reads all keys before the candidate. That is the price if one election's name begins with another's.
 func (q *Queue) place(ctx context.Context, loop *retry.Loop, token int64, before []*mvccpb.KeyValue) (Place, error) {
 	if len(before) == 0 {
 		return Place{Token: token}, nil
@@ -241,34 +243,34 @@ func (q *Queue) place(ctx context.Context, loop *retry.Loop, token int64, before
 	return Place{Token: token, before: last.Key, rev: last.Token, oldest: len(cs) == 1}, nil
 }
 
-// Wait blocks until nobody is before the candidate, and returns nil then, or until ctx ends or
-// a request fails for good. It looks after the candidate's own key too, and returns [ErrGone] when that is
-// gone. It may leave that to its caller: it calls rely then, once, and somebody has to call own.Wait. Where
-// the own key is deleted together with the one before it, either watch may be the first to tell; of two that
-// have told already, the own one wins.
+// Wait blocks until nobody is before the candidate and returns nil. It returns an error if ctx ends or a request fails
+// for good.
 //
-// If it is known that nobody is before the one before it, the watch event of that one's end elects,
-// without another read: create revisions only grow, so nobody can have come there since. The place
-// knows it where it was read when there were just two. Otherwise the one before says so, by
-// [Queue.Touch], when it is elected itself: then its place is read ahead. Where it does not, as stock's
-// candidates do not, the queue is read when it has gone, which takes etcd the longer the longer the
-// queue is.
+// It watches the candidate's own key as well, by own, and returns [ErrGone] if that is gone. It may stop doing so
+// before it returns: then it calls rely, once, and the caller must make sure that own.Wait is called. If the own key
+// and the one before it are deleted together, either event may arrive first. If both have arrived, the own key's wins.
 //
-// A watch that dies silently would hide the end of the one before, so its key is read again at the
-// interval reread.
+// If it is known that nobody is before the candidate before, the event of that key's deletion elects, without another
+// read: create revisions only grow, so nobody can have joined there since. This is known in two ways. Either only one
+// candidate was before this one when its place was read. Or the candidate before has touched its key ([Queue.Touch])
+// when it was elected, and its place was read then. Stock's candidates do not touch their keys; behind one of them, the
+// place is read when its key has gone. That read takes etcd longer the longer the queue is.
+//
+// A watch may die without a sign and hide the deletion. So the key before is also read at the interval reread.
 func (q *Queue) Wait(ctx context.Context, loop *retry.Loop, p Place, reread time.Duration, own *Deletion, rely func()) error {
 	for !p.First() {
 		w := &wait{q: q, loop: loop, key: p.before, rev: p.rev, reread: reread, ahead: !p.oldest, own: own, rely: rely}
 		if err := w.wait(w.open(ctx), nil); err != nil { //nolint:contextcheck // what is opened has ctx
 			return err
 		}
+		// select has picked at random among the events that had arrived. Check the own key once more, so that it wins.
 		if w.ownGone() { //nolint:contextcheck // own has its own
 			return ErrGone
 		}
 		if p.oldest || w.oldest {
 			return nil
 		}
-		w.leaveOwn(nil)
+		w.leaveOwn(nil) // the read below may block
 		own = nil
 		var err error
 		if p, err = q.behind(ctx, loop, p.Token); err != nil {
@@ -293,36 +295,32 @@ func (q *Queue) read(ctx context.Context) ([]Candidate, int64, error) {
 	return q.list(resp.Kvs), resp.Header.Revision, nil
 }
 
-// Leader returns the first candidate, the zero value if there is none. Its requests, of which ask sends
-// each, are one or, where a stranger's key is the oldest under the prefix, two.
-func (q *Queue) Leader(ctx context.Context, ask func(context.Context, Read) ([]*mvccpb.KeyValue, error)) (Candidate, error) {
-	kvs, err := ask(ctx, func(ctx context.Context) ([]*mvccpb.KeyValue, error) {
-		resp, err := q.client.Get(ctx, q.prefix, clientv3.WithFirstCreate()...)
-		if err != nil {
-			return nil, err
+// Leader returns the first candidate, the zero value if there is none. It sends one request, or two if a key that is no
+// candidate is the oldest below the election's name. Requests that fail are repeated in loop; without a loop Leader
+// returns the first failure, after at most [retry.RequestTimeout] each.
+func (q *Queue) Leader(ctx context.Context, loop *retry.Loop) (Candidate, error) {
+	for _, all := range []bool{false, true} {
+		opts := clientv3.WithFirstCreate()
+		if all {
+			opts = []clientv3.OpOption{clientv3.WithPrefix(), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend)}
 		}
-		return resp.Kvs, nil
-	})
-	if err != nil || len(kvs) == 0 {
-		return Candidate{}, err
-	}
-	if c, ok := q.candidate(kvs[0]); ok {
-		return c, nil
-	}
-	kvs, err = ask(ctx, func(ctx context.Context) ([]*mvccpb.KeyValue, error) {
-		resp, err := q.client.Get(ctx, q.prefix, clientv3.WithPrefix(),
-			clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
-		if err != nil {
-			return nil, err
+		read := func(ctx context.Context) (*clientv3.GetResponse, error) { return q.client.Get(ctx, q.prefix, opts...) }
+		var resp *clientv3.GetResponse
+		var err error
+		if loop != nil {
+			resp, err = retry.Do(ctx, loop, read)
+		} else {
+			resp, err = retry.First(ctx, q.client, read)
 		}
-		return resp.Kvs, nil
-	})
-	cs := q.list(kvs)
-	if err != nil || len(cs) == 0 {
-		return Candidate{}, err
+		if err != nil {
+			return Candidate{}, err
+		}
+		if cs := q.list(resp.Kvs); len(cs) > 0 {
+			return cs[0], nil
+		}
+		if len(resp.Kvs) == 0 {
+			break
+		}
 	}
-	return cs[0], nil
+	return Candidate{}, nil
 }
-
-// A Read is one request for keys.
-type Read = func(context.Context) ([]*mvccpb.KeyValue, error)

@@ -12,56 +12,56 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// errWatch is a watch that ended without saying why.
+// errWatch is the error of a watch that ended without giving a reason.
 var errWatch = errors.New("watch ended")
 
 const (
-	// watchPatience is how long a watch may take to be created, before another one is tried on another
-	// stream; each time it may take twice as long, up to maxWatchPatience.
+	// watchPatience is how long a watch may take to be created before another one is tried on another stream. The time
+	// doubles with each attempt, up to maxWatchPatience.
 	watchPatience    = time.Second
 	maxWatchPatience = retry.RequestTimeout
 )
 
-// A wait is for a key to be gone.
+// A wait waits until a key is gone.
 type wait struct {
 	q    *Queue
 	loop *retry.Loop
 	key  string
 	rev  int64 // create revision
 
-	reread time.Duration // interval at which the key is read again, beside the watch; 0: never
-	ahead  bool          // find out whether nobody is before the key's candidate, once it is touched
-	oldest bool          // it is known that nobody is
+	reread time.Duration // interval at which the key is read in addition to the watch; 0 means never
+	ahead  bool          // once the key is touched, find out whether nobody is before its candidate
+	oldest bool          // it is known that nobody is before the key's candidate
 
-	tries int // to have a watch created
+	tries int // how often a watch was opened without being created
 
-	own  *Deletion // of the candidate's own key; nil if nobody looks after it here
-	rely func()    // begins a goroutine that does
+	own  *Deletion // of the candidate's own key; nil if this goroutine does not watch it
+	rely func()    // starts a goroutine that watches it
 }
 
-// A Deletion is what watches for a key to be gone. Whoever has one calls Wait or Close, once.
+// A Deletion watches for the deletion of a key. Its owner must call Wait or Close, once.
 //
-// To save memory a candidate that waits looks after both keys, its own and the one before, in one goroutine.
-// Before anything there may block it leaves its own key to another goroutine, for good.
+// To save memory, a waiting candidate watches both keys, its own and the one before, in one goroutine. Before that
+// goroutine does anything that may block, it hands the own key over to another goroutine, for good.
 type Deletion struct {
 	watching *watching
-	pending  func() (over bool, err error) // what has come already
+	pending  func() (over bool, err error) // handles what was received but not handled before that; may be nil
 }
 
-// WatchDeletion begins to watch for the key with this create revision to be gone, until ctx ends.
+// WatchDeletion starts to watch for the deletion of the key with this create revision, until ctx ends.
 func (q *Queue) WatchDeletion(ctx context.Context, loop *retry.Loop, key string, rev int64) *Deletion {
 	w := &wait{q: q, loop: loop, key: key, rev: rev}
 	return &Deletion{watching: w.open(ctx)}
 }
 
-// Wait blocks until the key is gone, and returns nil then, or until ctx ends or a request fails for good.
+// Wait blocks until the key is gone and returns nil. It returns an error if ctx ends or a request fails for good.
 func (d *Deletion) Wait() error { return d.watching.wait.wait(d.watching, d.pending) }
 
 // Close ends the watch.
 func (d *Deletion) Close() { d.watching.close() }
 
-// patience is how long a watch may take to be created. Where a stream takes an authentication, that may
-// take long on an etcd with much to do, and another stream would only add to it.
+// patience returns how long a watch may take to be created. With a password a stream needs an authentication, which may
+// take long on a busy etcd. Another stream would only add to the load, so then it is maxWatchPatience from the start.
 func (q *Queue) patience(tries int) time.Duration {
 	if q.client.Username != "" {
 		return maxWatchPatience
@@ -69,49 +69,55 @@ func (q *Queue) patience(tries int) time.Duration {
 	return min(watchPatience<<min(tries, 10), maxWatchPatience)
 }
 
-// gone says what an event of the watch means.
+// gone returns what an event of the watch means for the awaited key: it is gone, or it was touched.
 //
-// Here is the rule "an event counts only if it is newer than what it is about". The watch starts now,
-// but at a member that lags that is in the past: it may tell of the deletion of an earlier key of the
-// same name. Everything about the key that is awaited came after its creation. (A read needs no such
-// rule: it is linearizable, and sent when the key was known to exist.)
+// Rule: an event counts only if it is newer than what it is about. The watch starts from now, but at a member that lags
+// this is in the past, so it may show the deletion of an earlier key of the same name. Every event about the awaited
+// key has a larger revision than its creation. (A read needs no such rule: it is linearizable, and sent when the key is
+// known to exist.)
 func (w *wait) gone(ev *clientv3.Event) (gone, touched bool) {
 	if ev.Kv.ModRevision <= w.rev {
 		return false, false
 	}
+	// A put with another create revision means that the key was deleted and put again. The event of the deletion may be
+	// missing: a watch that is resumed after a compaction does not get it.
 	if ev.Type == clientv3.EventTypeDelete || ev.Kv.CreateRevision != w.rev {
 		return true, false
 	}
 	return false, true
 }
 
-// wait blocks until the key is gone, and returns nil then, or until the context of s ends or a request fails
-// for good. s is the first watch; pending, if not nil, is what has come of it already.
+// wait blocks until the key is gone and returns nil. It returns [ErrGone] if the own key is gone, and another error if
+// the context of s ends or a request fails for good. s is the first watch. pending, if not nil, handles what was
+// received from it but not handled.
 func (w *wait) wait(s *watching, pending func() (over bool, err error)) error {
 	for {
 		lived, err := s.run(pending)
-		if err == nil || errors.Is(err, ErrGone) { // the key that is awaited, or one's own
+		if err == nil || errors.Is(err, ErrGone) { // the awaited key is gone, or the own one
 			return err
 		}
+		// watchEnded may block, in a request, a pause or the user's logger. If ctx has ended it does not, and the
+		// caller of Wait closes the own key's Deletion.
 		if s.ctx.Err() == nil {
 			w.leaveOwn(nil)
 		}
-		if over, err := w.ended(s.ctx, lived, err); over {
+		if over, err := w.watchEnded(s.ctx, lived, err); over {
 			return err
 		}
 		s, pending = w.open(s.ctx), nil
 	}
 }
 
-// ended deals with the end of a watch by err. over says that the key is gone, or with an error that the
-// wait cannot go on.
-func (w *wait) ended(ctx context.Context, lived time.Duration, err error) (over bool, _ error) {
+// watchEnded handles the end of a watch by err. over with nil means that the key is gone, over with an error that the
+// wait has failed.
+func (w *wait) watchEnded(ctx context.Context, lived time.Duration, err error) (over bool, _ error) {
 	if lived > retry.RequestTimeout {
-		w.loop.OK() // that was no part of a streak
+		w.loop.Forget() // a watch that lived that long does not continue a streak of failures
 	}
-	// The error of a watch may be about others, with which it shares a stream. A read that is refused is about
-	// the key.
-	now, rerr := retry.Ask(ctx, w.q.client, w.loop.Failed, w.look)
+	// The watch's error may be about another watch on its stream, so it decides nothing. A read does: if it is refused,
+	// that is about the key. It comes before the pause, because while no watch can be created, only reads find out that
+	// the key is gone.
+	now, rerr := retry.Ask(ctx, w.q.client, w.loop.Failed, w.read)
 	switch {
 	case ctx.Err() != nil:
 		return true, ctx.Err()
@@ -120,37 +126,32 @@ func (w *wait) ended(ctx context.Context, lived time.Duration, err error) (over 
 	case now.gone:
 		return true, nil
 	}
-	err = w.loop.Again(ctx, retry.Passing(fmt.Errorf("watch %q: %w", w.key, err)))
+	err = w.loop.Retry(ctx, retry.Passing(fmt.Errorf("watch %q: %w", w.key, err)))
 	return err != nil, err
 }
 
-// A sight is what a read of a key has found.
-type sight struct {
-	gone    bool
-	touched bool // put again since it was created
-}
-
-func (w *wait) look(ctx context.Context) (sight, error) {
+func (w *wait) read(ctx context.Context) (keyReading, error) {
 	resp, err := w.q.client.Get(ctx, w.key, clientv3.WithKeysOnly())
 	if err != nil {
-		return sight{}, err
+		return keyReading{}, err
 	}
 	if len(resp.Kvs) == 0 || resp.Kvs[0].CreateRevision != w.rev {
-		return sight{gone: true}, nil
+		return keyReading{gone: true, end: true}, nil
 	}
-	return sight{touched: resp.Kvs[0].Version > 1}, nil
+	return keyReading{touched: resp.Kvs[0].Version > 1, end: true}, nil
 }
 
-// run is wait as long as one watch lives. It returns how long that was.
+// run waits as long as one watch lives, and returns how long that was. A nil error means that the key is gone, ErrGone
+// that the own key is.
 //
-// The watch has no start revision, and the key is read once the watch exists: a watch that
-// starts in the past, by a single revision even, is served by etcd's loop for slow watchers,
-// up to 100 ms late. Neither that read nor a later one keeps an event waiting.
+// The watch has no start revision. If it started in the past, even by a single revision, etcd's loop for slow watchers
+// would serve it, up to 100 ms late. So the key is read once the watch exists. Events do not wait for that read, nor
+// for any other.
 //
-// Where it has to see a touch the watch gets puts, and so each value that the key's candidate proclaims.
-// After the first one, another watch that gets no puts takes its place. The read that says whether nobody
-// is before the candidate is sent when that one exists, so that it also shows that no end of the key was
-// missed in between.
+// If the watch has to see a touch it gets puts, and with them each value that the key's candidate proclaims. After the
+// first put a second watch is opened, which gets no puts. When the second watch exists, a read finds out whether nobody
+// is before the key's candidate. If so, the second watch replaces the first. The order matters: the read also shows
+// that the key still existed when the second watch did, so no deletion was missed in between.
 func (s *watching) run(pending func() (over bool, err error)) (lived time.Duration, err error) {
 	defer s.close()
 	over := false
@@ -163,31 +164,36 @@ func (s *watching) run(pending func() (over bool, err error)) (lived time.Durati
 	return s.current.lived(), err
 }
 
-// watching is one watch of what is awaited. It is apart from that, as what waits for hours in a goroutine must
-// not be large: a stack shrinks no further than to four times of what is in use.
+// A watching is one watch of the awaited key. It is a type of its own, on the heap, because a goroutine that waits for
+// hours must have a small stack: a stack shrinks only to four times what is in use.
 type watching struct {
 	*wait
 	ctx     context.Context
-	beside  sync.WaitGroup // requests, and openings of watches
-	ticker  *time.Ticker   // nil if the key is not to be read again
+	beside  sync.WaitGroup // goroutines that send requests or open watches
+	ticker  *time.Ticker   // nil if the key is not read at intervals
 	current *opening
-	looked  chan looking       // nil while the key is not being read
-	unlook  context.CancelFunc // ends that read
-	aheads  chan ahead         // nil while nobody looks ahead
-	unahead context.CancelFunc // ends that
-	next    *opening           // the watch that takes over then
-	failing bool               // the last read of the key has failed, and is being repeated
+	next    *opening // the second watch; replaces current when the place is known
+
+	// The answers to requests beside the watch, each nil while there is no such request, and the functions that end
+	// them.
+	keyReadings   chan keyReading
+	stopKey       context.CancelFunc
+	placeReadings chan placeReading
+	stopPlace     context.CancelFunc
+
+	failing bool // an attempt to read the key has failed, and none has succeeded since
 }
 
-// looking is what comes of a read of the key: failures, and in the end what it has found.
-type looking struct {
-	sight
-	err error
-	end bool
+// A keyReading is what comes of reading the key: failures, and in the end what was found.
+type keyReading struct {
+	gone    bool
+	touched bool // put again since it was created
+	err     error
+	end     bool
 }
 
-// ahead is what the look ahead has found.
-type ahead struct {
+// A placeReading is the place of the key's candidate.
+type placeReading struct {
 	place Place
 	err   error
 }
@@ -201,11 +207,13 @@ func (w *wait) open(ctx context.Context) *watching {
 	return s
 }
 
+// close ends all requests and watches, and waits for them. It cancels the watches before it waits, because opening one
+// blocks until it is created or cancelled. It closes them after that: until then a goroutine may be in next.await.
 func (s *watching) close() {
-	s.stopLooking()
+	s.stopReading()
 	s.current.cancel()
 	if s.next != nil {
-		s.unahead()
+		s.stopPlace()
 		s.next.cancel()
 	}
 	s.beside.Wait()
@@ -216,16 +224,16 @@ func (s *watching) close() {
 	}
 }
 
-// again fires when the key is to be read again.
-func (s *watching) again() <-chan time.Time {
+// rereadDue returns a channel that receives when the key must be read again.
+func (s *watching) rereadDue() <-chan time.Time {
 	if s.ticker == nil {
 		return nil
 	}
 	return s.ticker.C
 }
 
-// step deals with the next thing that happens. over says that the watch has ended with err or, if that is nil,
-// that the key is gone.
+// step handles the next thing that happens. over says that the watch has ended with err or, if err is nil, that the key
+// is gone.
 func (s *watching) step() (over bool, err error) {
 	own := none
 	if s.own != nil {
@@ -236,38 +244,38 @@ func (s *watching) step() (over bool, err error) {
 		s.current.opened = nil
 	case resp, ok := <-s.current.events:
 		return s.heard(&resp, ok)
-	case found := <-s.looked:
-		return s.lookedAside(found)
-	case found := <-s.aheads:
-		return s.lookedAhead(found)
-	case <-s.again():
-		s.lookAside()
+	case found := <-s.keyReadings:
+		return s.keyRead(found)
+	case found := <-s.placeReadings:
+		return s.placeRead(found)
+	case <-s.rereadDue():
+		s.readKey()
 	case own.current.events = <-own.current.opened:
 		own.current.opened = nil
 	case resp, ok := <-own.current.events:
-		return s.heardOfOwn(&resp, ok)
-	case found := <-own.looked:
-		return s.lookedAtOwn(found)
+		return s.ownHeard(&resp, ok)
+	case found := <-own.keyReadings:
+		return s.ownKeyRead(found)
 	case <-s.ctx.Done():
 		return true, s.ctx.Err()
 	}
 	return false, nil
 }
 
-// none is the watch of nobody's key.
+// none stands for the own key's watch if this goroutine has none. Its channels are nil, so select ignores them.
 var none = &watching{current: new(opening)}
 
-// ownGone reports whether it has been told already that the candidate's own key is gone.
+// ownGone reports whether the news that the candidate's own key is gone has arrived already. It does not block.
 func (w *wait) ownGone() bool {
-	for w.own != nil {
+	for w.own != nil { // until nothing more has arrived: the deletion may be behind other things
 		own, over := w.own.watching, false
 		select {
 		case own.current.events = <-own.current.opened:
 			own.current.opened = nil
 		case resp, ok := <-own.current.events:
-			over, _ = w.heardOfOwn(&resp, ok)
-		case found := <-own.looked:
-			over, _ = w.lookedAtOwn(found)
+			over, _ = w.ownHeard(&resp, ok)
+		case found := <-own.keyReadings:
+			over, _ = w.ownKeyRead(found)
 		default:
 			return false
 		}
@@ -278,7 +286,9 @@ func (w *wait) ownGone() bool {
 	return false
 }
 
-func (w *wait) heardOfOwn(resp *clientv3.WatchResponse, ok bool) (over bool, err error) {
+// ownHeard is heard for the own key. If that key's watch has ended it leaves the key to the other goroutine, because
+// opening another watch includes requests and pauses.
+func (w *wait) ownHeard(resp *clientv3.WatchResponse, ok bool) (over bool, err error) {
 	switch over, err := w.own.watching.heard(resp, ok); {
 	case over && err == nil:
 		return true, ErrGone
@@ -288,30 +298,31 @@ func (w *wait) heardOfOwn(resp *clientv3.WatchResponse, ok bool) (over bool, err
 	return false, nil
 }
 
-func (w *wait) lookedAtOwn(found looking) (over bool, err error) {
+// ownKeyRead is keyRead for the own key. It leaves a failure to the other goroutine, because the logger may block.
+func (w *wait) ownKeyRead(found keyReading) (over bool, err error) {
 	own := w.own.watching
 	if !found.end || found.err != nil {
-		w.leaveOwn(func() (bool, error) { return own.lookedAside(found) })
+		w.leaveOwn(func() (bool, error) { return own.keyRead(found) })
 		return false, nil
 	}
-	if over, _ := own.lookedAside(found); over {
+	if over, _ := own.keyRead(found); over {
 		return true, ErrGone
 	}
 	return false, nil
 }
 
-// leaveOwn leaves the candidate's own key to another goroutine, as something may block here now. pending, if not
-// nil, is what has come of that key's watch already.
+// leaveOwn hands the candidate's own key over to another goroutine, because this one may block now. pending, if not
+// nil, handles what was received for that key and not handled yet.
 func (w *wait) leaveOwn(pending func() (over bool, err error)) {
 	if w.own == nil {
 		return
 	}
 	w.own.pending = pending
 	w.own = nil
-	w.rely()
+	w.rely() // last: from here on the Deletion belongs to the other goroutine
 }
 
-// heard deals with what the watch says.
+// heard handles a response of the watch.
 func (s *watching) heard(resp *clientv3.WatchResponse, ok bool) (over bool, err error) {
 	if !ok {
 		return true, errWatch
@@ -322,7 +333,7 @@ func (s *watching) heard(resp *clientv3.WatchResponse, ok bool) (over bool, err 
 	touched := false
 	for _, ev := range resp.Events {
 		gone, t := s.gone(ev)
-		if gone {
+		if gone { // wins over a touch in the same response
 			return true, nil
 		}
 		touched = touched || t
@@ -330,77 +341,81 @@ func (s *watching) heard(resp *clientv3.WatchResponse, ok bool) (over bool, err 
 	if resp.Created {
 		s.current.exists()
 		s.tries = 0
-		s.stopLooking() // a read that is under way may have found the key before it was watched
-		s.lookAside()
+		s.stopReading() // a read that is under way may have found the key before it was watched, and deleted since
+		s.readKey()
 	}
 	if touched {
-		s.lookAhead()
+		s.readPlace()
 	}
 	return false, nil
 }
 
-// lookAside reads the key beside the watch, if that is not being done.
-func (s *watching) lookAside() {
-	if s.looked != nil {
+// readKey starts a read of the key beside the watch, unless one is under way.
+func (s *watching) readKey() {
+	if s.keyReadings != nil {
 		return
 	}
 	ctx, cancel := context.WithCancel(s.ctx)
-	looked := make(chan looking)
-	s.looked, s.unlook = looked, cancel
-	tell := func(l looking) {
+	readings := make(chan keyReading)
+	s.keyReadings, s.stopKey = readings, cancel
+	tell := func(l keyReading) {
 		select {
-		case looked <- l:
+		case readings <- l:
 		case <-ctx.Done():
 		}
 	}
 	s.beside.Go(func() {
-		// Failures are noted where the watch is looked after, since what notes them is the user's logger.
-		now, err := retry.Ask(ctx, s.q.client, func(err error) { tell(looking{err: err}) }, s.look)
-		tell(looking{now, err, true})
+		// Failures are noted in the goroutine that runs step, because noting them calls the user's logger.
+		now, err := retry.Ask(ctx, s.q.client, func(err error) { tell(keyReading{err: err}) }, s.read)
+		now.err, now.end = err, true
+		tell(now)
 	})
 }
 
-func (s *watching) stopLooking() {
-	if s.looked != nil {
-		s.unlook()
-		s.looked, s.unlook = nil, nil
+// stopReading ends the read of the key that is under way, if any. Its result is dropped.
+func (s *watching) stopReading() {
+	if s.keyReadings != nil {
+		s.stopKey()
+		s.keyReadings, s.stopKey = nil, nil
 	}
 }
 
-func (s *watching) lookedAside(found looking) (over bool, err error) {
+// keyRead handles a message from the read of the key.
+func (s *watching) keyRead(found keyReading) (over bool, err error) {
 	if !found.end {
 		s.failing = true
 		s.leaveOwn(nil)
-		s.loop.Failed(found.err) // the user's logger
+		s.loop.Failed(found.err) // calls the user's logger, which may block
 		return false, nil
 	}
-	s.stopLooking()
+	s.stopReading()
 	if found.gone || found.err != nil {
 		return true, found.err
 	}
 	if s.failing {
 		s.failing = false
-		s.loop.OK()
+		s.loop.OK() // may call the logger too, but the own key was left when failing was set
 	}
-	if found.touched {
-		s.lookAhead()
+	if found.touched { // the touch may have come before the watch
+		s.readPlace()
 	}
 	return false, nil
 }
 
-// lookAhead opens a watch that gets no puts and then reads who is before the key, unless that is known
-// or being done.
-func (s *watching) lookAhead() {
+// readPlace looks ahead: it opens a watch that gets no puts, and then reads who is before the key's candidate. It does
+// nothing if that is known or under way.
+func (s *watching) readPlace() {
 	if !s.ahead || s.next != nil {
 		return
 	}
-	found := make(chan ahead, 1)
+	found := make(chan placeReading, 1)
 	next := s.watchKey(true)
 	ctx, cancel := context.WithCancel(s.ctx)
-	s.aheads, s.unahead, s.next = found, cancel, next
+	s.placeReadings, s.stopPlace, s.next = found, cancel, next
 	s.beside.Go(func() {
-		a := ahead{err: next.await(ctx)}
+		a := placeReading{err: next.await(ctx)}
 		if a.err == nil {
+			// A failure is not reported: the look ahead only saves the read after the election.
 			rctx, cancel := context.WithTimeout(ctx, retry.RequestTimeout)
 			defer cancel()
 			a.place, a.err = s.q.behind(rctx, &retry.Loop{Client: s.q.client}, s.rev)
@@ -409,22 +424,24 @@ func (s *watching) lookAhead() {
 	})
 }
 
-func (s *watching) lookedAhead(found ahead) (over bool, err error) {
-	s.unahead()
+// placeRead handles the result of a look ahead.
+func (s *watching) placeRead(found placeReading) (over bool, err error) {
+	s.stopPlace()
 	next := s.next
-	s.aheads, s.unahead, s.next = nil, nil, nil
+	s.placeReadings, s.stopPlace, s.next = nil, nil, nil
 	if found.err == nil && found.place.First() {
 		s.oldest, s.ahead, s.tries = true, false, 0
 		s.current.close()
 		s.current = next
 		return false, nil
 	}
+	// The first watch stays, because it sees the next touch, which is another chance. If the read has found that the
+	// key is gone, the wait is over.
 	next.close()
-	// The key may be gone. Otherwise the next touch is another chance.
 	return errors.Is(found.err, ErrGone), nil
 }
 
-// watchKey opens a watch of the key, of its end alone if puts are filtered out.
+// watchKey opens a watch of the key. With filter it gets no puts, only the deletion.
 func (s *watching) watchKey(filter bool) *opening {
 	var opts []clientv3.OpOption
 	if filter {
@@ -435,17 +452,17 @@ func (s *watching) watchKey(filter bool) *opening {
 
 // An opening is a watch that is being opened, or open.
 type opening struct {
-	opened  chan clientv3.WatchChan // nil once it has been received
-	events  clientv3.WatchChan
-	created time.Time
+	opened  chan clientv3.WatchChan // nil once events was received from it
+	events  clientv3.WatchChan      // nil before that
+	created time.Time               // zero until then
 	cancel  context.CancelFunc
 	stream  retry.Stream
-	late    *time.Timer // ends a watch that is not created in time; nil once it is
-	settled atomic.Bool // late is not to do so any more, though it may be about to
+	late    *time.Timer // ends the watch if it is not created in time; nil once it is
+	settled atomic.Bool // the watch was created: late must not end it, even if it has fired already
 }
 
-// open opens a watch that says when it has been created. That is done in a goroutine of its own, as it
-// blocks until then, and takes a deep stack.
+// open opens a watch that sends a response when it has been created. Watch is called in a goroutine of its own, because
+// it blocks until then and needs a deep stack.
 func (q *Queue) open(ctx context.Context, beside *sync.WaitGroup, tries *int, key string, opts ...clientv3.OpOption) *opening {
 	patience := q.patience(*tries)
 	*tries++
@@ -457,15 +474,17 @@ func (q *Queue) open(ctx context.Context, beside *sync.WaitGroup, tries *int, ke
 		opened <- q.client.Watch(wctx, key, append(opts, clientv3.WithCreatedNotify())...)
 	})
 	began := time.Now()
+	// The function uses late, so the timer is set to its real time only after late has been assigned.
 	var late *time.Timer
 	late = time.AfterFunc(time.Hour, func() {
 		idle := o.stream.Idle(began)
 		switch {
 		case o.settled.Load():
 		case idle >= patience:
+			// Before cancel, so that the next watch is opened on another stream.
 			stream.Late()
 			cancel()
-		default:
+		default: // other watches of the stream were created meanwhile, so this one only waits for its turn
 			late.Reset(patience - idle)
 		}
 	})
@@ -474,7 +493,7 @@ func (q *Queue) open(ctx context.Context, beside *sync.WaitGroup, tries *int, ke
 	return o
 }
 
-// await blocks until the watch was created.
+// await blocks until the watch has been created.
 func (o *opening) await(ctx context.Context) error {
 	select {
 	case o.events = <-o.opened:
@@ -497,7 +516,7 @@ func (o *opening) await(ctx context.Context) error {
 	}
 }
 
-// exists says that the watch was created.
+// exists notes that the watch has been created.
 func (o *opening) exists() {
 	o.created = time.Now()
 	o.settled.Store(true)
@@ -516,7 +535,7 @@ func (o *opening) close() {
 	o.cancel()
 }
 
-// lived is how long the watch has lived since it was created.
+// lived returns how long ago the watch was created, or 0 if it was not.
 func (o *opening) lived() time.Duration {
 	if o.created.IsZero() {
 		return 0

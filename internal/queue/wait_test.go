@@ -171,8 +171,8 @@ func TestQueueIsReadWhenNothingWasSeenAhead(t *testing.T) {
 	})
 }
 
-// lookAhead waits behind a predecessor that was touched: the first watch is there, and the second is being opened.
-func lookAhead(t *testing.T, e *fakeEtcd) (waiting *waitCall, first, second *fakeWatch) {
+// readPlace waits behind a predecessor that was touched: the first watch is there, and the second is being opened.
+func readPlace(t *testing.T, e *fakeEtcd) (waiting *waitCall, first, second *fakeWatch) {
 	t.Helper()
 	waiting = e.behind(t)
 	first = e.watch(t)
@@ -185,7 +185,7 @@ func lookAhead(t *testing.T, e *fakeEtcd) (waiting *waitCall, first, second *fak
 func TestLookAheadMovesToAWatchWithoutValues(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
-		waiting, first, second := lookAhead(t, e)
+		waiting, first, second := readPlace(t, e)
 		if one, two := first.op.IsFilterPut(), second.op.IsFilterPut(); one || !two {
 			t.Errorf("values are filtered: %v by the first watch and %v by the second", one, two)
 		}
@@ -202,7 +202,7 @@ func TestLookAheadMovesToAWatchWithoutValues(t *testing.T) {
 func TestLookAheadReadsOnceTheSecondWatchExists(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
-		waiting, first, second := lookAhead(t, e)
+		waiting, first, second := readPlace(t, e)
 		for range 3 {
 			first.send(t, e.put("jobs/1", "value"))
 		}
@@ -222,7 +222,7 @@ func TestLookAheadReadsOnceTheSecondWatchExists(t *testing.T) {
 func TestLookAheadIsMadeOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
-		waiting, _, second := lookAhead(t, e)
+		waiting, _, second := readPlace(t, e)
 		second.create()
 		for range 10 { // it is read again, and has been touched
 			e.put("jobs/1", "value")
@@ -241,7 +241,7 @@ func TestLookAheadIsMadeOnce(t *testing.T) {
 func TestLookAheadIsNotRepeatedWhenTheWatchBreaks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
-		waiting, _, second := lookAhead(t, e)
+		waiting, _, second := readPlace(t, e)
 		second.create()
 		second.end()
 		third := e.watch(t)
@@ -288,7 +288,7 @@ func TestLookAheadThatFindsAnotherIsMadeAgain(t *testing.T) {
 func TestEndOfTheKeyBetweenTwoWatchesIsNotMissed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
-		waiting, _, second := lookAhead(t, e)
+		waiting, _, second := readPlace(t, e)
 		e.del("jobs/1") // of which the first watch has not heard yet
 		waiting.wantGoingOn(t)
 		second.create()
@@ -299,13 +299,13 @@ func TestEndOfTheKeyBetweenTwoWatchesIsNotMissed(t *testing.T) {
 func TestFirstWatchTellsOfTheEndOfTheKeyDuringTheLookAhead(t *testing.T) {
 	bubble(t, "while the second is being opened", func(t *testing.T) {
 		e := newEtcd(t)
-		waiting, first, _ := lookAhead(t, e)
+		waiting, first, _ := readPlace(t, e)
 		first.send(t, e.del("jobs/1"))
 		waiting.wantNow(t)
 	})
 	bubble(t, "while the queue is being read", func(t *testing.T) {
 		e := newEtcd(t)
-		waiting, first, second := lookAhead(t, e)
+		waiting, first, second := readPlace(t, e)
 		e.hang(func(read clientv3.Op) bool { return read.MaxCreateRev() == 5 })
 		second.create()
 		first.send(t, e.del("jobs/1"))
@@ -317,7 +317,7 @@ func TestFirstWatchTellsOfTheEndOfTheKeyDuringTheLookAhead(t *testing.T) {
 func TestSecondWatchTellsWhatHappensDuringTheLookAhead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
-		waiting, _, second := lookAhead(t, e)
+		waiting, _, second := readPlace(t, e)
 		answer := make(chan struct{})
 		e.set(nil, until(answer))
 		second.create()
@@ -330,7 +330,7 @@ func TestSecondWatchTellsWhatHappensDuringTheLookAhead(t *testing.T) {
 func TestFirstWatchServesWhereThereIsNoSecond(t *testing.T) {
 	test := func(t *testing.T, end func(e *fakeEtcd, second *fakeWatch)) (second, third *fakeWatch) {
 		e := newEtcd(t)
-		waiting, first, second := lookAhead(t, e)
+		waiting, first, second := readPlace(t, e)
 		end(e, second)
 		synctest.Wait()
 		if first.ctx.Err() != nil || second.ctx.Err() == nil {

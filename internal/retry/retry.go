@@ -1,7 +1,6 @@
-// Package retry decides what a failed request to etcd means and when to ask again.
+// Package retry decides what a failed request to etcd means and when to send it again.
 //
-// It is the one place that tells what cannot heal from what can, by gRPC code and rpctypes,
-// never by text.
+// No other package decides which errors are permanent. It goes by gRPC codes and rpctypes, never by text.
 package retry
 
 import (
@@ -26,12 +25,12 @@ import (
 )
 
 const (
-	// RequestTimeout bounds one request that no shorter deadline bounds. etcd itself gives up
-	// on a proposal after 7 s; a request that has waited for 5 s is better asked of another member.
+	// RequestTimeout bounds a request that has no shorter deadline. A request that has waited for 5 s is better sent to
+	// another member; etcd itself gives up a proposal only after 7 s.
 	RequestTimeout = 5 * time.Second
 
-	// CleanupTimeout bounds the requests that tidy up after a campaign or a term. Where etcd
-	// cannot be reached the lease does the tidying.
+	// CleanupTimeout bounds the requests that clean up after a campaign or a term. If etcd cannot be reached, the
+	// expiry of the lease cleans up.
 	CleanupTimeout = 2 * time.Second
 )
 
@@ -39,20 +38,20 @@ const (
 	// minPause is the first pause after a failure.
 	minPause = 50 * time.Millisecond
 
-	// silence is how long [Ask] waits for an answer before it sends the request again beside the first,
-	// and maxSilence how long before each further time.
+	// silence is how long [Ask] waits for an answer before it sends the request a second time, while the first one
+	// still waits. maxSilence bounds the wait before each further time.
 	silence    = 250 * time.Millisecond
 	maxSilence = 500 * time.Millisecond
 
 	// maxPause bounds the pauses of [Ask] and of a [Loop] after a failure.
 	maxPause = 2 * time.Second
 
-	// maxBeside is how many requests of one [Ask] wait for an answer at a time.
+	// maxBeside is how many attempts of one [Ask] may wait for an answer at a time.
 	maxBeside = 8
 )
 
-// RequireLeader returns a context for requests that a member refuses at once while it knows of no
-// raft leader. It is [clientv3.WithRequireLeader] at a third of the memory.
+// RequireLeader returns a context for requests that a member refuses at once while it knows no raft leader. It is
+// [clientv3.WithRequireLeader] at a third of the memory.
 func RequireLeader(ctx context.Context) context.Context {
 	if md, _ := metadata.FromOutgoingContext(ctx); len(md.Get(rpctypes.MetadataRequireLeaderKey)) > 0 {
 		return ctx
@@ -60,7 +59,7 @@ func RequireLeader(ctx context.Context) context.Context {
 	return metadata.AppendToOutgoingContext(ctx, rpctypes.MetadataRequireLeaderKey, rpctypes.MetadataHasLeader)
 }
 
-// valuesOf is a context with the values of another one.
+// valuesOf is a context that has the values of another context.
 type valuesOf struct {
 	context.Context
 	values context.Context
@@ -68,41 +67,42 @@ type valuesOf struct {
 
 func (c valuesOf) Value(key any) any { return c.values.Value(key) }
 
-// Request returns a context for one request: it has a deadline of its own, and a member that
-// knows of no raft leader refuses the request at once instead of keeping it for 7 s.
+// Request returns a context for one request. It ends after [RequestTimeout], and a member that knows no raft leader
+// refuses the request at once instead of holding it for 7 s.
 func Request(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(RequireLeader(ctx), RequestTimeout)
 }
 
-// Cleanup returns a context for tidying up, by [Persist]. It outlives ctx, whose end is often the reason
-// to tidy up, and is bounded by [CleanupTimeout].
+// Cleanup returns a context for cleaning up by [Persist]. It does not end with ctx, because the end of ctx is often the
+// reason to clean up. It ends after [CleanupTimeout].
 func Cleanup(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(RequireLeader(context.WithoutCancel(ctx)), CleanupTimeout)
 }
 
-// Ask sends a request until etcd has answered it, and returns the answer. It gives up when the request
-// is refused for good, see [Permanent], when the client is closed or when ctx ends: then it returns ctx's
-// error. An answer that has come by then wins over the end.
+// Ask sends a request until etcd answers it, and returns the answer. It gives up in three cases: with the error of a
+// permanent failure (see [Permanent]), with ctx's error when ctx ends, and with [context.Canceled] when the client is
+// closed. An attempt that has succeeded by then wins over all three.
 //
-// Here is the rule "one request, one attempt, and what another waits for is sent again elsewhere". A
-// request that has no answer yet goes on while the next is sent: an endpoint that does not answer must
-// not take the time in which another would, and one that is slow must be given the time. gRPC sends
-// each request to the next endpoint in turn, so an attempt must be a single request: of two, the second
-// would meet the same dark endpoint of two each time. So a request must do no harm if it is done twice,
-// and must end with its context.
+// Rule: one attempt is one request, and a request that somebody waits for is sent again, to another endpoint. An
+// attempt without an answer continues while the next one is sent: an endpoint that does not answer must not use up the
+// time in which another one would, and a slow endpoint must get the time that it needs.
 //
-// failed, if not nil, is told of every failure that is not returned, in the caller's goroutine. Each attempt
-// has a deadline of its own, [RequestTimeout] after it was sent.
+// gRPC sends each request to the next endpoint in turn. So an attempt must be a single request: if it were two in a
+// row, the second would go to the dark one of two endpoints each time. The request must do no harm if it is carried out
+// twice, and must end with its context.
+//
+// failed, if not nil, is called for every failure that is not returned, in the caller's goroutine. Each attempt has a
+// deadline of its own, [RequestTimeout] after it was sent.
 func Ask[T any](ctx context.Context, client *clientv3.Client, failed func(error), request func(context.Context) (T, error)) (T, error) {
 	first, attempt := silence, RequestTimeout
-	if deadline, ok := ctx.Deadline(); ok { // there must be time for another endpoint
+	if deadline, ok := ctx.Deadline(); ok { // leave time for another endpoint
 		first = min(first, max(time.Until(deadline)/8, time.Millisecond))
 	}
 	return ask(ctx, client, first, attempt, failed, request)
 }
 
-// AskWithin is [Ask] with another deadline for each attempt. It sends the request again beside one that
-// has had no answer for a quarter of it.
+// AskWithin is [Ask] with another deadline for each attempt. It waits at most a quarter of this deadline for an answer
+// before it sends the request again.
 func AskWithin[T any](ctx context.Context, client *clientv3.Client, attempt time.Duration, failed func(error), request func(context.Context) (T, error)) (T, error) {
 	return ask(ctx, client, min(silence, attempt/4), attempt, failed, request)
 }
@@ -116,39 +116,42 @@ func ask[T any](ctx context.Context, client *clientv3.Client, first, attempt tim
 	return value.(T), nil
 }
 
-// An asking is the state of askAny. It is on the heap, and the same for all types: a goroutine that asks may
-// wait for hours afterwards, and its stack does not shrink again. See bench/README.md, row 9.
+// An asking is the state of askAny. It is on the heap, and of one type for all answers, to keep stacks small: a
+// goroutine that has called Ask may wait for hours afterwards with the stack that the call needed. See bench/README.md,
+// row 9.
 type asking struct {
 	ctx      context.Context // of the attempts
 	cancel   context.CancelFunc
 	client   *clientv3.Client
 	traffic  *traffic
 	request  func(context.Context) (any, error)
-	attempt  time.Duration // for which an attempt may go on
+	attempt  time.Duration // how long an attempt may take
 	attempts sync.WaitGroup
-	answers  chan answer
+	answers  chan answer[any]
 	waiting  int // attempts without an answer
 }
 
-type answer struct {
-	value any
+type answer[T any] struct {
+	value T
 	err   error
 }
 
 func askAny(ctx context.Context, client *clientv3.Client, first, attempt time.Duration, failed func(error), request func(context.Context) (any, error)) (any, error) {
-	a := &asking{client: client, traffic: trafficOf(client), request: request, attempt: attempt, answers: make(chan answer, maxBeside)}
+	a := &asking{client: client, traffic: trafficOf(client), request: request, attempt: attempt, answers: make(chan answer[any], maxBeside)}
 	a.ctx, a.cancel = context.WithCancel(ctx)
 	defer context.AfterFunc(client.Ctx(), a.cancel)()
-	defer a.stop() // also if failed panics
+	defer a.stop() // no attempt outlives askAny, even if failed panics
 
 	beside := &Backoff{Min: first, Max: max(first, maxSilence)}
 	failing := &Backoff{Min: min(minPause, first), Max: maxPause}
 	next := time.NewTimer(0)
 	defer next.Stop()
 	for {
-		var got answer
+		var got answer[any]
 		select {
-		case got = <-a.answers: // an answer is looked at before anything else
+		// Take an answer before anything else: select picks at random, and a request that was carried out must not be
+		// reported as one that was not.
+		case got = <-a.answers:
 		default:
 			select {
 			case got = <-a.answers:
@@ -156,6 +159,7 @@ func askAny(ctx context.Context, client *clientv3.Client, first, attempt time.Du
 				if a.sendNext() { //nolint:contextcheck // a has ctx
 					next.Reset(beside.Next())
 				} else {
+					// There is no token, or maxBeside attempts wait. Both may change soon, so the pause does not grow.
 					next.Reset(first)
 				}
 				continue
@@ -166,19 +170,21 @@ func askAny(ctx context.Context, client *clientv3.Client, first, attempt time.Du
 		if value, over, err := a.answered(got, failed); over {
 			return value, err
 		}
+		// A failure sets the pause even while other attempts wait: they may still be answered, and an etcd that fails
+		// must not get requests without a pause.
 		next.Reset(failing.Next())
 	}
 }
 
-// sendNext sends the request for the first time, or twice beside those that have no answer: of two that are sent
-// together to several endpoints in turn, one does not meet the one that does not answer. One alone may meet it each
-// time, as other requests of the client come in between. It reports whether it did send.
+// sendNext sends the request. If other attempts wait and there are several endpoints, it sends it twice at once, so
+// that one of the two avoids a dark endpoint. One request at a time may meet the dark endpoint each time, because other
+// requests of the client take turns in between. It reports whether it sent any.
 func (a *asking) sendNext() bool {
 	if !a.send() {
 		return false
 	}
 	if a.waiting > 1 {
-		// The silence may be clientv3's, which repeats by itself what fails for want of a connection.
+		// clientv3 may be the one that is silent: if there is no connection, it retries without returning an error.
 		Reconnect(a.client)
 		if len(a.client.Endpoints()) > 1 {
 			a.send()
@@ -187,7 +193,7 @@ func (a *asking) sendNext() bool {
 	return true
 }
 
-// send sends the request, unless it may not be sent now. It reports whether it did.
+// send sends the request, if it may be sent now, and reports whether it did.
 func (a *asking) send() bool {
 	if a.ctx.Err() != nil || a.waiting == maxBeside || !a.traffic.send(a.waiting > 0) {
 		return false
@@ -199,21 +205,21 @@ func (a *asking) send() bool {
 		sent := time.Now()
 		value, err := a.request(ctx)
 		if err != nil && a.ctx.Err() == nil && (ctx.Err() != nil || errors.Is(err, context.DeadlineExceeded)) {
-			err = Silence(a.client, time.Since(sent)) // its own error says no more than that
+			err = Silence(a.client, time.Since(sent)) // the request's own error says less
 		}
 		a.traffic.ended(err == nil)
-		a.answers <- answer{value, err}
+		a.answers <- answer[any]{value, err} // never blocks: it has room for maxBeside
 	})
 	return true
 }
 
-// answered deals with the answer of an attempt. over says that nothing more is to be asked.
-func (a *asking) answered(got answer, failed func(error)) (value any, over bool, err error) {
+// answered handles the answer of an attempt. over means that no more attempts follow.
+func (a *asking) answered(got answer[any], failed func(error)) (value any, over bool, err error) {
 	a.waiting--
 	switch {
 	case got.err == nil:
 		return got.value, true, nil
-	case a.ctx.Err() != nil: // got.err is only what that looks like from inside a request
+	case a.ctx.Err() != nil: // got.err only reflects that end
 		value, err = a.end(a.ctx.Err())
 		return value, true, err
 	case Permanent(got.err):
@@ -226,7 +232,8 @@ func (a *asking) answered(got answer, failed func(error)) (value any, over bool,
 	return nil, false, nil
 }
 
-// end waits for the attempts. One of them may have succeeded in the meantime.
+// end waits for the attempts that remain. It returns err, unless one of them has succeeded: that wins, because the
+// request was carried out.
 func (a *asking) end(err error) (any, error) {
 	a.stop()
 	for {
@@ -246,24 +253,25 @@ func (a *asking) stop() {
 	a.attempts.Wait()
 }
 
-// First sends a request, and again beside the first while that has no answer, and returns the first answer, be
-// it a failure. It blocks for at most [RequestTimeout].
+// First sends a request, sends it again while the first one has no answer, and returns the first answer, even if that
+// is a failure. It blocks for at most [RequestTimeout].
 func First[T any](ctx context.Context, client *clientv3.Client, request func(context.Context) (T, error)) (T, error) {
-	type answer struct {
-		value T
-		err   error
-	}
+	began := time.Now()
 	bound, cancel := context.WithTimeout(ctx, RequestTimeout)
 	defer cancel()
-	a, err := Ask(bound, client, nil, func(ctx context.Context) (answer, error) {
+	a, err := Ask(bound, client, nil, func(ctx context.Context) (answer[T], error) {
 		value, err := request(ctx)
 		if err != nil && (ctx.Err() != nil || errors.Is(err, context.DeadlineExceeded)) {
-			return answer{}, context.DeadlineExceeded // that is no answer; its deadline may have come a moment before ctx's
+			// A timeout is no answer. It may come a moment before the end of ctx itself.
+			return answer[T]{}, context.DeadlineExceeded
 		}
-		return answer{value, err}, nil
+		return answer[T]{value, err}, nil
 	})
+	if waited := time.Since(began); errors.Is(err, ctx.Err()) && ctx.Err() != nil && waited >= silence {
+		err = WithLast(err, Silence(client, waited))
+	}
 	if bound.Err() != nil && ctx.Err() == nil && errors.Is(err, bound.Err()) {
-		err = Silence(client, RequestTimeout) // its own error says no more than that
+		err = Silence(client, RequestTimeout) // the context's own error says less
 	}
 	if err != nil {
 		return a.value, err
@@ -271,8 +279,8 @@ func First[T any](ctx context.Context, client *clientv3.Client, request func(con
 	return a.value, a.err
 }
 
-// WithLast adds the last failure to err, which says why nothing more is asked. A silence, which matches
-// [context.DeadlineExceeded], does not make err that.
+// WithLast adds the last failure to err, the reason why no more requests are sent. If last is a silence, the result
+// does not match [context.DeadlineExceeded] because of it.
 func WithLast(err, last error) error {
 	if errors.Is(last, context.DeadlineExceeded) && !errors.Is(err, context.DeadlineExceeded) {
 		last = Passing(last)
@@ -280,7 +288,7 @@ func WithLast(err, last error) error {
 	return fmt.Errorf("%w (last failure: %w)", err, last)
 }
 
-// Persist is [Ask] for what tidies up: ctx must have a deadline, and the error tells the last failure.
+// Persist is [Ask] for cleaning up. ctx must have a deadline, and the error includes the last failure.
 func Persist(ctx context.Context, client *clientv3.Client, request func(context.Context) error) error {
 	var last error
 	_, err := Ask(ctx, client, func(err error) { last = err }, func(ctx context.Context) (struct{}, error) {
@@ -296,7 +304,7 @@ func Persist(ctx context.Context, client *clientv3.Client, request func(context.
 type Group struct {
 	mu      sync.Mutex
 	running int
-	idle    chan struct{} // closed when none is running any more; nil while nobody waits
+	idle    chan struct{} // closed when the last one has returned; nil while nobody waits
 }
 
 // Go runs f in a goroutine of the group.
@@ -317,7 +325,7 @@ func (g *Group) Go(f func()) {
 	}()
 }
 
-// Wait blocks until no goroutine of the group is running, which wins, or ctx ends.
+// Wait blocks until no goroutine of the group is running, or until ctx ends. If both are so, it returns nil.
 func (g *Group) Wait(ctx context.Context) error {
 	g.mu.Lock()
 	if g.running == 0 {
@@ -332,7 +340,7 @@ func (g *Group) Wait(ctx context.Context) error {
 	return Wait(ctx, idle)
 }
 
-// Wait blocks until c is closed, which wins, or ctx ends.
+// Wait blocks until c is closed or ctx ends. If both are so, it returns nil.
 func Wait(ctx context.Context, c <-chan struct{}) error {
 	select {
 	case <-c:
@@ -347,21 +355,17 @@ func Wait(ctx context.Context, c <-chan struct{}) error {
 	}
 }
 
-// Outlive makes a request in a goroutine of owner's and returns its answer, or ctx's error if ctx ends
-// before. The request itself goes on then, for at most [RequestTimeout], and late is called with its
-// answer: etcd may carry it out although nobody waits for it any more.
+// Outlive sends a request in a goroutine of owner and returns its answer, or ctx's error if ctx ends first. In that
+// case the request continues, for at most [RequestTimeout] after it was sent, and late is called with its answer: etcd
+// may carry it out although nobody waits for it any more.
 func Outlive[T any](ctx context.Context, owner *Group, request func(context.Context) (T, error), late func(T, error)) (T, error) {
-	type answer struct {
-		value T
-		err   error
-	}
-	answers := make(chan answer)
+	answers := make(chan answer[T])
 	owner.Go(func() {
 		rctx, cancel := Request(context.WithoutCancel(ctx))
 		defer cancel()
 		value, err := request(rctx)
 		select {
-		case answers <- answer{value, err}:
+		case answers <- answer[T]{value, err}:
 		case <-ctx.Done():
 			late(value, err)
 		}
@@ -375,20 +379,19 @@ func Outlive[T any](ctx context.Context, owner *Group, request func(context.Cont
 	}
 }
 
-// Permanent reports whether err cannot heal by sending the same request again: permission
-// denied, failed authentication, a lease that is gone, a request that etcd rejects as invalid.
-// Everything else may: no connection, no quorum, no space, a compacted revision,
-// an expired auth token, a limit on the rate of requests.
+// Permanent reports whether it is useless to send the same request again after err: permission denied, failed
+// authentication, a lease that is gone, a request that etcd rejects as invalid. Every other error may pass: no
+// connection, no quorum, no space, a compacted revision, an expired auth token, a limit on the rate of requests.
 //
-// It is for the error of a request of one's own. That of a watch is about something else: what others
-// have written, or the stream that it shares, see [Passing].
+// Use it for the error of the caller's own request. The error of a watch may be about another watch, with which it
+// shares a stream: see [Passing].
 func Permanent(err error) bool {
 	err = etcds(err)
 	switch {
 	case errors.Is(err, rpctypes.ErrAuthOldRevision):
 		return false // InvalidArgument by code, but the next request has the new revision
 	case errors.Is(err, rpctypes.ErrLeaseNotFound):
-		return true // the campaign goes on, with another lease
+		return true // for this request; the campaign continues with another lease
 	}
 	switch code(err) {
 	case codes.PermissionDenied, codes.InvalidArgument:
@@ -397,8 +400,8 @@ func Permanent(err error) bool {
 	return false
 }
 
-// Refused reports whether err says that etcd will not carry out the request later. After any other error it may
-// still do so. (If it lacked space it may have done so already.)
+// Refused reports whether err means that etcd will not carry out the request later. After any other error it still may.
+// (An etcd that lacks space may have carried it out already.)
 func Refused(err error) bool {
 	err = etcds(err)
 	for _, refusal := range []error{
@@ -411,10 +414,10 @@ func Refused(err error) bool {
 	return Permanent(err)
 }
 
-// Passing returns err without what [Permanent] looks at.
+// Passing returns an error with the text of err for which [Permanent] is false.
 func Passing(err error) error { return errors.New(err.Error()) }
 
-// etcds makes a status of etcd's an EtcdError.
+// etcds turns a gRPC status from etcd into an EtcdError.
 func etcds(err error) error {
 	var raw interface{ GRPCStatus() *status.Status }
 	if errors.As(err, &raw) {
@@ -431,9 +434,8 @@ func code(err error) codes.Code {
 	return status.Code(err)
 }
 
-// Reconnect makes gRPC forget its reconnect backoff, which grows to two minutes and would
-// keep the client away from an etcd that has long come back. A client without a connection
-// of its own is left alone.
+// Reconnect resets gRPC's pause between attempts to connect. The pause grows to two minutes, which would keep the
+// client away from an etcd that is long back. A client without a connection of its own is left alone.
 func Reconnect(client *clientv3.Client) {
 	conn := client.ActiveConnection()
 	if conn != nil && trafficOf(client).mayReset(conn.GetState(), client.Endpoints()) {
@@ -441,9 +443,9 @@ func Reconnect(client *clientv3.Client) {
 	}
 }
 
-// A Backoff says how long to wait before the next try: twice as long after each failure, from
-// Min up to Max, less a random part of up to a half so that many clients do not come back as
-// one. It is not safe for concurrent use.
+// A Backoff says how long to wait before the next attempt. The pause starts at Min and doubles after each failure, up
+// to Max. A random part of up to a half is subtracted, so that many clients do not return all at once. It is not safe
+// for concurrent use.
 type Backoff struct {
 	Min, Max time.Duration
 
@@ -451,10 +453,10 @@ type Backoff struct {
 	pause  time.Duration
 }
 
-// Wait blocks for the next pause or until ctx ends, and returns ctx's error then.
+// Wait blocks for the next pause and returns nil. If ctx ends first it returns ctx's error.
 func (b *Backoff) Wait(ctx context.Context) error { return Sleep(ctx, b.Next()) }
 
-// Next is the next pause.
+// Next returns the next pause.
 func (b *Backoff) Next() time.Duration {
 	b.streak++
 	d := max(b.pause, b.Min)
@@ -462,13 +464,13 @@ func (b *Backoff) Next() time.Duration {
 	return d - rand.N(d/2+1)
 }
 
-// Reset starts over, after a success.
+// Reset starts again at Min. Call it after a success.
 func (b *Backoff) Reset() { b.streak, b.pause = 0, 0 }
 
-// Streak is the number of pauses since the last success.
+// Streak returns the number of pauses since the last success.
 func (b *Backoff) Streak() int { return b.streak }
 
-// Sleep blocks for d or until ctx ends, and returns ctx's error then.
+// Sleep blocks for d and returns nil. If ctx ends first it returns ctx's error.
 func Sleep(ctx context.Context, d time.Duration) error {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
@@ -480,22 +482,26 @@ func Sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// A Loop repeats requests that fail in a way that may heal. It is not safe for concurrent use.
+// A Loop retries requests after failures that may pass. Failures without a success in between are a streak. It is not
+// safe for concurrent use.
 type Loop struct {
 	Client *clientv3.Client
-	// Warn, if not nil, is told of the first failure of each streak.
+	// Warn, if not nil, is called with the first failure of each streak.
 	Warn func(error)
+	// Over, if not nil, is called when a success ends a streak, with the number of failures and how long it lasted.
+	Over func(failures int, lasted time.Duration)
 
 	backoff Backoff
-	streak  int   // of failures
-	last    error // of the streak
+	streak  int       // of failures
+	began   time.Time // when the first of them was noted
+	last    error     // the last failure of the streak
 }
 
-// Again blocks for a pause after the failure err and returns nil if it is worth another try.
-// Otherwise it returns why not: err itself if that is permanent, ctx's error if ctx ended.
-func (l *Loop) Again(ctx context.Context, err error) error {
+// Retry notes the failure err, blocks for a pause, and returns nil if the caller should try again. Otherwise it returns
+// the reason not to: err if that is permanent, or ctx's error if ctx has ended.
+func (l *Loop) Retry(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
-		return ctx.Err() // err is only what that looks like from inside a request
+		return ctx.Err() // err only reflects that end
 	}
 	if Permanent(err) {
 		l.last = err
@@ -507,24 +513,37 @@ func (l *Loop) Again(ctx context.Context, err error) error {
 	return l.backoff.Wait(ctx)
 }
 
-// Failed notes a failure after which the caller goes on by itself.
+// Failed notes a failure without a pause, for callers that retry by themselves.
 func (l *Loop) Failed(err error) {
 	l.last = err
-	if l.streak++; l.streak == 1 && l.Warn != nil {
+	if l.streak++; l.streak > 1 {
+		return
+	}
+	l.began = time.Now()
+	if l.Warn != nil {
 		l.Warn(err)
 	}
 }
 
 // OK ends a streak of failures.
 func (l *Loop) OK() {
+	failures := l.streak
+	l.Forget()
+	if failures > 0 && l.Over != nil {
+		l.Over(failures, time.Since(l.began))
+	}
+}
+
+// Forget ends a streak of failures without a success.
+func (l *Loop) Forget() {
 	l.backoff.Reset()
 	l.streak, l.last = 0, nil
 }
 
-// Last is the last failure of the present streak.
+// Last returns the last failure of the present streak, or nil.
 func (l *Loop) Last() error { return l.last }
 
-// Do is [Ask] with the failures noted in the loop.
+// Do is [Ask], with the failures noted in l.
 func Do[T any](ctx context.Context, l *Loop, request func(context.Context) (T, error)) (T, error) {
 	sent := time.Now()
 	value, err := Ask(ctx, l.Client, l.Failed, request)
@@ -539,52 +558,57 @@ func Do[T any](ctx context.Context, l *Loop, request func(context.Context) (T, e
 	return value, err
 }
 
-// Unanswered notes that nothing was heard of a request, if nothing has failed before: that is why one that was
-// sent then is given up.
+// Unanswered notes, as the last failure, that a request that was sent at this time had no answer. A failure that was
+// noted before stays the last one.
 func (l *Loop) Unanswered(sent time.Time) {
 	if l.last == nil {
 		l.last = Silence(l.Client, time.Since(sent))
 	}
 }
 
-// Waited notes the failure of somebody else's request, whose success would have been the caller's as well.
+// Waited notes, as the last failure, that of another caller's request whose success would have served this one, too. A
+// failure that was noted before stays the last one.
 func (l *Loop) Waited(failure error) {
 	if l.last == nil {
 		l.last = failure
 	}
 }
 
-// Silence is the error of a request that has ended without an answer, whose own error says no more than that:
-// clientv3 retries what it can by itself and keeps the reasons. It matches [context.DeadlineExceeded].
+// Silence returns the error of a request that ended without an answer. The request's own error does not say why,
+// because clientv3 retries by itself and does not report the reasons. It matches [context.DeadlineExceeded].
 func Silence(client *clientv3.Client, waited time.Duration) error {
 	waited = waited.Round(time.Millisecond)
 	switch state, ok := Connection(client); {
 	case ok && state != connectivity.Ready:
-		return silent("no connection to etcd: " + cmp.Or(connectionError(client, state), state.String()))
+		return newSilent(codes.Unavailable, "no connection to etcd: "+cmp.Or(connectionError(client, state), state.String()))
 	case ok && waited >= time.Second:
-		return silent(fmt.Sprintf("no answer from etcd for %v on an open connection, %s", waited, Cure))
+		return newSilent(codes.DeadlineExceeded, fmt.Sprintf("no answer from etcd for %v on an open connection, %s", waited, Cure))
 	}
-	return silent(fmt.Sprintf("no answer from etcd for %v", waited))
+	return newSilent(codes.DeadlineExceeded, fmt.Sprintf("no answer from etcd for %v", waited))
 }
 
-type silent string
+// silent is the error of a request without an answer. Its code is for metrics.
+type silent struct{ status *status.Status }
 
-func (s silent) Error() string        { return string(s) }
-func (s silent) Is(target error) bool { return target == context.DeadlineExceeded }
+func newSilent(code codes.Code, text string) error { return silent{status.New(code, text)} }
 
-// Cure is what ends the silence of a connection that has died without a sign. A borrowed client cannot be
-// made to dial anew: Reconnect leaves connections alone that seem to work, and to set the endpoints would
-// race with the user's own SetEndpoints.
-const Cure = "which may have died without a sign: set DialKeepAliveTime and DialKeepAliveTimeout in the client's clientv3.Config"
+func (s silent) Error() string              { return s.status.Message() }
+func (s silent) Is(target error) bool       { return target == context.DeadlineExceeded }
+func (s silent) GRPCStatus() *status.Status { return s.status }
 
-// maxExplanation is how long gRPC may take to say why there is no connection, which it knows.
+// Cure tells the user how to detect a connection that has died without a sign. The library cannot make a borrowed
+// client dial again: Reconnect does not touch a connection that seems to work, and setting the endpoints would race
+// with the user's own SetEndpoints.
+const Cure = "set DialKeepAliveTime and DialKeepAliveTimeout in the client's clientv3.Config to detect a dead connection"
+
+// maxExplanation is how long gRPC may take to say why there is no connection. It knows the reason already.
 const maxExplanation = 50 * time.Millisecond
 
-// connectionError is why gRPC has failed to connect: connection refused, no such host, an unknown authority. It says so to
-// a request that does not wait for a connection, and so is not sent. (If there is one by then, that is a read of a key
-// which does not exist.) It is "" in another state.
+// connectionError returns why gRPC failed to connect: connection refused, no such host, an unknown authority. It is ""
+// in any other state. gRPC tells the reason to a request that does not wait for a connection; without a connection that
+// request is never sent. (If there is one by then, the request reads a key that does not exist.)
 //
-//nolint:contextcheck // it says so at once, also when the caller's context has ended
+//nolint:contextcheck // it takes maxExplanation at most, and works after the caller's context has ended
 func connectionError(client *clientv3.Client, state connectivity.State) string {
 	if state != connectivity.TransientFailure {
 		return ""
@@ -604,7 +628,7 @@ func connectionError(client *clientv3.Client, state connectivity.State) string {
 	return why
 }
 
-// Connection is the state of the client's connection. ok is false if it has none of its own.
+// Connection returns the state of the client's connection. ok is false if it has none of its own.
 func Connection(client *clientv3.Client) (state connectivity.State, ok bool) {
 	conn := client.ActiveConnection()
 	if conn == nil {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"reflect"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -175,8 +176,8 @@ func TestLoopWarnsOnceForAStreak(t *testing.T) {
 		for _, err := range []error{first, other, other, nil, other, first} {
 			if err == nil {
 				l.OK()
-			} else if got := l.Again(t.Context(), err); got != nil {
-				t.Errorf("Again(%v) = %v", err, got)
+			} else if got := l.Retry(t.Context(), err); got != nil {
+				t.Errorf("Retry(%v) = %v", err, got)
 			}
 		}
 		if len(warned) != 2 || !errors.Is(warned[0], first) || !errors.Is(warned[1], other) {
@@ -195,8 +196,8 @@ func TestLoopPausesLongerAndLonger(t *testing.T) {
 			for i, ms := range []time.Duration{50, 100, 200, 400, 800, 1600, 2000, 2000} {
 				full := ms * time.Millisecond
 				began := time.Now()
-				if err := l.Again(t.Context(), io.EOF); err != nil {
-					t.Errorf("Again() = %v", err)
+				if err := l.Retry(t.Context(), io.EOF); err != nil {
+					t.Errorf("Retry() = %v", err)
 				}
 				if got := time.Since(began); got < full/2 || got > full {
 					t.Errorf("pause %d of %v, want %v to %v", i, got, full/2, full)
@@ -228,9 +229,9 @@ func TestAgainGivesUpOnWhatCannotHeal(t *testing.T) {
 		l := Loop{Client: client(t), Warn: func(err error) { t.Errorf("warned of %v, which is returned", err) }}
 		denied := fmt.Errorf("read: %w", rpctypes.ErrPermissionDenied)
 		began := time.Now()
-		err := l.Again(t.Context(), denied)
+		err := l.Retry(t.Context(), denied)
 		if !errors.Is(err, denied) || !errors.Is(l.Last(), denied) || time.Since(began) != 0 {
-			t.Errorf("Again() = %v after %v, Last() = %v, want %v at once", err, time.Since(began), l.Last(), denied)
+			t.Errorf("Retry() = %v after %v, Last() = %v, want %v at once", err, time.Since(began), l.Last(), denied)
 		}
 	})
 }
@@ -265,8 +266,8 @@ func TestLoopReturnsTheErrorOfAContextThatEnded(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 		defer cancel()
 		l := Loop{Client: client(t)}
-		if err := l.Again(ctx, io.EOF); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(l.Last(), io.EOF) {
-			t.Errorf("Again() = %v, Last() = %v, want %v and %v", err, l.Last(), context.DeadlineExceeded, io.EOF)
+		if err := l.Retry(ctx, io.EOF); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(l.Last(), io.EOF) {
+			t.Errorf("Retry() = %v, Last() = %v, want %v and %v", err, l.Last(), context.DeadlineExceeded, io.EOF)
 		}
 	})
 }
@@ -494,5 +495,26 @@ func wantRequest(ctx context.Context, t *testing.T, d time.Duration) {
 	md, _ := metadata.FromOutgoingContext(ctx)
 	if got := md.Get(rpctypes.MetadataRequireLeaderKey); len(got) != 1 || got[0] != rpctypes.MetadataHasLeader {
 		t.Errorf("request has %s: %q", rpctypes.MetadataRequireLeaderKey, got)
+	}
+}
+
+// A streak that is forgotten is over, but nothing has succeeded.
+func TestOnlyASuccessIsReportedAsTheEndOfAStreak(t *testing.T) {
+	var over []int
+	l := &Loop{Over: func(failures int, _ time.Duration) { over = append(over, failures) }}
+	l.OK()
+	l.Failed(io.EOF)
+	l.Failed(io.EOF)
+	l.Forget()
+	l.OK()
+	if over != nil || l.Last() != nil {
+		t.Errorf("reported %v, Last() = %v after a streak that was forgotten", over, l.Last())
+	}
+	l.Failed(io.EOF)
+	l.Failed(io.EOF)
+	l.OK()
+	l.OK()
+	if !slices.Equal(over, []int{2}) {
+		t.Errorf("reported %v, want one streak of 2 failures", over)
 	}
 }

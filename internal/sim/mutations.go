@@ -92,7 +92,7 @@ var mutations = []mutation{
 		{session, "const clockCheck = time.Second", "const clockCheck = time.Hour"},
 	}, adjust: only("suspend")},
 	{name: "arming", safeguard: "the timer that ends a context is set anew if it was set late", changes: []change{
-		{session, "if until = s.untilCheck(); before-until < maxArming {", "if until = s.untilCheck(); before-until < time.Hour {"},
+		{session, "if until = s.untilCheckLocked(); before-until < maxArming {", "if until = s.untilCheckLocked(); before-until < time.Hour {"},
 	}, adjust: held(only("link-dark", "link-flapping"))},
 	{name: "is-leader-clocks", safeguard: "IsLeader asks the clocks and does not wait for a timer", changes: []change{
 		{term, "if l.ctx.Err() == nil && !l.session.Valid() {", "if l.ctx.Err() == nil && l.session.Cause() != nil {"},
@@ -104,7 +104,7 @@ var mutations = []mutation{
 		{campaign, "	if l.ctx.Err() != nil {\n		return fmt.Errorf(\"%w: %w\", errLost, context.Cause(l.ctx))\n	}\n	l.elected = true", "	l.elected = true"},
 	}, adjust: held(restless("operator-deletes-two", "slow-follower"))},
 	{name: "standing", safeguard: "a candidacy ends with its lease and its key", changes: []change{
-		{campaign, "	defer context.AfterFunc(watched, cancel)()\n", ""},
+		{campaign, "func() { l.end(l.sessionCause()) })", "func() {\n		l.mu.Lock()\n		elected := l.elected\n		l.mu.Unlock()\n		if elected {\n			l.end(l.sessionCause())\n		}\n	})"},
 	}, adjust: only("operator-deletes-key", "operator-revokes-lease", "link-dark")},
 	{name: "keeps-margin", safeguard: "an expired session leaves its lease alone for the margin", changes: []change{
 		{session, "if s.Gone() || errors.Is(s.Cause(), ErrExpired) && s.untilExpiry() > 0 {", "if s.Gone() {"},
@@ -152,10 +152,10 @@ var mutations = []mutation{
 		{queue, "if len(newest) == 0 || newest[0].CreateRevision != token {\n		return Place{}, ErrGone", "if len(newest) == 0 {\n		return Place{}, ErrGone"},
 	}, adjust: crowd("operator-deletes-two")},
 	{name: "read-when-watched", safeguard: "the key is read once the watch exists", changes: []change{
-		{wait, "		s.stopLooking() // a read that is under way may have found the key before it was watched\n		s.lookAside()\n", ""},
+		{wait, "		s.stopReading() // a read that is under way may have found the key before it was watched, and deleted since\n		s.readKey()\n", ""},
 	}, adjust: calm(8 * time.Second)},
 	{name: "reread", safeguard: "a candidate reads the key before it once in a TTL, as its watch may be dead", changes: []change{
-		{wait, "	case <-s.again():\n		s.lookAside()\n", "	case <-s.again():\n"},
+		{wait, "	case <-s.rereadDue():\n		s.readKey()\n", "	case <-s.rereadDue():\n"},
 	}, adjust: calm(0)},
 	{name: "join-once", safeguard: "a join that is sent again does not put the key again", changes: []change{
 		{queue, "			If(clientv3.Compare(clientv3.CreateRevision(key), \"=\", 0)).\n			Then(\n", "			If(clientv3.Compare(clientv3.CreateRevision(key), \">\", -1)).\n			Then(\n"},
@@ -176,16 +176,15 @@ var mutations = []mutation{
 		{term, "guarded := lease.WithGuard(ctx, clientv3.Compare(clientv3.ModRevision(l.key), \"=\", modified))", "guarded := lease.WithGuard(ctx, clientv3.Compare(clientv3.ModRevision(l.key), \">\", modified-modified))"},
 	}, adjust: calm(8 * time.Second)},
 	{name: "unanswered-join", safeguard: "a key whose join has no answer is looked for", changes: []change{
-		{keys, "	if k.unanswered > 0 || k.unheard > 0 || k.put && k.rev == 0 {\n		k.abandoned = true\n		return\n	}\n	k.dropLocked()", "	k.dropLocked()"},
+		{keys, "	case to == dropped && (k.unanswered > 0 || k.unheard > 0 || k.put && k.rev == 0):\n		k.state = abandoned\n", ""},
 	}, adjust: calm(8 * time.Second)},
 	{name: "sweep", safeguard: "renewals delete keys that nobody owns", changes: []change{
 		{renewal, "s.sweep(orphans, attempt)", "_ = orphans"},
 	}, adjust: calm(8 * time.Second)},
 	{name: "withdraw", safeguard: "a campaign that fails deletes its key", changes: []change{
-		{campaign, "if l.token != 0 && !l.session.Gone() {", "if l.token < 0 {"},
+		{term, "if l.token != 0 && !lost && !l.session.Gone() {", "if l.elected && !lost && !l.session.Gone() {"},
 	}, adjust: calm(0)},
 	{name: "abandon", safeguard: "a key whose deletion has failed is looked for", changes: []change{
-		{campaign, "	} else {\n		l.tracked.Abandon()\n	}\n	l.tracked.Release()", "	} else {\n		l.tracked.Drop()\n	}\n	l.tracked.Release()"},
 		{term, "	} else {\n		l.tracked.Abandon()\n	}\n	err = errors.Join", "	} else {\n		l.tracked.Drop()\n	}\n	err = errors.Join"},
 	}, adjust: calm(8 * time.Second)},
 	{name: "copied-join", safeguard: "a join that is carried out twice leaves no key", changes: []change{
@@ -198,7 +197,7 @@ var mutations = []mutation{
 		{queue, "Then(clientv3.OpPut(key, \"\", clientv3.WithIgnoreValue(), clientv3.WithIgnoreLease())).", "Then(clientv3.OpPut(key, \"\", clientv3.WithIgnoreLease()))."},
 	}},
 	{name: "gives-lease-back", safeguard: "the lease of a lost term is given back", changes: []change{
-		{term, "l.unrevoked = l.session.Finish(cctx)", "l.unrevoked = cctx.Err()"},
+		{term, "l.unrevoked = l.remove(cctx)", "l.unrevoked = cctx.Err()"},
 	}},
 	{name: "close-revokes", safeguard: "Close revokes the leases that nobody uses", changes: []change{
 		{pool, "		errs = append(errs, s.Close(ctx))\n", "		_ = s\n"},
@@ -240,7 +239,7 @@ var mutations = []mutation{
 		{retry, "next.Reset(failing.Next())", "failing.Next()\n		next.Reset(0)"},
 	}},
 	{name: "pause-before-again", safeguard: "Run pauses before it campaigns again", changes: []change{
-		{elector, "if backoff.Wait(bound) != nil {", "if bound.Err() != nil {"},
+		{elector, "if backoff.Wait(ctx) != nil {", "if ctx.Err() != nil {"},
 	}},
 
 	// What observers and hooks are told.

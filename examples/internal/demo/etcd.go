@@ -1,5 +1,5 @@
-// Package demo is what the examples need to be demonstrations: an etcd, and processes to end. None
-// of it belongs into a service.
+// Package demo is what the examples need as demonstrations: an etcd, and processes that can be ended. A service needs
+// none of it.
 package demo
 
 import (
@@ -13,11 +13,11 @@ import (
 	"go.uber.org/zap"
 )
 
-// AnyPort has etcd listen on a port of loopback that is free.
+// AnyPort makes etcd listen on a free port of loopback.
 const AnyPort = "127.0.0.1:0"
 
-// StartEtcd runs a server in this process until stop is called, which also removes its data. It
-// listens for clients at the address listen, and on loopback for itself.
+// StartEtcd runs a server in this process until stop is called, which also removes its data. The server listens for
+// clients at the address listen, and on loopback for peers.
 func StartEtcd(listen string) (endpoint string, stop func(), err error) {
 	dir, err := os.MkdirTemp("", "leader-etcd-")
 	if err != nil {
@@ -32,7 +32,7 @@ func StartEtcd(listen string) (endpoint string, stop func(), err error) {
 
 func startEtcd(dir, listen string) (*embed.Etcd, error) {
 	clients := []url.URL{{Scheme: "http", Host: listen}}
-	peers := []url.URL{{Scheme: "http", Host: AnyPort}} // a single member is its own only peer
+	peers := []url.URL{{Scheme: "http", Host: AnyPort}} // a single member has no other peer
 	cfg := embed.NewConfig()
 	cfg.Dir = dir
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())

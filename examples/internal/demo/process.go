@@ -14,17 +14,17 @@ import (
 	"time"
 )
 
-// A Process is this program once more, with other arguments, and tells what happens to it: each line
-// of its standard output is an event E in JSON.
+// A Process runs this program again, with other arguments. It reports what happens to it: each line of its standard
+// output is an event E in JSON.
 type Process[E any] struct {
 	cmd    *exec.Cmd
 	stdin  io.Closer
 	events chan E
-	said   chan struct{} // closed when all that it said has been read
+	said   chan struct{} // closed when all its output has been read
 }
 
-// Start runs a process, whose events go to a channel that all processes may share. Somebody must
-// receive from it until Reap has returned.
+// Start runs a process and sends its events to a channel, which all processes may share. Somebody must receive from it
+// until Reap has returned.
 func Start[E any](events chan E, args ...string) (*Process[E], error) {
 	self, err := os.Executable()
 	if err != nil {
@@ -45,7 +45,7 @@ func Start[E any](events chan E, args ...string) (*Process[E], error) {
 		return nil, err
 	}
 	p := &Process[E]{cmd: cmd, stdin: stdin, events: events, said: make(chan struct{})}
-	go func() { // Reap waits for it
+	go func() { // Reap waits for this goroutine
 		defer close(p.said)
 		lines := bufio.NewScanner(stdout)
 		for lines.Scan() {
@@ -64,15 +64,15 @@ func (p *Process[E]) PID() int { return p.cmd.Process.Pid }
 // Signal sends a signal to the process.
 func (p *Process[E]) Signal(sig os.Signal) error { return p.cmd.Process.Signal(sig) }
 
-// Stop asks the process to end, also if it is paused.
+// Stop asks the process to end, even if it is paused.
 func (p *Process[E]) Stop() {
-	_ = p.Signal(syscall.SIGCONT) // it may have ended by itself
+	_ = p.Signal(syscall.SIGCONT) // fails if it has ended by itself
 	_ = p.Signal(syscall.SIGTERM)
 	_ = p.stdin.Close()
 }
 
-// Reap waits for the end of a process that was told to end, and kills it after 5 s. Meanwhile it
-// calls handle with what the processes still have to say.
+// Reap waits for the end of a process that was told to end, and kills it after 5 s. Meanwhile it calls handle with the
+// events that the processes still send.
 func (p *Process[E]) Reap(handle func(E)) {
 	defer time.AfterFunc(5*time.Second, func() { _ = p.cmd.Process.Kill() }).Stop()
 	for said := false; !said; {
@@ -83,14 +83,14 @@ func (p *Process[E]) Reap(handle func(E)) {
 			said = true
 		}
 	}
-	_ = p.cmd.Wait() // its status is the signal's
+	_ = p.cmd.Wait() // the error is the signal that ended it
 }
 
-// Context returns a context for a process of Start. It ends when the process is asked to end, or when
-// the one that has started it is gone.
+// Context returns a context for a process of Start. The context ends when the process is asked to end, or when the
+// process that started it is gone.
 func Context() (ctx context.Context, stop context.CancelFunc) {
 	ctx, stop = signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
-	go func() { // lasts as long as the process
+	go func() { // runs until the process ends
 		_, _ = io.Copy(io.Discard, os.Stdin)
 		stop()
 	}()
