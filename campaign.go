@@ -25,6 +25,9 @@ type claim struct {
 	stop      context.CancelFunc // ends observe
 	observing sync.WaitGroup     // until observe has returned
 	term      *Leader            // nil until it is elected; guarded by e.mu
+	released  chan struct{}      // closed by release
+	health    *health            // nil without WithHealth
+	standing  *Leader            // the present candidate or leader; guarded by e.mu
 
 	// Used by report and observe alone, one of which runs at a time.
 	over  bool          // there is nothing more to observe
@@ -32,7 +35,7 @@ type claim struct {
 }
 
 func (e *Elector) claim(election string) (*claim, error) {
-	c := &claim{e: e, election: election, stop: func() {}, pause: retry.Backoff{Min: 50 * time.Millisecond, Max: 5 * time.Second}}
+	c := &claim{e: e, election: election, stop: func() {}, released: make(chan struct{}), pause: retry.Backoff{Min: 50 * time.Millisecond, Max: 5 * time.Second}}
 	e.mu.Lock()
 	_, taken := e.claims[election]
 	var former *claim
@@ -43,6 +46,9 @@ func (e *Elector) claim(election string) (*claim, error) {
 	e.mu.Unlock()
 	if taken {
 		return nil, fmt.Errorf("%w: %q", ErrCampaigning, election)
+	}
+	if e.opts.health != nil {
+		c.health = e.newHealth(election, c.unhealthy)
 	}
 	if e.opts.hooks.watchLeader() {
 		var ctx context.Context
@@ -86,11 +92,32 @@ func (c *claim) release() {
 	e := c.e
 	e.mu.Lock()
 	if e.claims[c.election] == c {
+		close(c.released)
 		delete(e.claims, c.election)
 		e.reports.unclaimed(c.election)
 	}
 	e.mu.Unlock()
 	c.stop()
+	if c.health != nil {
+		c.health.stop()
+	}
+}
+
+// unhealthy ends the present candidacy or term.
+func (c *claim) unhealthy(err error) {
+	c.e.mu.Lock()
+	l := c.standing
+	c.e.mu.Unlock()
+	if l == nil {
+		return
+	}
+	l.end(err)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	// It has ended for another cause before, and Run waits for its function, which may hang.
+	if l.elected && l.by == byRun && errors.Is(context.Cause(l.ctx), ErrTransferred) && !errors.Is(context.Cause(l.ctx), ErrUnhealthy) {
+		l.e.watching.Go(l.vacate)
+	}
 }
 
 // observe calls Hooks.LeaderChanged. A campaign does not repeat what the campaign before it has reported.
@@ -165,14 +192,7 @@ const (
 
 // campaign campaigns in the election. ctx is that of begin.
 func (e *Elector) campaign(ctx context.Context, name, value string, by caller) (*Leader, error) {
-	election, err := e.opts.election(name)
-	if err != nil {
-		return nil, err
-	}
-	if value, err = e.value(value); err != nil {
-		return nil, err
-	}
-	c, err := e.claim(election) //nolint:contextcheck // a claim lasts as long as the term, not as ctx
+	k, err := e.newCampaign(ctx, name, value, by)
 	if err != nil {
 		return nil, err
 	}
@@ -182,21 +202,25 @@ func (e *Elector) campaign(ctx context.Context, name, value string, by caller) (
 	returned := false
 	defer func() {
 		if !returned {
-			c.release()
+			k.claim.release()
 		}
 	}()
-	started := time.Now()
-	e.opts.hooks.campaigning(election)
-	l, err := e.newCampaign(ctx, c, value, by).win() //nolint:contextcheck // the campaign has it
-	if err != nil {
-		c.release()
-		c.observing.Wait()
-		e.opts.hooks.campaignFailed(election, err)
-	} else {
-		l.announce(ctx, value, time.Since(started))
-	}
+	e.opts.hooks.campaigning(k.claim.election)
+	l, err := k.win() //nolint:contextcheck // k has it
+	k.tell(l, err)
 	returned = true
 	return l, err
+}
+
+// tell reports how the campaign has ended.
+func (k *campaign) tell(l *Leader, err error) {
+	if err == nil {
+		l.announce(k.ctx, k.value, time.Since(k.began))
+		return
+	}
+	k.claim.release()
+	k.claim.observing.Wait()
+	k.e.opts.hooks.campaignFailed(k.claim.election, err)
 }
 
 // maxLogged is how much of a value is logged, in bytes.
@@ -227,15 +251,27 @@ type campaign struct {
 	claim *claim
 	value string
 	by    caller
+	began time.Time
 
 	requests *retry.Loop
 	rejoins  *retry.Loop // of candidacies, each of which was lost
 	denials  *retry.Loop // of leases, to each of which somebody else has attached a key
 }
 
-func (e *Elector) newCampaign(ctx context.Context, c *claim, value string, by caller) *campaign {
+func (e *Elector) newCampaign(ctx context.Context, name, value string, by caller) (*campaign, error) {
+	election, err := e.opts.election(name)
+	if err != nil {
+		return nil, err
+	}
+	if value, err = e.value(value); err != nil {
+		return nil, err
+	}
+	c, err := e.claim(election) //nolint:contextcheck // a claim lasts as long as the term, not as ctx
+	if err != nil {
+		return nil, err
+	}
 	k := &campaign{
-		e: e, ctx: ctx, claim: c, value: value, by: by,
+		e: e, ctx: ctx, claim: c, value: value, by: by, began: time.Now(),
 		requests: e.loop(c.election, "campaign is being retried"),
 		rejoins:  e.loop(c.election, "candidacy was lost, joining again"),
 		denials:  e.loop(c.election, "campaign is being retried"),
@@ -243,7 +279,7 @@ func (e *Elector) newCampaign(ctx context.Context, c *claim, value string, by ca
 	k.requests.Over = func(failures int, lasted time.Duration) {
 		e.log(c.election).Info("requests of the campaign work again", "failures", failures, "lasted", lasted)
 	}
-	return k
+	return k, nil
 }
 
 // win returns the candidate that is elected, or why none can be.
@@ -257,30 +293,47 @@ func (k *campaign) win() (*Leader, error) {
 		if err == nil {
 			return l, nil
 		}
-		if time.Since(joined) > k.e.opts.ttl {
-			k.rejoins.OK() // a candidacy that lasted so long ends the streak of lost ones
-		}
-		switch {
-		case errors.Is(err, errAttached):
-			err = k.denials.Retry(k.ctx, retry.Passing(err))
-		case errors.Is(err, errLost):
-			err = k.rejoins.Retry(k.ctx, retry.Passing(err))
-		}
-		if err != nil {
-			return nil, k.failure(err)
+		if err = k.retry(err, joined); err != nil {
+			return nil, err
 		}
 	}
+}
+
+// retry blocks for a pause after the end of a candidacy, and returns nil if another one is worth a try, else what the campaign
+// fails with.
+func (k *campaign) retry(err error, joined time.Time) error {
+	if time.Since(joined) > k.e.opts.ttl {
+		k.rejoins.OK() // a candidacy that lasted so long ends the streak of lost ones
+	}
+	switch {
+	case errors.Is(err, ErrTransferred): // join again at once, at the end of the queue
+		return nil
+	case errors.Is(err, ErrUnhealthy) && k.by != byTryCampaign:
+		k.e.log(k.claim.election).Warn("unhealthy, left the queue", "error", err)
+		return nil
+	case errors.Is(err, errAttached):
+		err = k.denials.Retry(k.ctx, retry.Passing(err))
+	case errors.Is(err, errLost):
+		err = k.rejoins.Retry(k.ctx, retry.Passing(err))
+	}
+	if err != nil {
+		return k.failure(err)
+	}
+	return nil
 }
 
 // failure is what Campaign returns if err has ended it.
 func (k *campaign) failure(err error) error {
 	last := cmp.Or(k.requests.Last(), k.rejoins.Last(), k.denials.Last())
+	if h := k.claim.health; h != nil {
+		last = cmp.Or(h.err(), last)
+	}
 	over := k.ctx.Err() != nil || k.e.client.Ctx().Err() != nil // either may be the first
 	if over {
-		err = whyEnded(k.ctx)
+		err = k.e.whyEnded(k.ctx)
 	}
 	switch election := k.claim.election; {
-	case errors.Is(err, ErrClosed), errors.Is(err, ErrHeld):
+	case errors.Is(err, ErrClosed), errors.Is(err, ErrHeld), errors.Is(err, ErrUnhealthy):
 		return fmt.Errorf("%w: campaign in %q", err, election)
 	case errors.Is(err, rpctypes.ErrPermissionDenied):
 		return fmt.Errorf("leader: campaign in %q: %w: it needs the permission to read and write the keys below %q", election, err, election+"/")
@@ -302,6 +355,11 @@ var errAttached = errors.New("somebody else has attached a key to the lease")
 // candidate returns a candidate with a lease, which has not joined yet.
 func (k *campaign) candidate() (*Leader, error) {
 	e, q := k.e, queue.New(k.e.client, k.claim.election)
+	if h := k.claim.health; h != nil {
+		if err := h.wait(k.ctx, k.by == byTryCampaign); err != nil {
+			return nil, err
+		}
+	}
 	e.removeLeft(k.ctx, q)
 	if k.by == byTryCampaign { // do not ask for a lease if somebody leads
 		leader, err := q.Leader(k.ctx, k.requests)
@@ -334,47 +392,84 @@ func (k *campaign) candidate() (*Leader, error) {
 
 // joinAndWait joins the queue and waits. It returns nil when the candidate is elected. If its lease or its key was lost,
 // or the campaign is over, it removes the candidate and returns why.
-func (l *Leader) joinAndWait(k *campaign) (err error) {
-	watched, unwatch := context.WithCancel(context.WithoutCancel(l.session.Context()))
+//
+// A candidate may wait for hours in here. So what takes much of a stack is in other functions: see bench/README.md, row 9.
+func (l *Leader) joinAndWait(k *campaign) error {
+	l.stand(k.ctx)
+	defer l.settle(k.ctx) // also if the logger panics
+	err := l.take(k)
+	if err == nil {
+		err = l.wait(k.requests)
+	}
+	return l.decide(k.ctx, err)
+}
+
+func (l *Leader) wait(loop *retry.Loop) error {
+	return l.queue.Wait(l.ctx, loop, l.place, l.session.TTL(), l.deletion, l.startWatch)
+}
+
+// stand begins a candidacy. It ends with the session, with ctx, which is the campaign's, or if the Elector is unhealthy.
+func (l *Leader) stand(ctx context.Context) {
 	l.mu.Lock()
-	l.unwatch = unwatch
+	l.watched, l.unwatch = context.WithCancel(context.WithoutCancel(l.session.Context()))
 	l.unhook = context.AfterFunc(l.session.Context(), func() { l.end(l.sessionCause()) })
 	l.mu.Unlock()
-	// The candidacy ends with the campaign as well, the term does not.
-	unbind := context.AfterFunc(k.ctx, func() { l.end(ErrResigned) })
-	defer unbind()
-	elected := false
-	defer func() { // also if the logger panics
-		if !elected {
-			l.withdraw(k.ctx)
+	if h := l.claim.health; h != nil {
+		l.e.mu.Lock()
+		l.claim.standing = l
+		l.e.mu.Unlock()
+		if err := h.err(); err != nil { // health may have been lost before there was a candidate to tell
+			l.end(err)
 		}
-	}()
-	watch := func() {
-		l.watching = true
-		l.e.watching.Go(func() { l.watch(watched) }) //nolint:contextcheck // the watch has it
 	}
+	l.unbind = context.AfterFunc(ctx, func() { l.end(ErrResigned) }) // a term does not end with it
+}
 
-	place, err := l.join(k.requests, k.value)
-	if err == nil {
-		k.denials.OK()
+// settle withdraws the candidate unless it was elected.
+func (l *Leader) settle(ctx context.Context) {
+	l.unbind()
+	l.mu.Lock()
+	elected := l.elected
+	l.mu.Unlock()
+	if !elected {
+		l.withdraw(ctx)
 	}
-	switch {
-	case err != nil:
-	case k.by == byTryCampaign && !place.First():
-		err = ErrHeld
-	default:
-		loop := l.e.loop(l.claim.election, "watch of the own key is being retried")
-		l.deletion = l.queue.WatchDeletion(watched, loop, l.key, l.token)
-		if !place.First() {
-			l.logPlace(place)
-		}
-		err = l.queue.Wait(l.ctx, k.requests, place, l.session.TTL(), l.deletion, watch)
+}
+
+// take joins the queue, and watches the own key.
+func (l *Leader) take(k *campaign) error {
+	k.requests.OK() // there is a lease. This may call the user's logger, so it is here, where a panic loses nothing
+	if err := l.join(k.requests, k.value); err != nil {
+		return err
 	}
-	if errors.Is(err, queue.ErrGone) {
-		l.evict() // sets the cause, which lost returns
+	k.denials.OK()
+	l.waited = !l.place.First()
+	if k.by == byTryCampaign && l.waited {
+		return ErrHeld
 	}
-	if err == nil && !unbind() {
-		err = k.ctx.Err() // the end of ctx wins over the election
+	if l.waited {
+		l.logPlace() // before the watch, which is late if nobody receives from it while the logger blocks
+	}
+	loop := l.e.loop(l.claim.election, "watch of the own key is being retried")
+	l.deletion = l.queue.WatchOwn(l.watched, loop, l.key, l.token)
+	return nil
+}
+
+// startWatch hands the own key over to a goroutine, for good.
+func (l *Leader) startWatch() {
+	l.watching = true
+	l.e.watching.Go(l.watch)
+}
+
+// decide elects the candidate whose wait has ended with err, or returns why not.
+func (l *Leader) decide(ctx context.Context, err error) error {
+	switch { // these set the cause, which lost returns
+	case errors.Is(err, queue.ErrGone):
+		l.evict()
+	case errors.Is(err, queue.ErrAsked):
+		l.stepBack()
+	case err == nil && !l.unbind():
+		err = ctx.Err() // the end of ctx wins over the election
 	}
 	if err == nil {
 		err = l.elect()
@@ -382,11 +477,10 @@ func (l *Leader) joinAndWait(k *campaign) (err error) {
 	if err != nil {
 		return l.lost(err)
 	}
-	elected = true
 	if !l.watching {
-		watch()
+		l.startWatch()
 	}
-	if !place.First() { // else nobody waits behind this candidate for a touch: who joins finds it the oldest
+	if l.waited { // else nobody waits behind this candidate for a touch: who joins finds it the oldest
 		l.beginning.Go(l.touch)
 	}
 	return nil
@@ -396,8 +490,10 @@ func (l *Leader) joinAndWait(k *campaign) (err error) {
 func (l *Leader) lost(err error) error {
 	cause := context.Cause(l.ctx)
 	switch {
-	case errors.Is(cause, ErrResigned): // the campaign is over, and failure says why
+	case resigned(cause): // the campaign is over, and failure says why
 		return err
+	case winding(cause):
+		return cause
 	case cause != nil, errors.Is(err, errLost), errors.Is(err, rpctypes.ErrLeaseNotFound),
 		errors.Is(err, queue.ErrGone), errors.Is(err, queue.ErrTaken):
 		return fmt.Errorf("%w: %w", errLost, cmp.Or(cause, l.session.Cause(), err))
@@ -420,8 +516,8 @@ func (e *Elector) removeLeft(ctx context.Context, q *queue.Queue) {
 	}
 }
 
-// join puts the key and returns its place in the queue.
-func (l *Leader) join(loop *retry.Loop, value string) (queue.Place, error) {
+// join puts the key and finds out its place in the queue.
+func (l *Leader) join(loop *retry.Loop, value string) error {
 	put := l.queue.Join(l.session.ID(), value)
 	joining, err := retry.Do(l.ctx, loop, func(ctx context.Context) (queue.Joining, error) {
 		return lease.Attempt(ctx, l.tracked, put)
@@ -429,36 +525,42 @@ func (l *Leader) join(loop *retry.Loop, value string) (queue.Place, error) {
 	switch {
 	case errors.Is(err, rpctypes.ErrLeaseNotFound):
 		l.session.Revoked()
-		return queue.Place{}, err
+		return err
 	case errors.Is(err, rpctypes.ErrPermissionDenied):
 		_, denied := retry.Do(l.ctx, loop, func(ctx context.Context) (struct{}, error) {
 			return struct{}{}, l.queue.MayJoin(ctx, l.session.ID())
 		})
 		if denied != nil {
-			return queue.Place{}, denied
+			return denied
 		}
 		l.session.Deny()
-		return queue.Place{}, errAttached
+		return errAttached
 	case err != nil:
-		return queue.Place{}, err
+		return err
 	}
 	l.token, l.modified = joining.Token, joining.Token
 	l.tracked.Joined(l.token)
-	return l.queue.Place(l.ctx, loop, joining, l.session.ID(), value)
+	l.place, err = l.queue.Place(l.ctx, loop, joining, l.session.ID(), value)
+	return err
 }
 
+// maxLogging is for how long the answer to what is only logged is awaited.
+const maxLogging = 250 * time.Millisecond
+
 // logPlace logs that the candidate waits, and for whom. It costs a request, so it is skipped if nothing is logged.
-func (l *Leader) logPlace(place queue.Place) {
+func (l *Leader) logPlace() {
 	log := l.e.log(l.claim.election)
 	if !log.Enabled(l.ctx, slog.LevelInfo) {
 		return
 	}
-	leader, err := l.queue.Leader(l.ctx, nil)
+	ctx, cancel := context.WithTimeout(l.ctx, maxLogging) // the election must not wait for longer
+	defer cancel()
+	leader, err := l.queue.Oldest(ctx)
 	said := []any{"token", l.token}
-	if place.Number > 0 {
-		said = append(said, "place", place.Number)
+	if l.place.Number > 0 {
+		said = append(said, "place", l.place.Number)
 	}
-	if err == nil && leader.Token != l.token { // else nobody knows, or it is this one by now
+	if err == nil && leader.Token != 0 && leader.Token != l.token { // else nobody knows, or it is this one by now
 		said = append(said, "leader", logged(leader.Value))
 	}
 	log.Info("joined the queue", said...)

@@ -360,3 +360,39 @@ func TestCampaignWhoseContextHasEndedDoesNotBlameEtcd(t *testing.T) {
 		t.Errorf("Campaign() = %v", err)
 	}
 }
+
+// A context may have been ended by another Elector, such as that of an outer election.
+func TestCallThatEndsWithAContextOfAnotherElectorReturnsTheContextsError(t *testing.T) {
+	_, client := start(t)
+	outer, inner := newElector(t, client, long), newElector(t, client, long)
+	held := lead(t, newElector(t, client, long), "held", "")
+	results := make(chan map[string]error, 1)
+	running := make(chan struct{})
+	go func() {
+		_ = outer.Run(context.Background(), "outer", "", func(ctx context.Context, _ *leader.Leader) error {
+			close(running)
+			got := make(map[string]error)
+			_, got["Campaign"] = inner.Campaign(ctx, "held", "")
+			got["Run"] = inner.Run(ctx, "free", "", func(ctx context.Context, _ *leader.Leader) error {
+				<-ctx.Done()
+				return nil
+			})
+			for _, err := range inner.Observe(ctx, "held") {
+				got["Observe"] = err
+			}
+			results <- got
+			return nil
+		})
+	}()
+	etcdtest.Await(t, "lead", running)
+	awaitQueue(t, client, "held", queued(2))
+	if err := outer.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for call, err := range etcdtest.Await(t, "the calls", results) {
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("%s returned %v, want an error that wraps %v: this Elector is open", call, err, context.Canceled)
+		}
+	}
+	resign(t, held)
+}

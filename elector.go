@@ -14,6 +14,7 @@ import (
 	"example.com/leader/internal/lease"
 	"example.com/leader/internal/queue"
 	"example.com/leader/internal/retry"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/connectivity"
 )
@@ -40,6 +41,7 @@ type Elector struct {
 	identity string
 	ctx      context.Context // ends when Close is called
 	cancel   context.CancelFunc
+	closed   error       // ErrClosed of this Elector: the cause of the contexts of bind
 	watching retry.Group // goroutines that watch own keys, remove lost terms, or call Hooks.LeaderChanged
 
 	mu        sync.Mutex
@@ -48,6 +50,7 @@ type Elector struct {
 	claims    map[string]*claim // who campaigns or leads, by election
 	observers map[string]*claim // whose report has not returned; in each election the newest
 	reports   reports
+	checking  map[string]time.Time // since when a check of WithHealth is under way, by election
 }
 
 // New returns an Elector, or an error for a nil client or a bad option. It sends no request. The
@@ -65,8 +68,10 @@ func New(client *clientv3.Client, opts ...Option) (*Elector, error) {
 		client:    client,
 		opts:      o,
 		identity:  newIdentity(),
+		closed:    fmt.Errorf("%w", ErrClosed),
 		claims:    make(map[string]*claim),
 		observers: make(map[string]*claim),
+		checking:  make(map[string]time.Time),
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.pool = lease.NewPool(client, lease.Config{TTL: o.ttl, Margin: o.margin, Renewal: e.renewal})
@@ -150,7 +155,11 @@ func (e *Elector) Run(ctx context.Context, name, value string, lead func(ctx con
 		if !lost {
 			return err
 		}
+		_ = retry.Wait(ctx, l.claim.released) // another Resign of a term that winds down may be under way
 		log := e.log(l.claim.election).With("token", l.token)
+		if errors.Is(context.Cause(l.ctx), ErrTransferred) {
+			continue // to the end of the queue
+		}
 		if err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.Cause(l.ctx)) {
 			log.Info("campaigning again after a lost term")
 		} else {
@@ -160,7 +169,7 @@ func (e *Elector) Run(ctx context.Context, name, value string, lead func(ctx con
 			backoff.Reset() // a term of that length ends the streak of short ones
 		}
 		if backoff.Wait(ctx) != nil {
-			return whyEnded(ctx)
+			return e.whyEnded(ctx)
 		}
 	}
 }
@@ -169,7 +178,10 @@ func (e *Elector) Run(ctx context.Context, name, value string, lead func(ctx con
 func (e *Elector) runTerm(ctx context.Context, l *Leader, lead func(context.Context, *Leader) error) (lost bool, err error) {
 	lctx, cancel := context.WithCancelCause(ctx)
 	stop := context.AfterFunc(l.ctx, func() { cancel(context.Cause(l.ctx)) })
-	defer func() { // also if lead panics
+	overdue := l.watchOverdue(lctx)
+	defer overdue.report() // when the term was resigned, which must not wait for a hook
+	defer func() {         // also if lead panics
+		overdue.stop()
 		stop()
 		cancel(nil)
 		l.letGo(ctx)
@@ -179,15 +191,38 @@ func (e *Elector) runTerm(ctx context.Context, l *Leader, lead func(context.Cont
 	}
 	switch {
 	case ctx.Err() != nil:
-		why := whyEnded(ctx)
+		why := e.whyEnded(ctx)
 		if err == nil || errors.Is(err, why) || errors.Is(err, ctx.Err()) {
 			return false, why
 		}
 		return false, errors.Join(why, err)
-	case !l.IsLeader() && !errors.Is(context.Cause(l.ctx), ErrResigned):
+	case !l.IsLeader() && !resigned(context.Cause(l.ctx)):
 		return true, err
 	}
 	return false, err
+}
+
+// Leading returns the term in which this Elector leads the election name now. ok is false if it does not
+// lead, and for a bad name. It is for code outside the function that Run calls, such as request handlers and
+// schedulers. It reads the clocks, sends no request and does not block.
+//
+// The term may end right after Leading has returned, as with [Leader.IsLeader]. Run does not wait for what
+// such code has begun: the function that Run calls must wait for it before it returns, or [Leader.Guard] or
+// [Leader.Token] must protect what it writes.
+func (e *Elector) Leading(name string) (l *Leader, ok bool) {
+	election, err := e.opts.election(name)
+	if err != nil {
+		return nil, false
+	}
+	e.mu.Lock()
+	if c := e.claims[election]; c != nil {
+		l = c.term
+	}
+	e.mu.Unlock()
+	if l == nil || !l.IsLeader() {
+		return nil, false
+	}
+	return l, true
 }
 
 // Current returns the candidate that leads, or [ErrNoLeader]. It sends one request, or two if there is
@@ -249,7 +284,7 @@ func (e *Elector) Observe(ctx context.Context, name string) iter.Seq2[Candidate,
 			err = q.Observe(bound, e.warn(q.Name(), "observing is being retried"), e.opts.ttl, func(c queue.Candidate) bool {
 				return yield(Candidate(c), nil)
 			})
-			if why := whyEnded(bound); err != nil && (bound.Err() != nil || e.client.Ctx().Err() != nil) && !errors.Is(err, why) {
+			if why := e.whyEnded(bound); err != nil && (bound.Err() != nil || e.client.Ctx().Err() != nil) && !errors.Is(err, why) {
 				err = why // else err also says what has failed last
 			}
 		}
@@ -284,6 +319,82 @@ func (e *Elector) Evict(ctx context.Context, name string) error {
 		return fmt.Errorf("leader: evict %q from %q: %w", c.Key, name, e.orClosed(ctx, err))
 	}
 	return nil
+}
+
+// An overdue reports, by the log and by Hooks.Overdue, that the function that Run has called ignores the end of its context.
+type overdue struct {
+	l        *Leader
+	unhook   func() bool   // forgets the function's context
+	returned chan struct{} // closed when the function has returned
+	done     chan struct{} // closed when the goroutine that the context's end has started is over
+	since    time.Time     // when the context ended
+	told     bool          // Hooks.Overdue was called
+}
+
+// watchOverdue begins to watch over a function whose context is ctx. It takes a goroutine only once ctx has ended.
+func (l *Leader) watchOverdue(ctx context.Context) *overdue {
+	o := &overdue{l: l, returned: make(chan struct{}), done: make(chan struct{})}
+	o.unhook = context.AfterFunc(ctx, o.watch)
+	return o
+}
+
+func (o *overdue) watch() {
+	o.since = time.Now()
+	o.wait(o.l.session.Margin())
+}
+
+// wait reports when first has passed, and then once per TTL, until the function has returned.
+func (o *overdue) wait(first time.Duration) {
+	returned := false
+	defer func() {
+		if returned {
+			close(o.done)
+		} else { // the hook or the log handler has ended this goroutine
+			go o.wait(o.l.session.TTL())
+		}
+	}()
+	timer := time.NewTimer(first)
+	defer timer.Stop()
+	for {
+		select {
+		case <-o.returned:
+			returned = true
+			return
+		case <-timer.C:
+			o.tell()
+			timer.Reset(o.l.session.TTL())
+		}
+	}
+}
+
+func (o *overdue) tell() {
+	l, late := o.l, time.Since(o.since)
+	o.told = true
+	defer l.e.opts.hooks.overdue(l, late) // also if the log handler ends this goroutine
+	log := l.e.log(l.claim.election).With("token", l.token)
+	if l.IsLeader() {
+		log.Info("the function that leads has not returned", "late", late)
+	} else {
+		log.Warn("the function that leads has not returned", "late", late)
+	}
+}
+
+// stop says that the function has returned.
+func (o *overdue) stop() {
+	if o.unhook() {
+		close(o.done)
+	}
+	close(o.returned)
+}
+
+// report waits for the last call of the hook, and says that the function has returned, if it was reported before that it had
+// not.
+func (o *overdue) report() {
+	<-o.done
+	if o.told {
+		defer o.l.e.opts.hooks.overdue(o.l, 0)
+		o.l.e.log(o.l.claim.election).Info("the function that leads has returned", "token", o.l.token, "late", time.Since(o.since))
+	}
 }
 
 // Close ends all terms and campaigns of the Elector and revokes the lease. Terms of Campaign end at once,
@@ -365,16 +476,17 @@ func (e *Elector) closedLocked() error {
 // bind returns a context that also ends when the Elector or its client is closed.
 func (e *Elector) bind(ctx context.Context) (bound context.Context, unbind func()) {
 	bound, cancel := context.WithCancelCause(ctx)
-	closed := func() { cancel(ErrClosed) }
+	closed := func() { cancel(e.closed) }
 	stop1 := context.AfterFunc(e.ctx, closed)
 	stop2 := context.AfterFunc(e.client.Ctx(), closed)
 	return bound, func() { stop1(); stop2(); cancel(nil) }
 }
 
-// whyEnded is the error for a context of bind that has ended, or is about to end because the client is closed.
-func whyEnded(bound context.Context) error {
+// whyEnded is the error for a context of bind that has ended, or is about to end because the client is closed. The
+// caller's context may have ended because another Elector was closed.
+func (e *Elector) whyEnded(bound context.Context) error {
 	switch cause := context.Cause(bound); {
-	case cause == nil, errors.Is(cause, ErrClosed):
+	case cause == nil, cause == e.closed: //nolint:errorlint // that of another Elector is another
 		return ErrClosed
 	case !errors.Is(cause, bound.Err()):
 		return fmt.Errorf("%w: %w", bound.Err(), cause)
@@ -440,7 +552,7 @@ func renewalError(err error) error {
 	switch {
 	case errors.Is(err, lease.ErrRefused):
 		return ErrRefused
-	case errors.Is(err, lease.ErrRevoked):
+	case errors.Is(err, lease.ErrRevoked), errors.Is(err, rpctypes.ErrLeaseNotFound): // which a read has confirmed
 		return fmt.Errorf("%w: %w", ErrEvicted, err)
 	case errors.Is(err, lease.ErrExpired):
 		return ErrExpired

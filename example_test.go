@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log"
 	"os"
+	"sync/atomic"
 	"time"
 
 	"example.com/leader"
@@ -226,4 +227,112 @@ func newClient() (client *clientv3.Client, stop func()) {
 		}
 		stopServer()
 	}
+}
+
+// A rollout hands over to the instance that was started last, and not to one that will be stopped next.
+func ExampleElector_Transfer() {
+	client, stop := newClient()
+	defer stop()
+	ctx := context.Background()
+	var instances []*leader.Elector
+	terms := make(chan *leader.Leader, 3)
+	for i := range 3 {
+		e, err := leader.New(client)
+		if err != nil {
+			log.Fatal(err)
+		}
+		instances = append(instances, e)
+		go func() {
+			if l, err := e.Campaign(ctx, "svc/jobs", fmt.Sprint("instance ", i)); err == nil {
+				terms <- l
+			}
+		}()
+		for { // until it leads, or waits
+			if cs, err := e.Candidates(ctx, "svc/jobs"); err == nil && len(cs) > i {
+				break
+			}
+		}
+	}
+	elector := instances[0] // any Elector of the same etcd
+
+	func() {
+		ctx, cancel := context.WithTimeout(ctx, time.Minute)
+		defer cancel()
+		candidates, err := elector.Candidates(ctx, "svc/jobs")
+		if err != nil {
+			log.Fatal(err)
+		}
+		newest := candidates[len(candidates)-1] // in a rolling update, the candidate that was started last
+		if err := elector.Transfer(ctx, "svc/jobs", newest); err != nil {
+			log.Fatal(err)
+		}
+	}()
+	first := <-terms
+	fmt.Println("the first term has ended:", context.Cause(first.Context()))
+	leads, err := elector.Current(ctx, "svc/jobs")
+	fmt.Println("leading:", leads.Value, err)
+	for _, e := range instances {
+		if err := e.Close(ctx); err != nil {
+			log.Fatal(err)
+		}
+	}
+	// Output:
+	// the first term has ended: leader: term transferred
+	// leading: instance 2 <nil>
+}
+
+// A watchdog: the work says that it makes progress, and the check asks when it did so last.
+func ExampleWithHealth() {
+	client, stop := newClient()
+	defer stop()
+	var progress atomic.Int64 // when the work made progress last
+	progress.Store(time.Now().UnixNano())
+	check := func(context.Context, string) error {
+		if idle := time.Since(time.Unix(0, progress.Load())); idle > 500*time.Millisecond {
+			return errors.New("the work hangs")
+		}
+		return nil
+	}
+	l, err := leader.Campaign(context.Background(), client, "example/health", "", leader.WithTTL(2*time.Second), leader.WithHealth(check))
+	if err != nil {
+		log.Fatal(err)
+	}
+	for range 3 {
+		progress.Store(time.Now().UnixNano()) // the work does something
+	}
+	<-l.Context().Done() // and then it hangs
+	fmt.Println(context.Cause(l.Context()))
+	if err := l.Resign(context.Background()); err != nil {
+		log.Print(err)
+	}
+	// Output:
+	// leader: unhealthy: the work hangs
+}
+
+// A handler asks whether this instance leads, and does not need the term of Run.
+func ExampleElector_Leading() {
+	client, stop := newClient()
+	defer stop()
+	e, err := leader.New(client)
+	if err != nil {
+		log.Fatal(err)
+	}
+	schedule := func() {
+		if l, ok := e.Leading("example/leading"); ok {
+			fmt.Println("the job runs, with a token:", l.Token() > 0)
+		} else {
+			fmt.Println("another instance runs the job")
+		}
+	}
+	schedule()
+	err = e.Run(context.Background(), "example/leading", "", func(context.Context, *leader.Leader) error {
+		schedule()
+		return nil
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	// Output:
+	// another instance runs the job
+	// the job runs, with a token: true
 }

@@ -20,6 +20,8 @@ import (
 	"go.etcd.io/etcd/client/v3/concurrency"
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // This file is what the tests of several files use.
@@ -79,7 +81,10 @@ func leavesNothing(t *testing.T, client *clientv3.Client) {
 		if err != nil {
 			t.Errorf("list leases: %v", err)
 		} else if len(leases.Leases) > 0 {
-			t.Errorf("leases left in etcd: %v", leases.Leases)
+			for _, l := range leases.Leases {
+				left, err := client.TimeToLive(ctx, l.ID, clientv3.WithAttachedKeys())
+				t.Errorf("lease left in etcd: %x, %+v, %v", l.ID, left, err)
+			}
 		}
 		keys, err := client.Get(ctx, "\x00", clientv3.WithFromKey(), clientv3.WithKeysOnly())
 		if err != nil {
@@ -627,3 +632,64 @@ func (handler) Enabled(context.Context, slog.Level) bool          { return true 
 func (h handler) WithAttrs([]slog.Attr) slog.Handler              { return h }
 func (h handler) WithGroup(string) slog.Handler                   { return h }
 func (h handler) Handle(_ context.Context, rec slog.Record) error { h(rec); return nil }
+
+// outKV fails each transaction while out is set.
+type outKV struct {
+	clientv3.KV
+	out *atomic.Bool
+}
+
+func (kv outKV) Txn(ctx context.Context) clientv3.Txn { return outTxn{kv.KV.Txn(ctx), kv.out} }
+
+type outTxn struct {
+	clientv3.Txn
+	out *atomic.Bool
+}
+
+func (t outTxn) If(cs ...clientv3.Cmp) clientv3.Txn   { return outTxn{t.Txn.If(cs...), t.out} }
+func (t outTxn) Then(ops ...clientv3.Op) clientv3.Txn { return outTxn{t.Txn.Then(ops...), t.out} }
+func (t outTxn) Commit() (*clientv3.TxnResponse, error) {
+	if t.out.Load() {
+		return nil, status.Error(codes.Unavailable, "out")
+	}
+	return t.Txn.Commit()
+}
+
+// pastStock starts a Transfer that waits for a stock candidate, and returns when that one was asked.
+func pastStock(t *testing.T) (client *clientv3.Client, l *leader.Leader, request string, transferred <-chan error, cancel, stockLeaves func(), next <-chan outcome) {
+	t.Helper()
+	_, client = start(t)
+	l = lead(t, newElector(t, client, long), "jobs", "leads")
+	session, err := concurrency.NewSession(client, concurrency.WithTTL(60))
+	if err != nil {
+		t.Fatal(err)
+	}
+	campaigning, giveUp := context.WithCancel(t.Context())
+	gaveUp := make(chan error, 1)
+	go func() { gaveUp <- concurrency.NewElection(session, "jobs").Campaign(campaigning, "stock") }()
+	awaitQueue(t, client, "jobs", queued(2))
+	next = campaign(t.Context(), newElector(t, client, long), "jobs", "waits")
+	cs := awaitQueue(t, client, "jobs", queued(3))
+	ctx, cancel := context.WithCancel(t.Context())
+	over := make(chan error, 1)
+	e := newElector(t, client)
+	go func() { over <- e.Transfer(ctx, "jobs", cs[2]) }()
+	request = cs[1].Key + "/stepback"
+	etcdtest.Await(t, "the request", client.Watch(t.Context(), request, clientv3.WithRev(1)))
+	return client, l, request, over, cancel, func() {
+		giveUp()
+		_ = etcdtest.Await(t, "the stock candidate", gaveUp)
+		session.Close()
+	}, next
+}
+
+func revokeOf(t *testing.T, client *clientv3.Client, request string) {
+	t.Helper()
+	resp, err := client.Get(t.Context(), request)
+	if err != nil || resp.Count != 1 {
+		t.Fatalf("the request: %v, %v", resp, err)
+	}
+	if _, err := client.Revoke(t.Context(), clientv3.LeaseID(resp.Kvs[0].Lease)); err != nil {
+		t.Fatal(err)
+	}
+}

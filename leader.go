@@ -72,6 +72,10 @@ var (
 	// ErrInvalidName is returned, wrapped, for an election name that is empty or ends in a slash.
 	ErrInvalidName = errors.New("leader: invalid election name")
 
+	// ErrNotCandidate is returned, wrapped, by [Elector.Transfer] if the candidate that is to lead is not in the
+	// queue, or nobody waits.
+	ErrNotCandidate = errors.New("leader: no such candidate in the queue")
+
 	// ErrRefused is given to [Hooks].RenewFailed when etcd answered a renewal but the answer does not
 	// count, because etcd changed its own leader meanwhile. The answer may be of a leader that was already
 	// deposed, which cannot know whether the lease lives.
@@ -86,6 +90,15 @@ var (
 	// ErrExpired says that the lease could not be renewed in time. If the reason is that the client was
 	// closed, the cause also matches [ErrClosed].
 	ErrExpired = errors.New("leader: term expired: the lease could not be renewed in time")
+
+	// ErrTransferred says that [Elector.Transfer], or another tool that speaks its protocol, asked the leader to
+	// step back. Nobody else is elected before the work has had time to stop: under Run until the function has
+	// returned, under Campaign until Resign is called, or for the margin.
+	ErrTransferred = errors.New("leader: term transferred")
+
+	// ErrUnhealthy says that the check of [WithHealth] has not succeeded for too long. It wraps the last failure. Campaign
+	// and TryCampaign return it, wrapped, if they have waited for a success in vain.
+	ErrUnhealthy = errors.New("leader: unhealthy")
 
 	// ErrEvicted says that somebody else deleted the key or revoked the lease.
 	ErrEvicted = errors.New("leader: term ended by somebody else")
@@ -146,8 +159,12 @@ type Leader struct {
 
 	ctx       context.Context // of the candidacy, then of the term
 	cancel    context.CancelCauseFunc
-	unhook    func() bool        // forgets the session's context, with which ctx ends
-	beginning sync.WaitGroup     // Hooks.Elected and touch, in a term
+	unhook    func() bool     // forgets the session's context, with which ctx ends
+	unbind    func() bool     // forgets the campaign's, with which a candidacy ends
+	watched   context.Context // of watch
+	beginning sync.WaitGroup  // Hooks.Elected and touch, in a term
+	place     queue.Place
+	waited    bool               // it was not the first when it joined
 	deletion  *queue.Deletion    // of the key, until watch or withdraw has seen to it
 	watching  bool               // watch has begun: with the term, or before if it may block
 	unwatch   context.CancelFunc // ends watch
@@ -166,9 +183,9 @@ type Leader struct {
 }
 
 // Context returns a context for the work that a leader does. It is cancelled when the term ends, with a [context.Cause]
-// that is [ErrResigned], [ErrExpired] or [ErrEvicted], possibly wrapped. It carries the values of Campaign's context
-// but does not end with it. A timer cancels it: in a process that resumes after a pause it may be live for a moment
-// although the term is over. IsLeader is right even in that moment.
+// that is [ErrResigned], [ErrTransferred], [ErrUnhealthy], [ErrExpired] or [ErrEvicted], possibly wrapped. It carries the
+// values of Campaign's context but does not end with it. A timer cancels it: in a process that resumes after a pause it
+// may be live for a moment although the term is over. IsLeader is right even in that moment.
 func (l *Leader) Context() context.Context { return l.ctx }
 
 // IsLeader reports whether the term still holds. It reads the clocks and does not wait for a timer,
@@ -308,7 +325,7 @@ func (l *Leader) Resign(ctx context.Context) error {
 		}
 	}
 	defer func() { <-l.resigning }()
-	if errors.Is(context.Cause(l.ctx), ErrResigned) { // else watch finishes the term
+	if cause := context.Cause(l.ctx); errors.Is(cause, ErrResigned) || winding(cause) { // else tidy does it
 		if err := l.leave(ctx); err != nil {
 			return fmt.Errorf("leader: resign: %w", err)
 		}
@@ -329,15 +346,23 @@ func (l *Leader) end(cause error) {
 	}
 	if l.elected {
 		l.endedAt = time.Now()
-		l.claim.release() // first: who waits for the term's end may campaign at once
-		if !errors.Is(cause, ErrResigned) {
+		switch {
+		case resigned(cause):
+			l.claim.release() // before ctx ends: who waits for that may campaign at once
+		case winding(cause): // the key stays, and so does the claim
+			l.claim.stop() // Hooks.Ended comes after the last LeaderChanged, and must not wait for the work
+			if l.by != byRun || errors.Is(cause, ErrUnhealthy) {
+				l.e.watching.Go(l.vacate)
+			}
+		default:
+			l.claim.release()
 			l.tidying.Add(1)
 			l.e.watching.Go(l.tidy)
 		}
 	}
 	l.unhook()
 	l.cancel(cause)
-	if !errors.Is(cause, ErrResigned) {
+	if !resigned(cause) {
 		l.unwatch() // remove does so on a resignation: the deletion must not wait behind the watch's cancellation
 	}
 }
@@ -348,6 +373,29 @@ func (l *Leader) evict() {
 		l.end(fmt.Errorf("%w: key %q deleted", ErrEvicted, l.key))
 	} else {
 		l.end(l.sessionCause())
+	}
+}
+
+// stepBack gives the place up because somebody has asked for that. Whether a candidate or a term ends so is decided under
+// l.mu: a candidate joins again, a term ends with ErrTransferred.
+func (l *Leader) stepBack() { l.end(ErrTransferred) }
+
+// winding reports whether a term that has ended for this cause keeps its key while its work winds down.
+func winding(cause error) bool {
+	return errors.Is(cause, ErrTransferred) || errors.Is(cause, ErrUnhealthy)
+}
+
+// resigned reports whether the cause is a resignation. The failure of a check may wrap the error of another term.
+func resigned(cause error) bool { return errors.Is(cause, ErrResigned) && !winding(cause) }
+
+// vacate removes a term that winds down a margin after its end, unless that is done, or the Elector is closed, before.
+func (l *Leader) vacate() {
+	timer := time.NewTimer(l.session.Margin())
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		l.letGo(l.e.ctx)
+	case <-l.claim.released:
 	}
 }
 
@@ -362,8 +410,10 @@ func (l *Leader) sessionCause() error {
 	return ErrExpired
 }
 
-// watch ends the term when its key is gone, and reports the end. ctx is cancelled by end, or on a resignation by remove.
-func (l *Leader) watch(ctx context.Context) {
+// watch ends the term when its key is gone, and reports the end. Its context is cancelled by end, or on a resignation by
+// remove.
+func (l *Leader) watch() {
+	ctx := l.watched
 	defer close(l.done)
 	defer func() {
 		if r := recover(); r != nil { // the logger panics, which ends the program: give the lease back before
@@ -392,9 +442,12 @@ func (l *Leader) watch(ctx context.Context) {
 
 // watchKey ends the term when its key is gone.
 func (l *Leader) watchKey(ctx context.Context) {
-	if err := l.deletion.Wait(); err == nil { //nolint:contextcheck // it has ctx
+	switch err := l.deletion.Wait(); { //nolint:contextcheck // it has ctx
+	case err == nil:
 		l.evict()
-	} else if ctx.Err() == nil && l.e.client.Ctx().Err() == nil { // not allowed to watch: the renewals still read the key
+	case errors.Is(err, queue.ErrAsked):
+		l.stepBack()
+	case ctx.Err() == nil && l.e.client.Ctx().Err() == nil: // not allowed to watch: the renewals still read the key
 		l.e.log(l.claim.election).Warn("own key cannot be watched", "key", l.key, "error", err)
 	}
 }
@@ -417,8 +470,12 @@ func (l *Leader) tell() {
 	func() {
 		defer l.e.opts.hooks.ended(l, cause) // also when the log handler ends this goroutine
 		log = l.e.log(l.claim.election).With("token", l.token)
-		if errors.Is(cause, ErrResigned) {
+		if resigned(cause) {
 			log.Info("resigned")
+			return
+		}
+		if errors.Is(cause, ErrTransferred) && !errors.Is(cause, ErrUnhealthy) {
+			log.Info("transferred")
 			return
 		}
 		if failure := l.session.Failure(); failure != nil && errors.Is(cause, ErrExpired) {
@@ -458,6 +515,7 @@ func (l *Leader) leave(ctx context.Context) error {
 	}
 	err := l.remove(ctx)
 	l.left = err == nil
+	l.claim.release() // of a transferred term
 	return err
 }
 
@@ -472,11 +530,19 @@ func (l *Leader) leave(ctx context.Context) error {
 // It may be called again after an error.
 func (l *Leader) remove(ctx context.Context) error {
 	l.mu.Lock()
-	lost := l.elected && !errors.Is(context.Cause(l.ctx), ErrResigned)
+	cause := context.Cause(l.ctx)
+	elected, transferred := l.elected, errors.Is(cause, ErrTransferred)
+	lost := elected && !errors.Is(cause, ErrResigned) && !winding(cause)
 	l.mu.Unlock()
 	var err error
 	if l.token != 0 && !lost && !l.session.Gone() {
 		err = retry.Persist(ctx, l.e.client, func(ctx context.Context) error {
+			switch {
+			case transferred:
+				return l.queue.StepBack(ctx, l.key, l.token)
+			case !elected: // a candidate needs no [concurrency.Session], which costs a goroutine
+				return l.queue.Remove(ctx, l.key, l.token)
+			}
 			return l.session.Election(l.queue.Prefix(), l.key, l.token).Resign(ctx) // it forgets the key, answered or not
 		})
 	}
@@ -501,6 +567,7 @@ func (l *Leader) abandon() {
 	l.end(ErrResigned)
 	l.unwatch()
 	l.tracked.Abandon()
+	l.claim.release()
 }
 
 // letGo resigns on behalf of a caller that cannot handle an error. What is left goes with the lease.

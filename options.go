@@ -1,6 +1,8 @@
 package leader
 
 import (
+	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -31,6 +33,7 @@ type options struct {
 	prefix string
 	log    *slog.Logger
 	hooks  hookList
+	health func(ctx context.Context, election string) error
 }
 
 func newOptions(opts []Option) (options, error) {
@@ -107,6 +110,34 @@ func WithLogger(log *slog.Logger) Option {
 	}}
 }
 
+// WithHealth makes health count as the lease does: a candidate or leader is healthy until TTL − margin after the start of
+// its last successful check. A leader whose work hangs goes on being renewed by its other goroutines, and would lead for ever.
+//
+// check is called for each election in which the Elector campaigns or leads, about every TTL/3, or more often if the
+// margin is more than a fifth of the TTL, so that one failure loses nothing. It is also called during outages of etcd,
+// and never twice at a time for an election. Its context ends before the next call is due. A check that has not returned
+// then is not called again before it has. An error, or a check that takes longer, does not count. A panic ends the
+// program.
+//
+//   - A leader that is not healthy any more loses its term: the cause is [ErrUnhealthy], and wraps the last failure. Its key
+//     goes when the function of Run has returned or Resign is called, or a margin later, whichever is first. So a leader
+//     that hangs costs what one that crashes costs.
+//   - A candidate leaves the queue, and joins again when it is healthy. Campaign waits for a first success before it joins;
+//     TryCampaign returns [ErrUnhealthy] if the first check fails.
+//
+// If everybody is unhealthy nobody leads. So check must ask about this process, such as whether its work makes progress, and not
+// about what all instances share, such as a database. Whoever knows at once that it is unfit calls Resign after its work
+// has stopped.
+func WithHealth(check func(ctx context.Context, election string) error) Option {
+	return Option{func(o *options) error {
+		if check == nil {
+			return errors.New("WithHealth(nil): must not be nil")
+		}
+		o.health = check
+		return nil
+	}}
+}
+
 // WithHooks adds functions to call when something happens. It may be given more than once: functions for the
 // same event are called one after the other, in the order of the options.
 func WithHooks(hooks Hooks) Option {
@@ -148,6 +179,12 @@ type Hooks struct {
 	// Ended is called when a term has ended, after its context is cancelled and after the campaign's last
 	// LeaderChanged. cause is [ErrResigned], [ErrExpired] or [ErrEvicted], possibly wrapped.
 	Ended func(election string, l *Leader, cause error)
+
+	// Overdue is called by Run if the function that leads ignores the end of its context: a margin after that
+	// end, then once per TTL, and with late = 0 when the function has returned. late is how long ago the
+	// context ended. If the term is over, another instance may lead while this one still works. Calls for a
+	// term are never concurrent, and Run does not campaign again before they have returned.
+	Overdue func(election string, l *Leader, late time.Duration)
 
 	// LeaderChanged is called with whoever leads, and again on each change of the leader or its value, while this
 	// Elector campaigns or leads in the election. The leader may be this Elector itself; the zero Candidate means that
@@ -219,6 +256,14 @@ func (list hookList) ended(l *Leader, cause error) {
 	})
 }
 
+func (list hookList) overdue(l *Leader, late time.Duration) {
+	list.each(func(h Hooks) {
+		if h.Overdue != nil {
+			h.Overdue(l.claim.election, l, late)
+		}
+	})
+}
+
 func (list hookList) leaderChanged(election string, leader Candidate) {
 	list.each(func(h Hooks) {
 		if h.LeaderChanged != nil {
@@ -242,6 +287,9 @@ func (list hookList) renewFailed(id clientv3.LeaseID, took time.Duration, err er
 		}
 	})
 }
+
+// healthMargin is how long before a TTL has passed a check that has succeeded does not hold any more.
+func (o *options) healthMargin() time.Duration { return cmp.Or(o.margin, o.ttl/5) }
 
 // election returns the etcd prefix of the election, without its last slash.
 func (o *options) election(name string) (string, error) {

@@ -1,12 +1,17 @@
 package leader
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"reflect"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"example.com/leader/internal/lease"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 )
 
 // However many hooks are given, and whichever of their functions are set, every function is called,
@@ -82,8 +87,25 @@ func (list hookList) call(event string) {
 		"CampaignFailed": func() { list.campaignFailed("", nil) },
 		"Elected":        func() { list.elected(l, 0) },
 		"Ended":          func() { list.ended(l, nil) },
+		"Overdue":        func() { list.overdue(l, 0) },
 		"LeaderChanged":  func() { list.leaderChanged("", Candidate{}) },
 		"Renewed":        func() { list.renewed(0, 0, time.Time{}) },
 		"RenewFailed":    func() { list.renewFailed(0, 0, nil) },
 	}[event]()
+}
+
+// Users cannot match what internal packages define.
+func TestRenewFailedIsToldErrorsThatUsersCanMatch(t *testing.T) {
+	for err, want := range map[error]error{
+		lease.ErrRefused:             ErrRefused,
+		lease.ErrRevoked:             ErrEvicted,
+		rpctypes.ErrLeaseNotFound:    ErrEvicted,
+		lease.ErrExpired:             ErrExpired,
+		context.DeadlineExceeded:     context.DeadlineExceeded,
+		rpctypes.ErrPermissionDenied: rpctypes.ErrPermissionDenied,
+	} {
+		if got := renewalError(fmt.Errorf("renew: %w", err)); !errors.Is(got, want) {
+			t.Errorf("of %v RenewFailed is told %v, want %v", err, got, want)
+		}
+	}
 }

@@ -47,6 +47,8 @@ func Example() {
 	// leader_term_ends_total{election="my-service/leader",reason="evicted"} 0
 	// leader_term_ends_total{election="my-service/leader",reason="expired"} 0
 	// leader_term_ends_total{election="my-service/leader",reason="resigned"} 1
+	// leader_term_ends_total{election="my-service/leader",reason="transferred"} 0
+	// leader_term_ends_total{election="my-service/leader",reason="unhealthy"} 0
 }
 
 // A service that serves its metrics on the address in its first argument.

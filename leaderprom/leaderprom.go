@@ -6,6 +6,7 @@
 //	leader_is_leader                    1 while this process leads, else 0
 //	leader_token                        fencing token of the term while this process leads, else 0
 //	leader_deadline_seconds             time left until the term's deadline, unless it is renewed; 0 while not leading
+//	leader_overdue_seconds              how long ago the context of the function that leads ended, if Hooks.Overdue says so; else 0
 //	leader_terms_total                  terms that have begun
 //	leader_term_ends_total              terms that have ended, by reason
 //	leader_campaign_duration_seconds    histogram: how long the campaigns took that were won
@@ -18,6 +19,8 @@
 // The reasons why a term ends are
 //
 //	resigned    Resign, Close or the end of Run
+//	transferred Transfer asked the leader to step back
+//	unhealthy   the check of WithHealth has not succeeded for too long
 //	expired     the lease could not be renewed in time
 //	evicted     somebody else deleted the key or revoked the lease
 //
@@ -83,6 +86,7 @@ type Collector struct {
 	isLeader  *prometheus.Desc
 	token     *prometheus.Desc
 	remaining *prometheus.Desc
+	overdue   *prometheus.Desc
 	terms     *prometheus.CounterVec
 	ends      *prometheus.CounterVec
 	campaigns *prometheus.HistogramVec
@@ -90,7 +94,8 @@ type Collector struct {
 	failures  *prometheus.CounterVec
 
 	mu        sync.Mutex
-	elections map[string]map[*leader.Leader]struct{} // terms that have not ended; no election is removed
+	elections map[string]map[*leader.Leader]struct{}  // terms that have not ended; no election is removed
+	late      map[string]map[*leader.Leader]time.Time // since when work is overdue, by the term that it belongs to
 }
 
 // Why a term ended, for leader_term_ends_total.
@@ -98,7 +103,9 @@ var endReasons = []struct {
 	reason string
 	cause  error
 }{
+	{"unhealthy", leader.ErrUnhealthy}, // first: it may wrap the end of another term
 	{"resigned", leader.ErrResigned},
+	{"transferred", leader.ErrTransferred},
 	{"expired", leader.ErrExpired},
 	{"evicted", leader.ErrEvicted},
 }
@@ -125,6 +132,8 @@ func New() *Collector {
 			"Fencing token of this process's term, checked at each scrape; 0 while it does not lead.", []string{"election"}, nil),
 		remaining: prometheus.NewDesc("leader_deadline_seconds",
 			"Time until the deadline of this process's term, which each renewal moves; 0 while it does not lead.", []string{"election"}, nil),
+		overdue: prometheus.NewDesc("leader_overdue_seconds",
+			"How long ago the context of the function that leads ended, if the function has not returned a margin later; else 0.", []string{"election"}, nil),
 		terms: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "leader_terms_total",
 			Help: "Terms of this process that have begun.",
@@ -150,6 +159,7 @@ func New() *Collector {
 			Help: "Attempts to renew a lease that failed, by reason.",
 		}, []string{"reason"}),
 		elections: make(map[string]map[*leader.Leader]struct{}),
+		late:      make(map[string]map[*leader.Leader]time.Time),
 	}
 	for _, reason := range failureReasons {
 		c.failures.WithLabelValues(reason)
@@ -165,6 +175,7 @@ func (c *Collector) Hooks() leader.Hooks {
 		Campaigning: c.campaigning,
 		Elected:     c.elected,
 		Ended:       c.ended,
+		Overdue:     c.workOverdue,
 		Renewed: func(_ clientv3.LeaseID, took time.Duration, _ time.Time) {
 			c.renewals.Observe(took.Seconds())
 		},
@@ -203,6 +214,7 @@ func (c *Collector) ended(election string, l *leader.Leader, cause error) {
 	for _, end := range endReasons {
 		if errors.Is(cause, end.cause) {
 			c.ends.WithLabelValues(election, end.reason).Inc()
+			break
 		}
 	}
 	c.mu.Lock()
@@ -210,11 +222,36 @@ func (c *Collector) ended(election string, l *leader.Leader, cause error) {
 	delete(c.elections[election], l)
 }
 
+func (c *Collector) workOverdue(election string, l *leader.Leader, late time.Duration) {
+	election = label(election)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if late == 0 {
+		delete(c.late[election], l)
+		return
+	}
+	if c.late[election] == nil {
+		c.late[election] = make(map[*leader.Leader]time.Time)
+	}
+	c.late[election][l] = time.Now().Add(-late)
+}
+
+// longest is for how long work in the election is overdue.
+func (c *Collector) longest(election string) (late time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, since := range c.late[election] {
+		late = max(late, time.Since(since))
+	}
+	return late
+}
+
 // Describe implements [prometheus.Collector].
 func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
 	ch <- c.isLeader
 	ch <- c.token
 	ch <- c.remaining
+	ch <- c.overdue
 	c.terms.Describe(ch)
 	c.ends.Describe(ch)
 	c.campaigns.Describe(ch)
@@ -236,6 +273,7 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(c.isLeader, prometheus.GaugeValue, leads, election)
 		ch <- prometheus.MustNewConstMetric(c.token, prometheus.GaugeValue, token, election)
 		ch <- prometheus.MustNewConstMetric(c.remaining, prometheus.GaugeValue, remaining, election)
+		ch <- prometheus.MustNewConstMetric(c.overdue, prometheus.GaugeValue, c.longest(election).Seconds(), election)
 	}
 	c.terms.Collect(ch)
 	c.ends.Collect(ch)

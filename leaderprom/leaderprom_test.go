@@ -142,14 +142,17 @@ func TestSeriesAreThereBeforeWhatTheyCountAndStay(t *testing.T) {
 	}()
 	etcdtest.Await(t, "the campaign", campaigning)
 	maps.Copy(want, scrape{
-		`leader_campaign_duration_seconds_count{election="jobs"}`:   0,
-		`leader_is_leader{election="jobs"}`:                         0,
-		`leader_term_ends_total{election="jobs",reason="evicted"}`:  0,
-		`leader_term_ends_total{election="jobs",reason="expired"}`:  0,
-		`leader_term_ends_total{election="jobs",reason="resigned"}`: 0,
-		`leader_deadline_seconds{election="jobs"}`:                  0,
-		`leader_terms_total{election="jobs"}`:                       0,
-		`leader_token{election="jobs"}`:                             0,
+		`leader_campaign_duration_seconds_count{election="jobs"}`:      0,
+		`leader_is_leader{election="jobs"}`:                            0,
+		`leader_term_ends_total{election="jobs",reason="evicted"}`:     0,
+		`leader_term_ends_total{election="jobs",reason="expired"}`:     0,
+		`leader_term_ends_total{election="jobs",reason="resigned"}`:    0,
+		`leader_term_ends_total{election="jobs",reason="transferred"}`: 0,
+		`leader_term_ends_total{election="jobs",reason="unhealthy"}`:   0,
+		`leader_deadline_seconds{election="jobs"}`:                     0,
+		`leader_overdue_seconds{election="jobs"}`:                      0,
+		`leader_terms_total{election="jobs"}`:                          0,
+		`leader_token{election="jobs"}`:                                0,
 	})
 	watched := func(s scrape) scrape { // without what may come while the candidate waits
 		delete(s, `leader_renewal_duration_seconds_count`)
@@ -180,22 +183,27 @@ func TestTermIsToldFromItsBeginToItsResignation(t *testing.T) {
 		t.Errorf("%v s of the term are said to remain, want between %v and %v", remaining, least, most)
 	}
 	expect(t, c, scrape{
-		`leader_is_leader{election="jobs"}`:                         1,
-		`leader_token{election="jobs"}`:                             float64(l.Token()),
-		`leader_terms_total{election="jobs"}`:                       1,
-		`leader_campaign_duration_seconds_count{election="jobs"}`:   1,
-		`leader_term_ends_total{election="jobs",reason="resigned"}`: 0,
+		`leader_is_leader{election="jobs"}`:                            1,
+		`leader_token{election="jobs"}`:                                float64(l.Token()),
+		`leader_terms_total{election="jobs"}`:                          1,
+		`leader_campaign_duration_seconds_count{election="jobs"}`:      1,
+		`leader_term_ends_total{election="jobs",reason="resigned"}`:    0,
+		`leader_term_ends_total{election="jobs",reason="transferred"}`: 0,
+		`leader_term_ends_total{election="jobs",reason="unhealthy"}`:   0,
 	})
 	resign(t, l)
 	expect(t, c, scrape{
-		`leader_is_leader{election="jobs"}`:                         0,
-		`leader_token{election="jobs"}`:                             0,
-		`leader_deadline_seconds{election="jobs"}`:                  0,
-		`leader_terms_total{election="jobs"}`:                       1,
-		`leader_campaign_duration_seconds_count{election="jobs"}`:   1,
-		`leader_term_ends_total{election="jobs",reason="resigned"}`: 1,
-		`leader_term_ends_total{election="jobs",reason="expired"}`:  0,
-		`leader_term_ends_total{election="jobs",reason="evicted"}`:  0,
+		`leader_is_leader{election="jobs"}`:                            0,
+		`leader_token{election="jobs"}`:                                0,
+		`leader_deadline_seconds{election="jobs"}`:                     0,
+		`leader_overdue_seconds{election="jobs"}`:                      0,
+		`leader_terms_total{election="jobs"}`:                          1,
+		`leader_campaign_duration_seconds_count{election="jobs"}`:      1,
+		`leader_term_ends_total{election="jobs",reason="resigned"}`:    1,
+		`leader_term_ends_total{election="jobs",reason="transferred"}`: 0,
+		`leader_term_ends_total{election="jobs",reason="unhealthy"}`:   0,
+		`leader_term_ends_total{election="jobs",reason="expired"}`:     0,
+		`leader_term_ends_total{election="jobs",reason="evicted"}`:     0,
 	})
 	jobs := lead(t, e, "jobs")
 	mail := lead(t, e, "mail")
@@ -229,10 +237,12 @@ func TestEvictionIsTold(t *testing.T) {
 		t.Errorf("the term ended with %v", cause)
 	}
 	expect(t, c, scrape{
-		`leader_is_leader{election="jobs"}`:                         0,
-		`leader_term_ends_total{election="jobs",reason="evicted"}`:  1,
-		`leader_term_ends_total{election="jobs",reason="resigned"}`: 0,
-		`leader_term_ends_total{election="jobs",reason="expired"}`:  0,
+		`leader_is_leader{election="jobs"}`:                            0,
+		`leader_term_ends_total{election="jobs",reason="evicted"}`:     1,
+		`leader_term_ends_total{election="jobs",reason="resigned"}`:    0,
+		`leader_term_ends_total{election="jobs",reason="transferred"}`: 0,
+		`leader_term_ends_total{election="jobs",reason="unhealthy"}`:   0,
+		`leader_term_ends_total{election="jobs",reason="expired"}`:     0,
 	})
 }
 
@@ -256,11 +266,14 @@ func TestRenewalsAreToldAndSoIsExpiryWithoutThem(t *testing.T) {
 		t.Errorf("the term ended with %v", cause)
 	}
 	expect(t, c, scrape{
-		`leader_is_leader{election="jobs"}`:                         0,
-		`leader_deadline_seconds{election="jobs"}`:                  0,
-		`leader_term_ends_total{election="jobs",reason="expired"}`:  1,
-		`leader_term_ends_total{election="jobs",reason="resigned"}`: 0,
-		`leader_term_ends_total{election="jobs",reason="evicted"}`:  0,
+		`leader_is_leader{election="jobs"}`:                            0,
+		`leader_deadline_seconds{election="jobs"}`:                     0,
+		`leader_overdue_seconds{election="jobs"}`:                      0,
+		`leader_term_ends_total{election="jobs",reason="expired"}`:     1,
+		`leader_term_ends_total{election="jobs",reason="resigned"}`:    0,
+		`leader_term_ends_total{election="jobs",reason="transferred"}`: 0,
+		`leader_term_ends_total{election="jobs",reason="unhealthy"}`:   0,
+		`leader_term_ends_total{election="jobs",reason="evicted"}`:     0,
 	})
 	if n := scraped(t, c)[`leader_renewal_failures_total{reason="timeout"}`]; n < 1 {
 		t.Errorf("%v renewals are told to have timed out", n)
@@ -322,8 +335,10 @@ func TestTwoElectorsInOneElectionAddUp(t *testing.T) {
 		t.Errorf("Resign: %v", err)
 	}
 	expect(t, c, scrape{
-		`leader_is_leader{election="jobs"}`:                         1,
-		`leader_term_ends_total{election="jobs",reason="resigned"}`: 1,
+		`leader_is_leader{election="jobs"}`:                            1,
+		`leader_term_ends_total{election="jobs",reason="resigned"}`:    1,
+		`leader_term_ends_total{election="jobs",reason="transferred"}`: 0,
+		`leader_term_ends_total{election="jobs",reason="unhealthy"}`:   0,
 	})
 }
 
@@ -381,6 +396,27 @@ func TestFailedRenewalsAreToldByReason(t *testing.T) {
 		if got := scraped(t, c); !maps.Equal(got, before) {
 			t.Errorf("after %q: %v, want %s and nothing else", test.err, got, series)
 		}
+	}
+}
+
+func TestOverdueWorkIsShownUntilItReturns(t *testing.T) {
+	c := leaderprom.New()
+	hooks := c.Hooks()
+	hooks.Campaigning("jobs")
+	const series = `leader_overdue_seconds{election="jobs"}`
+	first, second := new(leader.Leader), new(leader.Leader)
+	hooks.Overdue("jobs", first, time.Minute)
+	hooks.Overdue("jobs", second, time.Hour) // of another Elector
+	if got := scraped(t, c)[series]; got < time.Hour.Seconds() {
+		t.Errorf("%s is %v, want an hour", series, got)
+	}
+	hooks.Overdue("jobs", second, 0)
+	if got := scraped(t, c)[series]; got < time.Minute.Seconds() || got >= time.Hour.Seconds() {
+		t.Errorf("%s is %v, want a minute: one function has returned", series, got)
+	}
+	hooks.Overdue("jobs", first, 0)
+	if got := scraped(t, c)[series]; got != 0 {
+		t.Errorf("%s is %v, want 0: both functions have returned", series, got)
 	}
 }
 
@@ -505,4 +541,22 @@ func TestElectorsAndScrapesDoNotWaitForEachOther(t *testing.T) {
 		want[fmt.Sprintf(`leader_terms_total{election="own%d"}`, i)] = terms
 	}
 	expect(t, c, want)
+}
+
+// The failure of a check may wrap the end of another term.
+func TestATermThatWasUnhealthyIsCountedOnce(t *testing.T) {
+	c := leaderprom.New()
+	hooks := c.Hooks()
+	hooks.Campaigning("jobs")
+	hooks.Ended("jobs", new(leader.Leader), fmt.Errorf("%w: %w", leader.ErrUnhealthy, leader.ErrExpired))
+	got := scraped(t, c)
+	for _, reason := range []string{"resigned", "transferred", "unhealthy", "expired", "evicted"} {
+		want := 0.0
+		if reason == "unhealthy" {
+			want = 1
+		}
+		if n := got[fmt.Sprintf("leader_term_ends_total{election=\"jobs\",reason=%q}", reason)]; n != want {
+			t.Errorf("%v terms ended as %s, want %v", n, reason, want)
+		}
+	}
 }

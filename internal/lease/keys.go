@@ -181,7 +181,7 @@ func (k *Key) dropLocked() {
 	s := k.s
 	k.state = dropped
 	delete(s.keys, k.name)
-	if k.rev == 0 && !k.put {
+	if s.cfg.SharedNames || k.rev == 0 && !k.put {
 		// No join, or only refused ones: etcd refuses a copy, too. A read of the name may be refused as well, and then
 		// the renewal could read only one key.
 		return

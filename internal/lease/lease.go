@@ -69,6 +69,8 @@ type Config struct {
 	// Renewal, if not nil, is called with each attempt to renew, one at a time and in order. No renewal waits for it:
 	// while it has not returned, only the newest maxUntold attempts are kept for it.
 	Renewal func(Renewal)
+	// SharedNames says that others put keys of the same names, on other leases. So a name that was dropped is not looked for.
+	SharedNames bool
 	// Wall replaces the wall clock in tests.
 	Wall func() time.Time
 
@@ -267,6 +269,13 @@ func (s *Session) TTL() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.ttl
+}
+
+// Margin is how long before etcd's earliest expiry of the lease the session ends.
+func (s *Session) Margin() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.margin
 }
 
 // Cause returns why the session is over: [ErrExpired], [ErrRevoked] or [ErrClosed]. It is nil while the session is not

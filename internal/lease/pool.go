@@ -65,11 +65,9 @@ func NewPool(client *clientv3.Client, cfg Config) *Pool {
 // at most a few times, without locks held.
 func (p *Pool) Track(ctx context.Context, loop *retry.Loop, name func(clientv3.LeaseID) string, gone func()) (*Key, error) {
 	for {
-		// loop calls the user's code, which may block. So it is used here, and not in track, which holds granting.
+		// loop calls the user's code, which may block. So it is used here, and not in track, which holds granting. Its OK
+		// is left to the caller, who sees to the key if that code panics.
 		k, err := p.track(ctx, loop, name, gone)
-		if err == nil {
-			loop.OK()
-		}
 		if err == nil || errors.Is(err, ErrCrowded) {
 			return k, err
 		}
@@ -259,11 +257,21 @@ func (p *Pool) retire(s *Session) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.sessions = slices.DeleteFunc(p.sessions, func(other *Session) bool { return other == s })
-	p.closing = slices.DeleteFunc(p.closing, (*Session).Gone)
+	p.closing = slices.DeleteFunc(p.closing, func(s *Session) bool { return s.Gone() && s.stopped() })
 	if len(p.closing) == maxSessions {
 		p.closing = slices.Delete(p.closing, 0, 1) // it expires
 	}
 	p.closing = append(p.closing, s)
+}
+
+// stopped reports whether the last renewal has returned.
+func (s *Session) stopped() bool {
+	select {
+	case <-s.done:
+		return true
+	default:
+		return false
+	}
 }
 
 // Finish closes the session if none of its keys has an owner any more. It may be called again after an error.
@@ -325,12 +333,16 @@ func (p *Pool) Close(ctx context.Context) error {
 	p.cancel()
 	closing := slices.Clone(p.closing)
 	p.mu.Unlock()
-	var errs []error
-	for _, s := range closing {
-		errs = append(errs, s.Close(ctx))
+	errs := make([]error, len(closing))
+	var closes sync.WaitGroup
+	for i, s := range closing { // at once: each may wait until ctx ends
+		closes.Go(func() { errs[i] = s.Close(ctx) })
 	}
+	closes.Wait()
 	p.mu.Lock()
-	p.closing = slices.DeleteFunc(p.closing, func(s *Session) bool { return s.Gone() || errors.Is(s.Cause(), ErrExpired) })
+	p.closing = slices.DeleteFunc(p.closing, func(s *Session) bool {
+		return s.stopped() && (s.Gone() || errors.Is(s.Cause(), ErrExpired))
+	})
 	p.mu.Unlock()
 	errs = append(errs, p.late.Wait(ctx))
 	return errors.Join(errs...)

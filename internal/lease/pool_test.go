@@ -746,3 +746,56 @@ func TestLeaseThatIsGivenBackLateIsRevokedAfterTheOutage(t *testing.T) {
 		})
 	}
 }
+
+// The user's Lease may ignore its context. What is still running must not be forgotten by a Close that has failed.
+func TestCloseOfAPoolThatIsRepeatedWaitsForTheRenewalUnderWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		defer e.release()
+		e.onRenew = stuck[ack](e)
+		p := newPool(e)
+		k := lend(t, p, "a")
+		e.waitUntil(third) // a renewal is stuck
+		k.Drop()
+		for i := range 2 {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			if err := p.Close(ctx); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("Close number %d = %v, want %v: a renewal is running", i+1, err, context.DeadlineExceeded)
+			}
+			cancel()
+		}
+		e.release()
+		if err := p.Close(t.Context()); err != nil {
+			t.Errorf("Close() = %v after the renewal has returned", err)
+		}
+	})
+}
+
+// A session whose renewal does not return must not keep the lease of another one.
+func TestCloseOfAPoolRevokesALeaseThoughTheRenewalOfAnotherIsStuck(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		defer e.release()
+		e.onRenew = func(ctx context.Context, n int, a *ack) (*ack, error) {
+			if n == 1 {
+				return stuck[ack](e)(ctx, n, a)
+			}
+			return a, nil
+		}
+		p := newPool(e)
+		first := lend(t, p, "a")
+		attemptUnanswered(t, first)
+		e.waitUntil(third) // its renewal is stuck
+		first.Drop()
+		second := lend(t, p, "a")
+		second.Drop()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := p.Close(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Close() = %v, want %v", err, context.DeadlineExceeded)
+		}
+		if !second.Session().Gone() {
+			t.Error("the lease was not revoked")
+		}
+	})
+}

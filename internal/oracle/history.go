@@ -116,6 +116,9 @@ const (
 	// Fault is one fault, From its injection until T, when it was healed. Op (its kind), Value (whom it struck), Err if
 	// it could not be injected.
 	Fault Kind = "fault"
+	// Transfer is a call of Transfer, From..T. Election, Until (when the last of its requests to step back must be gone,
+	// whatever etcd does).
+	Transfer Kind = "transfer"
 	// Resumed is a member of etcd that resumes after a pause, From..T. Op ([Follower] if it was known to be a follower
 	// when it was paused).
 	Resumed Kind = "resumed"

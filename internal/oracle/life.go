@@ -115,7 +115,14 @@ func (c *checker) withdrawn(l *life) bool {
 			return true
 		}
 	}
-	return len(campaigns) == 0 || c.stray(l, campaigns[0])
+	return len(campaigns) == 0 || c.stray(l, campaigns[0]) || c.asked(l)
+}
+
+// asked reports whether the owner of a key may have been asked to step back.
+func (c *checker) asked(l *life) bool {
+	return slices.ContainsFunc(c.by[Transfer], func(e *Entry) bool {
+		return e.Election == l.election && e.From <= l.gone.to && l.gone.from <= e.Until
+	})
 }
 
 // stray reports whether a key may not belong to the campaign in which it appeared. It may come from the join of an

@@ -151,7 +151,9 @@ func (e *fakeEtcd) reads() (key, queue int) {
 	return key, queue
 }
 
-func ofQueue(read clientv3.Op) bool { return read.IsOptsWithPrefix() || len(read.RangeBytes()) > 0 }
+func ofQueue(read clientv3.Op) bool {
+	return len(read.RangeBytes()) > 0 && string(read.KeyBytes()) == "jobs/"
+}
 
 func (e *fakeEtcd) Get(ctx context.Context, key string, opts ...clientv3.OpOption) (*clientv3.GetResponse, error) {
 	return e.read(ctx, clientv3.OpGet(key, opts...))
@@ -412,7 +414,7 @@ func (e *fakeEtcd) behind(t *testing.T) *waitCall {
 // deleted waits for the end of jobs/1.
 func (e *fakeEtcd) deleted(t *testing.T) *waitCall {
 	return e.wait(func(loop *retry.Loop) error {
-		return e.queue().WatchDeletion(t.Context(), loop, "jobs/1", 5).Wait()
+		return e.queue().WatchOwn(t.Context(), loop, "jobs/1", 5).Wait()
 	})
 }
 

@@ -201,7 +201,7 @@ func (o *observer) watch(ctx context.Context) (lived time.Duration, err error) {
 	}
 	failing := false
 	ok := func() {
-		if failing {
+		if failing || o.loop.Last() != nil && watch.lived() > retry.RequestTimeout {
 			failing = false
 			o.loop.OK()
 		}
@@ -231,7 +231,7 @@ func (o *observer) watch(ctx context.Context) (lived time.Duration, err error) {
 			if !open {
 				return watch.lived(), errWatch
 			}
-			if err := resp.Err(); err != nil {
+			if err := watch.failed(&resp); err != nil {
 				return watch.lived(), err
 			}
 			if resp.Created {

@@ -31,7 +31,7 @@ func (e *fakeEtcd) candidacyIn(t *testing.T, p Place) *candidacy {
 	t.Helper()
 	c := &candidacy{elsewhere: make(chan error, 1)}
 	loop := &retry.Loop{Client: e.client, Warn: func(error) { c.ownWarnings++ }}
-	own := e.queue().WatchDeletion(t.Context(), loop, "jobs/2", 6)
+	own := e.queue().WatchOwn(t.Context(), loop, "jobs/2", 6)
 	c.rely = func() {
 		c.relied++
 		go func() { c.elsewhere <- own.Wait() }()
@@ -104,16 +104,16 @@ func TestOwnEndWinsWhereBothEndsHaveBeenTold(t *testing.T) {
 func TestOwnEndIsLookedForWhereverItMayHaveBeenTold(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)
-		own := e.queue().WatchDeletion(t.Context(), &retry.Loop{Client: e.client}, "jobs/2", 6)
+		own := e.queue().WatchOwn(t.Context(), &retry.Loop{Client: e.client}, "jobs/2", 6)
 		defer own.Close()
 		w := &wait{own: own, rely: func() { t.Error("a goroutine was asked for") }}
 		e.del("jobs/2")
 		e.watch(t).create()
-		if w.ownGone() {
+		if w.ownOver() != nil {
 			t.Error("known to be gone before it was read")
 		}
 		synctest.Wait() // it has been read
-		if !w.ownGone() {
+		if w.ownOver() == nil {
 			t.Error("not known to be gone")
 		}
 	})
@@ -211,4 +211,50 @@ func TestOwnKeyIsWatchedByTheSameWatchAfterTheWait(t *testing.T) {
 		}
 		e.wantNoWatch(t)
 	})
+}
+
+// A request counts only if a read finds it: the event of one that was withdrawn, or is about an earlier term, does not.
+func TestCandidateIsAskedToStepBackOnlyByARequestThatIsThere(t *testing.T) {
+	for name, test := range map[string]struct {
+		request string // its value; "" if it is not there any more
+		asked   bool
+	}{
+		"a request":                    {"6", true},
+		"one that was withdrawn":       {"", false},
+		"one about an earlier term":    {"5", false},
+		"one that is none":             {"6x", false},
+		"one about a term to come":     {"7", false},
+		"one with a number that grows": {"06", false},
+	} {
+		bubble(t, name, func(t *testing.T) {
+			e := newEtcd(t)
+			loop := &retry.Loop{Client: e.client}
+			own := e.queue().WatchOwn(t.Context(), loop, "jobs/2", 6)
+			w := e.watch(t)
+			w.create()
+			done := make(chan error, 1)
+			go func() { done <- own.Wait() }()
+			synctest.Wait()
+			ev := e.put("jobs/2/stepback", test.request)
+			if test.request == "" {
+				e.del("jobs/2/stepback")
+			}
+			w.send(t, ev)
+			synctest.Wait()
+			select {
+			case err := <-done:
+				if !test.asked || !errors.Is(err, ErrAsked) {
+					t.Errorf("Wait() = %v", err)
+				}
+			default:
+				if test.asked {
+					t.Error("the request was not seen")
+				}
+				w.send(t, e.del("jobs/2"))
+				if err := <-done; err != nil {
+					t.Errorf("Wait() = %v after the key was deleted", err)
+				}
+			}
+		})
+	}
 }

@@ -179,6 +179,44 @@ func (q *Queue) Touch(ctx context.Context, key string, token int64) (rev int64, 
 	return resp.Header.Revision, nil
 }
 
+// request is the key by which the candidate with this key is asked to step back. It is no candidate's, since its last part
+// is no lease in hex. Its value is the token of the candidate that is asked, in decimal: the next candidate under the
+// same key is not meant.
+func request(key string) string { return key + "/stepback" }
+
+// ErrAsked is returned when somebody asks the candidate to step back.
+var ErrAsked = errors.New("the candidate is asked to step back")
+
+// Request is the key by which c is asked to step back.
+func Request(c Candidate) string { return request(c.Key) }
+
+// Ask asks c to step back, by a key on the lease id. It returns the create revision of that key, or 0 if c is gone or, unless
+// successor is the zero value, that one is. It sends one request, bounded by ctx.
+func (q *Queue) Ask(ctx context.Context, id clientv3.LeaseID, c, successor Candidate) (rev int64, err error) {
+	there := []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(c.Key), "=", c.Token)}
+	if successor != (Candidate{}) {
+		there = append(there, clientv3.Compare(clientv3.CreateRevision(successor.Key), "=", successor.Token))
+	}
+	resp, err := q.client.Txn(ctx).If(there...).Then(
+		clientv3.OpPut(Request(c), strconv.FormatInt(c.Token, 10), clientv3.WithLease(id)),
+		clientv3.OpGet(Request(c), clientv3.WithKeysOnly()),
+	).Commit()
+	if err != nil || !resp.Succeeded {
+		return 0, err
+	}
+	return resp.Responses[1].GetResponseRange().Kvs[0].CreateRevision, nil
+}
+
+// StepBack deletes the candidate's key if its create revision is token, and with it the request to step back. It sends one
+// request, bounded by ctx.
+func (q *Queue) StepBack(ctx context.Context, key string, token int64) error {
+	_, err := q.client.Txn(ctx).
+		If(clientv3.Compare(clientv3.CreateRevision(key), "=", token)).
+		Then(clientv3.OpDelete(key), clientv3.OpDelete(request(key))).
+		Commit()
+	return err
+}
+
 // Revision returns the mod revision of the key with this create revision, or [ErrGone].
 func (q *Queue) Revision(ctx context.Context, key string, token int64) (int64, error) {
 	resp, err := q.client.Get(ctx, key, clientv3.WithKeysOnly())
@@ -264,10 +302,10 @@ func (q *Queue) Wait(ctx context.Context, loop *retry.Loop, p Place, reread time
 			return err
 		}
 		// select has picked at random among the events that had arrived. Check the own key once more, so that it wins.
-		if w.ownGone() { //nolint:contextcheck // own has its own
-			return ErrGone
+		if err := w.ownOver(); err != nil { //nolint:contextcheck // own has its own
+			return err
 		}
-		if p.oldest || w.oldest {
+		if (p.oldest || w.oldest) && !w.byRead {
 			return nil
 		}
 		w.leaveOwn(nil) // the read below may block
@@ -293,6 +331,21 @@ func (q *Queue) read(ctx context.Context) ([]Candidate, int64, error) {
 		return nil, 0, err
 	}
 	return q.list(resp.Kvs), resp.Header.Revision, nil
+}
+
+// Oldest returns the candidate with the oldest key below the election's name, or the zero value if that key is no
+// candidate or there is none. It sends one request, again if it has no answer.
+func (q *Queue) Oldest(ctx context.Context) (Candidate, error) {
+	resp, err := retry.First(ctx, q.client, func(ctx context.Context) (*clientv3.GetResponse, error) {
+		return q.client.Get(ctx, q.prefix, clientv3.WithFirstCreate()...)
+	})
+	if err != nil {
+		return Candidate{}, err
+	}
+	for _, c := range q.list(resp.Kvs) {
+		return c, nil
+	}
+	return Candidate{}, nil
 }
 
 // Leader returns the first candidate, the zero value if there is none. It sends one request, or two if a key that is no

@@ -72,7 +72,7 @@ func TestWatchThatIsRefusedIsNotRepeated(t *testing.T) {
 		client := clientv3.NewCtxClient(t.Context())
 		client.KV, client.Watcher = denied{}, denied{}
 		began := time.Now()
-		err := New(client, "jobs").WatchDeletion(t.Context(), &retry.Loop{Client: client}, "jobs/1", 1).Wait()
+		err := New(client, "jobs").WatchOwn(t.Context(), &retry.Loop{Client: client}, "jobs/1", 1).Wait()
 		if !errors.Is(err, rpctypes.ErrPermissionDenied) || time.Since(began) > 0 {
 			t.Errorf("Wait returned %v after %v", err, time.Since(began))
 		}

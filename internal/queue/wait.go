@@ -1,9 +1,11 @@
 package queue
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -31,7 +33,10 @@ type wait struct {
 
 	reread time.Duration // interval at which the key is read in addition to the watch; 0 means never
 	ahead  bool          // once the key is touched, find out whether nobody is before its candidate
+	byRead bool          // a read, not an event, has shown that the key is gone
 	oldest bool          // it is known that nobody is before the key's candidate
+
+	asks bool // the key is the candidate's own, so somebody may ask the candidate to step back
 
 	tries int // how often a watch was opened without being created
 
@@ -48,13 +53,15 @@ type Deletion struct {
 	pending  func() (over bool, err error) // handles what was received but not handled before that; may be nil
 }
 
-// WatchDeletion starts to watch for the deletion of the key with this create revision, until ctx ends.
-func (q *Queue) WatchDeletion(ctx context.Context, loop *retry.Loop, key string, rev int64) *Deletion {
-	w := &wait{q: q, loop: loop, key: key, rev: rev}
+// WatchOwn starts to watch for the deletion of the candidate's own key, which has this create revision, and for a
+// request to step back, until ctx ends.
+func (q *Queue) WatchOwn(ctx context.Context, loop *retry.Loop, key string, rev int64) *Deletion {
+	w := &wait{q: q, loop: loop, key: key, rev: rev, asks: true}
 	return &Deletion{watching: w.open(ctx)}
 }
 
-// Wait blocks until the key is gone and returns nil. It returns an error if ctx ends or a request fails for good.
+// Wait blocks until the key is gone and returns nil. It returns [ErrAsked] if somebody asks the candidate to step back, and
+// another error if ctx ends or a request fails for good.
 func (d *Deletion) Wait() error { return d.watching.wait.wait(d.watching, d.pending) }
 
 // Close ends the watch.
@@ -93,7 +100,7 @@ func (w *wait) gone(ev *clientv3.Event) (gone, touched bool) {
 func (w *wait) wait(s *watching, pending func() (over bool, err error)) error {
 	for {
 		lived, err := s.run(pending)
-		if err == nil || errors.Is(err, ErrGone) { // the awaited key is gone, or the own one
+		if err == nil || errors.Is(err, ErrGone) || errors.Is(err, ErrAsked) {
 			return err
 		}
 		// watchEnded may block, in a request, a pause or the user's logger. If ctx has ended it does not, and the
@@ -124,6 +131,7 @@ func (w *wait) watchEnded(ctx context.Context, lived time.Duration, err error) (
 	case rerr != nil:
 		return true, fmt.Errorf("read %q: %w", w.key, rerr)
 	case now.gone:
+		w.byRead = true
 		return true, nil
 	}
 	err = w.loop.Retry(ctx, retry.Passing(fmt.Errorf("watch %q: %w", w.key, err)))
@@ -131,6 +139,9 @@ func (w *wait) watchEnded(ctx context.Context, lived time.Duration, err error) (
 }
 
 func (w *wait) read(ctx context.Context) (keyReading, error) {
+	if w.asks {
+		return w.readOwn(ctx)
+	}
 	resp, err := w.q.client.Get(ctx, w.key, clientv3.WithKeysOnly())
 	if err != nil {
 		return keyReading{}, err
@@ -139,6 +150,25 @@ func (w *wait) read(ctx context.Context) (keyReading, error) {
 		return keyReading{gone: true, end: true}, nil
 	}
 	return keyReading{touched: resp.Kvs[0].Version > 1, end: true}, nil
+}
+
+// readOwn reads the own key and what lies below it, with their values.
+func (w *wait) readOwn(ctx context.Context) (keyReading, error) {
+	resp, err := w.q.client.Get(ctx, w.key, clientv3.WithRange(w.key+"0"))
+	if err != nil {
+		return keyReading{}, err
+	}
+	found := keyReading{gone: true, end: true}
+	for _, kv := range resp.Kvs {
+		switch string(kv.Key) {
+		case w.key:
+			found.gone = kv.CreateRevision != w.rev
+		case request(w.key):
+			// One that was not withdrawn may be about an earlier term under the same key.
+			found.asked = string(kv.Value) == strconv.FormatInt(w.rev, 10)
+		}
+	}
+	return found, nil
 }
 
 // run waits as long as one watch lives, and returns how long that was. A nil error means that the key is gone, ErrGone
@@ -188,6 +218,7 @@ type watching struct {
 type keyReading struct {
 	gone    bool
 	touched bool // put again since it was created
+	asked   bool // its candidate is asked to step back
 	err     error
 	end     bool
 }
@@ -265,25 +296,27 @@ func (s *watching) step() (over bool, err error) {
 // none stands for the own key's watch if this goroutine has none. Its channels are nil, so select ignores them.
 var none = &watching{current: new(opening)}
 
-// ownGone reports whether the news that the candidate's own key is gone has arrived already. It does not block.
-func (w *wait) ownGone() bool {
+// ownOver returns [ErrGone] or [ErrAsked] if the news that the candidate's own key is gone, or that it is asked to step
+// back, has arrived already, else nil. It does not block.
+func (w *wait) ownOver() error {
 	for w.own != nil { // until nothing more has arrived: the deletion may be behind other things
 		own, over := w.own.watching, false
+		var err error
 		select {
 		case own.current.events = <-own.current.opened:
 			own.current.opened = nil
 		case resp, ok := <-own.current.events:
-			over, _ = w.ownHeard(&resp, ok)
+			over, err = w.ownHeard(&resp, ok)
 		case found := <-own.keyReadings:
-			over, _ = w.ownKeyRead(found)
+			over, err = w.ownKeyRead(found)
 		default:
-			return false
+			return nil
 		}
 		if over {
-			return true
+			return err
 		}
 	}
-	return false
+	return nil
 }
 
 // ownHeard is heard for the own key. If that key's watch has ended it leaves the key to the other goroutine, because
@@ -305,8 +338,8 @@ func (w *wait) ownKeyRead(found keyReading) (over bool, err error) {
 		w.leaveOwn(func() (bool, error) { return own.keyRead(found) })
 		return false, nil
 	}
-	if over, _ := own.keyRead(found); over {
-		return true, ErrGone
+	if over, err := own.keyRead(found); over {
+		return true, cmp.Or(err, ErrGone)
 	}
 	return false, nil
 }
@@ -327,11 +360,15 @@ func (s *watching) heard(resp *clientv3.WatchResponse, ok bool) (over bool, err 
 	if !ok {
 		return true, errWatch
 	}
-	if err := resp.Err(); err != nil {
+	if err := s.current.failed(resp); err != nil {
 		return true, err
 	}
-	touched := false
+	touched, asked := false, false
 	for _, ev := range resp.Events {
+		if key := string(ev.Kv.Key); s.asks && key != s.key {
+			asked = asked || key == request(s.key) && ev.Type == clientv3.EventTypePut
+			continue
+		}
 		gone, t := s.gone(ev)
 		if gone { // wins over a touch in the same response
 			return true, nil
@@ -341,6 +378,10 @@ func (s *watching) heard(resp *clientv3.WatchResponse, ok bool) (over bool, err 
 	if resp.Created {
 		s.current.exists()
 		s.tries = 0
+	}
+	// The event of a request does not count: a watch that is resumed repeats it, though the request was withdrawn, or was
+	// about an earlier term. A read that is sent now does.
+	if resp.Created || asked {
 		s.stopReading() // a read that is under way may have found the key before it was watched, and deleted since
 		s.readKey()
 	}
@@ -390,11 +431,16 @@ func (s *watching) keyRead(found keyReading) (over bool, err error) {
 	}
 	s.stopReading()
 	if found.gone || found.err != nil {
+		s.byRead = found.gone
 		return true, found.err
 	}
-	if s.failing {
+	if found.asked {
+		return true, ErrAsked
+	}
+	if s.failing || s.loop.Last() != nil && s.current.lived() > retry.RequestTimeout {
 		s.failing = false
-		s.loop.OK() // may call the logger too, but the own key was left when failing was set
+		s.leaveOwn(nil) // OK may call the logger, too
+		s.loop.OK()
 	}
 	if found.touched { // the touch may have come before the watch
 		s.readPlace()
@@ -438,13 +484,17 @@ func (s *watching) placeRead(found placeReading) (over bool, err error) {
 	// The first watch stays, because it sees the next touch, which is another chance. If the read has found that the
 	// key is gone, the wait is over.
 	next.close()
-	return errors.Is(found.err, ErrGone), nil
+	s.byRead = errors.Is(found.err, ErrGone)
+	return s.byRead, nil
 }
 
 // watchKey opens a watch of the key. With filter it gets no puts, only the deletion.
 func (s *watching) watchKey(filter bool) *opening {
 	var opts []clientv3.OpOption
-	if filter {
+	switch {
+	case s.asks: // the key, and what lies below it
+		opts = append(opts, clientv3.WithRange(s.key+"0"))
+	case filter:
 		opts = append(opts, clientv3.WithFilterPut())
 	}
 	return s.q.open(s.ctx, &s.beside, &s.tries, s.key, opts...)
@@ -506,7 +556,7 @@ func (o *opening) await(ctx context.Context) error {
 		if !ok {
 			return errWatch
 		}
-		if err := resp.Err(); err != nil {
+		if err := o.failed(&resp); err != nil {
 			return err
 		}
 		o.exists()
@@ -514,6 +564,17 @@ func (o *opening) await(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+// failed returns why the watch has ended, if resp says so. etcd checks the auth token of a stream at each watch, and a
+// stream keeps the token with which it was opened for as long as any watch is on it. So if that has expired, the next
+// watch is opened on another stream.
+func (o *opening) failed(resp *clientv3.WatchResponse) error {
+	err := resp.Err()
+	if retry.Unauthenticated(err) {
+		o.stream.Late()
+	}
+	return err
 }
 
 // exists notes that the watch has been created.

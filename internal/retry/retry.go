@@ -414,6 +414,13 @@ func Refused(err error) bool {
 	return Permanent(err)
 }
 
+// Unauthenticated reports whether a watch has ended because the auth token of its stream has expired, or is older than
+// etcd's users and rights. etcd's client gives the reason for the end of a watch as a text, so here the text decides.
+func Unauthenticated(err error) bool {
+	return err != nil && (strings.Contains(err.Error(), rpctypes.ErrInvalidAuthToken.Error()) ||
+		strings.Contains(err.Error(), rpctypes.ErrAuthOldRevision.Error()))
+}
+
 // Passing returns an error with the text of err for which [Permanent] is false.
 func Passing(err error) error { return errors.New(err.Error()) }
 

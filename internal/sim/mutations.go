@@ -120,7 +120,7 @@ var mutations = []mutation{
 	}, adjust: only("link-slow", "link-slow-dark", "link-lossy")},
 	{name: "resign-ends-first", safeguard: "a term is over here before etcd is asked to delete the key", changes: []change{
 		{term, "	l.end(ErrResigned)\n	select {\n	case l.resigning <- struct{}{}: // wins", "	defer l.end(ErrResigned)\n	select {\n	case l.resigning <- struct{}{}: // wins"},
-		{term, "if errors.Is(context.Cause(l.ctx), ErrResigned) { // else watch", "if cause := context.Cause(l.ctx); cause == nil || errors.Is(cause, ErrResigned) { // else watch"},
+		{term, "if cause := context.Cause(l.ctx); errors.Is(cause, ErrResigned) || winding(cause) { // else", "if cause := context.Cause(l.ctx); cause == nil || errors.Is(cause, ErrResigned) || winding(cause) { // else"},
 	}},
 	{name: "run-lets-go-last", safeguard: "Run resigns after the function has returned", changes: []change{
 		{elector, "	err = lead(lctx, l)\n", "	defer context.AfterFunc(lctx, func() { l.letGo(ctx) })()\n	err = lead(lctx, l)\n"},
@@ -134,7 +134,7 @@ var mutations = []mutation{
 
 	// Who leads.
 	{name: "own-key", safeguard: "a leader watches its own key", changes: []change{
-		{term, "l.deletion.Wait(); err == nil {", "func() error { l.deletion.Close(); <-ctx.Done(); return ctx.Err() }(); err == nil {"},
+		{term, "switch err := l.deletion.Wait(); {", "switch err := func() error { l.deletion.Close(); <-ctx.Done(); return ctx.Err() }(); {"},
 	}},
 	{name: "own-key-read", safeguard: "a renewal finds out that a key is gone though its watch is dead", changes: []change{
 		{keys, "case !k.abandoned && k.rev != 0 && k.rev != rev:", "case !k.abandoned && k.rev != 0 && rev < 0:"},
@@ -200,7 +200,7 @@ var mutations = []mutation{
 		{term, "l.unrevoked = l.remove(cctx)", "l.unrevoked = cctx.Err()"},
 	}},
 	{name: "close-revokes", safeguard: "Close revokes the leases that nobody uses", changes: []change{
-		{pool, "		errs = append(errs, s.Close(ctx))\n", "		_ = s\n"},
+		{pool, "closes.Go(func() { errs[i] = s.Close(ctx) })", "closes.Go(func() { errs[i] = s.ctx.Err() })"},
 	}},
 	{name: "lease-gone", safeguard: "who learns from a renewal that its lease is gone stops", changes: []change{
 		{renewal, "		s.Revoked()\n		return nil, rpctypes.ErrLeaseNotFound\n", "		return nil, rpctypes.ErrLeaseNotFound\n"},
@@ -210,7 +210,7 @@ var mutations = []mutation{
 		{renewal, "case answer.ttl == 0, seen.term != answer.term:", "case seen.term != answer.term:"},
 	}, adjust: only("depose-raft-leader")},
 	{name: "join-on-lost-lease", safeguard: "who learns from a join that its lease is gone takes another", changes: []change{
-		{campaign, "		l.session.Revoked()\n		return queue.Place{}, err", "		return queue.Place{}, err"},
+		{campaign, "		l.session.Revoked()\n		return err", "		return err"},
 	}, adjust: calm(15 * time.Second)},
 
 	// When something does not answer.

@@ -149,6 +149,17 @@ var scenarios = []scenario{
 		fires: []string{`LeaderRenewalsFailing{instance="a", job="batch"} from 5m15s on`},
 	},
 	{
+		name:  "work ignores the end of its term, and later that of Run's context",
+		lasts: 10 * time.Minute,
+		series: `
+			leader_is_leader{job="batch", instance="a", election="jobs"} 1x7 0x3 1x20
+			leader_is_leader{job="batch", instance="b", election="jobs"} 0x7 1x3 0x20
+			leader_overdue_seconds{job="batch", instance="a", election="jobs"} 0x7 3+15x3 0x4 5+15x3 0x5
+			leader_overdue_seconds{job="batch", instance="b", election="jobs"} 0x30
+		`,
+		fires: []string{`LeaderWorkOverdue{election="jobs", instance="a", job="batch"} from 2m0s to 3m0s`},
+	},
+	{
 		name:  "no lease can be renewed at all",
 		lasts: 30 * time.Minute,
 		series: `

@@ -3,10 +3,12 @@ package world
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
 
+	"example.com/leader"
 	"example.com/leader/internal/oracle"
 	"example.com/leader/internal/sim/fake"
 )
@@ -73,6 +75,33 @@ var sorts = []sortOf{
 	{"operator-deletes-two", (*strike).deleteTwo},
 	{"operator-revokes-lease", (*strike).revokeLease},
 	{"operator-evicts", func(s *strike) { s.w.evictor.evict(s.election) }},
+	{"operator-transfers", (*strike).transfer},
+}
+
+// transfer hands the election over to a candidate, or to whoever is next.
+func (s *strike) transfer() {
+	w := s.w
+	ctx, cancel := context.WithTimeout(w.ctx, s.ttl(0.2, 2))
+	defer cancel()
+	cs, err := w.evictor.e.Candidates(ctx, s.election)
+	if err != nil || len(cs) == 0 {
+		return
+	}
+	var to leader.Candidate
+	if w.rng.IntN(3) > 0 {
+		to = cs[w.rng.IntN(len(cs))]
+	}
+	began := w.now()
+	err = w.evictor.e.Transfer(ctx, s.election, to)
+	w.note("transfer of %s to %q: %v", s.election, to.Value, err)
+	switch {
+	case err == nil, errors.Is(err, leader.ErrNotCandidate), errors.Is(err, leader.ErrNoLeader), ctx.Err() != nil, w.violated():
+	default:
+		w.violate("error", "Transfer of %s: %v", s.election, err)
+	}
+	// Requests that arrive late, or were not withdrawn, are there until their lease has expired, which a new leader of
+	// etcd prolongs.
+	w.record(oracle.Entry{Kind: oracle.Transfer, Proc: evictorName, From: began, Election: s.election, Until: w.now() + int64(time.Minute)})
 }
 
 // A strike is one fault.

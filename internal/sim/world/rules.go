@@ -139,6 +139,13 @@ func (w *world) elected(el *elector, election string, l *leader.Leader) {
 	others := slices.Clone(w.terms[election])
 	w.terms[election] = append(w.terms[election], t)
 	w.mu.Unlock()
+	context.AfterFunc(l.Context(), func() {
+		if errors.Is(context.Cause(l.Context()), leader.ErrTransferred) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			t.resigningLocked()
+		}
+	})
 	w.checkDeadline(el.p, lease, deadline)
 	go func() {
 		w.checkFirst(t)
@@ -177,6 +184,13 @@ func (w *world) ended(el *elector, election string, l *leader.Leader, cause erro
 		if !t.givenUp && !el.isClosed() {
 			w.violateLocked("cause", "%s: %s was told that it has resigned token %d, and has not", election, el.p.name, t.token)
 		}
+	case errors.Is(cause, leader.ErrTransferred):
+		e.Op = oracle.Resigned
+		w.result.Counts.Transferred++
+		if !w.asked[t.token] {
+			w.violateLocked("cause", "%s: %s was told that token %d was transferred, and nobody has asked that term to step back", election, el.p.name, t.token)
+		}
+		t.resigningLocked()
 	case errors.Is(cause, leader.ErrEvicted):
 		e.Op = oracle.Evicted
 		w.result.Counts.Evicted++

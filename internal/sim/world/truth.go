@@ -41,6 +41,7 @@ type truth struct {
 	lives  map[int64]*life    // by token
 	queues map[string][]*life // of each election, in the order of tokens
 	leases map[int64]ended    // those that are gone
+	asked  map[int64]bool     // to step back, by token
 	states map[string][]state // who was the first of each election, one after the other
 }
 
@@ -62,6 +63,7 @@ func newTruth() truth {
 		lives:  make(map[int64]*life),
 		queues: make(map[string][]*life),
 		leases: make(map[int64]ended),
+		asked:  make(map[int64]bool),
 		states: make(map[string][]state),
 	}
 }
@@ -114,6 +116,9 @@ func (w *world) committed(_ fake.Truth, c fake.Commit) {
 		key := string(ev.Kv.Key)
 		if election, _, ok := electionOf(key); ok {
 			w.candidateChangedLocked(election, ev, how, c.Process)
+		} else if strings.HasSuffix(key, "/stepback") && ev.Type == mvccpb.Event_PUT {
+			token, _ := strconv.ParseInt(string(ev.Kv.Value), 10, 64)
+			w.asked[token] = true
 		} else if strings.HasPrefix(key, dataRoot) && ev.Type == mvccpb.Event_PUT {
 			w.writtenLocked(key, ev.Kv)
 		}

@@ -65,6 +65,7 @@ type Result struct {
 // Counts say how much has happened: rules that had nothing to object to prove nothing.
 type Counts struct {
 	Campaigns, GivenUp, Terms, Expired, Evicted, Renewals, Writes, Observed int
+	Transferred                                                             int
 	Requests                                                                int
 	MaxPace                                                                 int // requests of one process in a second, those that clientv3 repeats included
 	Excused                                                                 int // overlaps of terms
@@ -80,6 +81,7 @@ func (c *Counts) Add(o Counts) {
 	c.Renewals += o.Renewals
 	c.Writes += o.Writes
 	c.Observed += o.Observed
+	c.Transferred += o.Transferred
 	c.Requests += o.Requests
 	c.MaxPace = max(c.MaxPace, o.MaxPace)
 	c.Excused += o.Excused

@@ -1,0 +1,172 @@
+package leader
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+)
+
+// A health is what the check of [WithHealth] says in one election, from the beginning of a campaign to the end of the term. It
+// is treated like the lease: what has begun to succeed holds for TTL − margin. At rest it has timers and no goroutine.
+type health struct {
+	e        *Elector
+	election string
+	lost     func(error) // called when it does not hold any more, without h.mu
+
+	mu      sync.Mutex
+	until   time.Time     // it holds until then
+	holds   chan struct{} // closed while it holds
+	failure error         // the last one; nil before
+	next    *time.Timer   // begins the next check; not set while one is under way
+	expiry  *time.Timer   // fires at until
+	began   time.Time     // when the check that is under way has begun; zero if none is
+	stopped bool
+}
+
+// newHealth begins to check. lost is called each time when the Elector is not healthy any more.
+func (e *Elector) newHealth(election string, lost func(error)) *health {
+	h := &health{e: e, election: election, lost: lost, holds: make(chan struct{})}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.next = time.AfterFunc(0, h.check)
+	h.expiry = time.AfterFunc(time.Hour, h.expire)
+	h.expiry.Stop()
+	return h
+}
+
+// period is how often the check is called, and for how long it may take.
+//
+// A success holds for TTL − margin. Two more checks fit into that, so that one failure, or one slow check, loses nothing.
+func (h *health) period() time.Duration {
+	return min(h.e.opts.ttl/3, (h.e.opts.ttl-h.e.opts.healthMargin())*5/12)
+}
+
+// check calls the user's check, once at a time: next is set when it has returned.
+func (h *health) check() {
+	began := time.Now()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.stopped {
+		return
+	}
+	h.e.mu.Lock()
+	former, busy := h.e.checking[h.election]
+	if !busy {
+		h.e.checking[h.election] = began
+	}
+	h.e.mu.Unlock()
+	if busy { // that of an earlier campaign has not returned
+		h.began = former
+		h.next.Reset(h.period() / 8)
+		return
+	}
+	h.began = began
+	h.e.watching.Go(func() { h.call(began) })
+}
+
+func (h *health) call(began time.Time) {
+	err := errors.New("the check has ended its goroutine")
+	defer func() { h.checked(began, err) }()
+	ctx, cancel := context.WithTimeout(h.e.ctx, h.period())
+	defer cancel()
+	err = h.e.opts.health(ctx, h.election)
+	if err == nil && ctx.Err() != nil {
+		err = fmt.Errorf("the check took %v: %w", time.Since(began).Round(time.Millisecond), ctx.Err())
+	}
+}
+
+// checked notes what a check has said.
+func (h *health) checked(began time.Time, err error) {
+	h.e.mu.Lock()
+	delete(h.e.checking, h.election)
+	h.e.mu.Unlock()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.began = time.Time{}
+	if h.stopped {
+		return
+	}
+	pause := h.period() - time.Since(began)
+	h.next.Reset(max(pause-rand.N(h.period()/8+1), h.period()/8)) // spread, as there may be thousands of elections
+	if err != nil {
+		h.failure = err
+		return
+	}
+	h.until = began.Add(h.e.opts.ttl - h.e.opts.healthMargin())
+	if wait := time.Until(h.until); wait > 0 {
+		h.expiry.Reset(wait)
+		select {
+		case <-h.holds:
+		default:
+			close(h.holds)
+		}
+	}
+}
+
+// expire says that the Elector is not healthy any more.
+func (h *health) expire() {
+	h.mu.Lock()
+	if h.stopped || time.Now().Before(h.until) { // a check has succeeded in the very moment
+		h.mu.Unlock()
+		return
+	}
+	h.holds = make(chan struct{})
+	err := h.errorLocked()
+	h.mu.Unlock()
+	h.lost(err)
+}
+
+// errorLocked is why it does not hold.
+func (h *health) errorLocked() error {
+	switch {
+	case !h.began.IsZero() && time.Since(h.began) > h.period():
+		return fmt.Errorf("%w: the check has not returned for %v", ErrUnhealthy, time.Since(h.began).Round(time.Millisecond))
+	case h.failure != nil:
+		return fmt.Errorf("%w: %w", ErrUnhealthy, h.failure)
+	}
+	return ErrUnhealthy
+}
+
+// err is nil if the Elector is healthy now. It asks the clock, so it is right though a timer is late.
+func (h *health) err() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if time.Now().Before(h.until) {
+		return nil
+	}
+	return h.errorLocked()
+}
+
+// wait blocks until the Elector is healthy or ctx ends. With once it does not wait longer than for the check that is under way.
+func (h *health) wait(ctx context.Context, once bool) error {
+	for h.err() != nil {
+		h.mu.Lock()
+		holds, began, failure := h.holds, h.began, h.failure
+		h.mu.Unlock()
+		if once && (failure != nil || !began.IsZero() && time.Since(began) > h.period()) {
+			return h.err()
+		}
+		timer := time.NewTimer(h.period() / 8)
+		select {
+		case <-holds:
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return ctx.Err()
+		}
+		timer.Stop()
+	}
+	return nil
+}
+
+// stop ends the checks. One that is under way is waited for by Close.
+func (h *health) stop() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.stopped = true
+	h.next.Stop()
+	h.expiry.Stop()
+}

@@ -1,0 +1,186 @@
+package leader_test
+
+import (
+	"context"
+	"log/slog"
+	"runtime"
+	"testing"
+	"time"
+
+	"example.com/leader"
+	"example.com/leader/internal/etcdtest"
+)
+
+// A call is one of Hooks.Overdue.
+type overdueCall struct {
+	l    *leader.Leader
+	late time.Duration
+}
+
+// overdueRun starts a Run whose function returns when release is closed, whatever its context says.
+func overdueRun(ctx context.Context, e *leader.Elector, release <-chan struct{}) (terms <-chan *leader.Leader, ran <-chan error) {
+	began, returned := make(chan *leader.Leader, 10), make(chan error, 1)
+	go func() {
+		returned <- e.Run(ctx, "jobs", "", func(_ context.Context, l *leader.Leader) error {
+			began <- l
+			<-release
+			return nil
+		})
+	}()
+	return began, returned
+}
+
+func TestWorkThatIgnoresTheEndOfItsTermIsReportedUntilItReturns(t *testing.T) {
+	_, client := start(t)
+	calls, log, release := make(chan overdueCall, 100), make(logChannel, 100), make(chan struct{})
+	const ttl, margin = 3 * time.Second, 500 * time.Millisecond
+	e := newElector(t, client, leader.WithTTL(ttl), leader.WithMargin(margin), leader.WithLogger(slog.New(log)),
+		leader.WithHooks(leader.Hooks{Overdue: func(election string, l *leader.Leader, late time.Duration) {
+			if election != "jobs" {
+				t.Errorf("reported for %q", election)
+			}
+			calls <- overdueCall{l, late}
+		}}))
+	terms, ran := overdueRun(t.Context(), e, release)
+	l := etcdtest.Await(t, "the term", terms)
+	if err := e.Evict(t.Context(), "jobs"); err != nil {
+		t.Fatal(err)
+	}
+	first, second := etcdtest.Await(t, "a report", calls), etcdtest.Await(t, "another", calls)
+	if first.l != l || second.l != l || first.late < margin || second.late < first.late+ttl {
+		t.Errorf("reported %v and %v late, want the margin, and a TTL later", first.late, second.late)
+	}
+	if r := awaitRecord(t, log, "the function that leads has not returned", nil); r.Level != slog.LevelWarn {
+		t.Errorf("logged at %v, want WARN: the term is over", r.Level)
+	}
+	close(release)
+	if last := etcdtest.Await(t, "the last report", calls); last.l != l || last.late != 0 {
+		t.Errorf("reported %v late after the function has returned", last.late)
+	}
+	etcdtest.Await(t, "the next term", terms)
+	if err := etcdtest.Await(t, "Run", ran); err != nil {
+		t.Errorf("Run: %v", err)
+	}
+	select {
+	case call := <-calls:
+		t.Errorf("reported %v late, of a function that returned in time", call.late)
+	default:
+	}
+}
+
+// As long as lead has not returned Run does not resign, so nobody else works.
+func TestWorkThatIgnoresTheEndOfRunsContextIsReportedWhileItsTermLasts(t *testing.T) {
+	_, client := start(t)
+	calls, log, release := make(chan overdueCall, 100), make(logChannel, 100), make(chan struct{})
+	e := newElector(t, client, leader.WithMargin(100*time.Millisecond), leader.WithLogger(slog.New(log)),
+		leader.WithHooks(leader.Hooks{Overdue: func(_ string, l *leader.Leader, late time.Duration) { calls <- overdueCall{l, late} }}))
+	ctx, stop := context.WithCancel(t.Context())
+	terms, ran := overdueRun(ctx, e, release)
+	l := etcdtest.Await(t, "the term", terms)
+	stop()
+	if call := etcdtest.Await(t, "a report", calls); call.l != l || !l.IsLeader() {
+		t.Errorf("reported of %v; it leads: %v", call.l, l.IsLeader())
+	}
+	if r := awaitRecord(t, log, "the function that leads has not returned", nil); r.Level != slog.LevelInfo {
+		t.Errorf("logged at %v, want INFO: the term is not over", r.Level)
+	}
+	close(release)
+	etcdtest.Await(t, "the last report", calls)
+	_ = etcdtest.Await(t, "Run", ran)
+}
+
+// The key of a term that is over must not wait for a hook, and Run must not go on before it has returned.
+func TestOverdueHookThatBlocksOrExitsHoldsUpNoKey(t *testing.T) {
+	for name, do := range map[string]func(block <-chan struct{}){
+		"blocks": func(block <-chan struct{}) { <-block },
+		"exits":  func(<-chan struct{}) { runtime.Goexit() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, client := start(t)
+			called, block, release := make(chan time.Duration, 10), make(chan struct{}), make(chan struct{})
+			e := newElector(t, client, leader.WithMargin(50*time.Millisecond), leader.WithHooks(leader.Hooks{
+				Overdue: func(_ string, _ *leader.Leader, late time.Duration) {
+					called <- late
+					if late > 0 {
+						do(block)
+					}
+				},
+			}))
+			ctx, stop := context.WithCancel(t.Context())
+			terms, ran := overdueRun(ctx, e, release)
+			etcdtest.Await(t, "the term", terms)
+			stop()
+			etcdtest.Await(t, "the report", called)
+			close(release)
+			awaitQueue(t, client, "jobs", queued(0))
+			if name == "blocks" {
+				select {
+				case err := <-ran:
+					t.Errorf("Run has returned %v while the hook blocks", err)
+				case <-time.After(50 * time.Millisecond):
+				}
+			}
+			close(block)
+			_ = etcdtest.Await(t, "Run", ran)
+			if late := etcdtest.Await(t, "the last report", called); late != 0 {
+				t.Errorf("reported %v late after the function has returned", late)
+			}
+		})
+	}
+}
+
+func TestLeadingIsTheTermThatHoldsNow(t *testing.T) {
+	_, client := start(t)
+	e := newElector(t, client, leader.WithPrefix("svc"))
+	if l, ok := e.Leading("jobs"); ok || l != nil {
+		t.Errorf("Leading() = %v, %v before a campaign", l, ok)
+	}
+	for _, bad := range []string{"", "jobs/"} {
+		if l, ok := e.Leading(bad); ok || l != nil {
+			t.Errorf("Leading(%q) = %v, %v", bad, l, ok)
+		}
+	}
+	l := lead(t, e, "jobs", "")
+	if got, ok := e.Leading("jobs"); !ok || got != l {
+		t.Errorf("Leading() = %v, %v, want %v", got, ok, l)
+	}
+	if got, ok := e.Leading("other"); ok {
+		t.Errorf("Leading(another election) = %v", got)
+	}
+	second := campaign(t.Context(), newElector(t, client, leader.WithPrefix("svc")), "jobs", "")
+	awaitQueue(t, client, "svc/jobs", queued(2))
+	if err := e.Evict(t.Context(), "jobs"); err != nil {
+		t.Fatal(err)
+	}
+	etcdtest.Await(t, "the end of the term", l.Context().Done())
+	if got, ok := e.Leading("jobs"); ok {
+		t.Errorf("Leading() = %v after the term", got)
+	}
+	resign(t, awaitLeader(t, second))
+}
+
+// An exit in a hook loses nothing.
+func TestOverdueIsReportedAgainAfterAHookThatExits(t *testing.T) {
+	_, client := start(t)
+	calls, release := make(chan time.Duration, 10), make(chan struct{})
+	e := newElector(t, client, leader.WithMargin(50*time.Millisecond), leader.WithHooks(leader.Hooks{
+		Overdue: func(_ string, _ *leader.Leader, late time.Duration) {
+			calls <- late
+			if late > 0 {
+				runtime.Goexit()
+			}
+		},
+	}))
+	ctx, stop := context.WithCancel(t.Context())
+	terms, ran := overdueRun(ctx, e, release)
+	etcdtest.Await(t, "the term", terms)
+	stop()
+	etcdtest.Await(t, "the report", calls)
+	select {
+	case <-calls:
+	case <-time.After(2 * ttl):
+		t.Error("not reported again a TTL later")
+	}
+	close(release)
+	_ = etcdtest.Await(t, "Run", ran)
+}
