@@ -115,7 +115,7 @@ func (c *claim) unhealthy(err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	// It has ended for another cause before, and Run waits for its function, which may hang.
-	if l.elected && l.by == byRun && errors.Is(context.Cause(l.ctx), ErrTransferred) && !errors.Is(context.Cause(l.ctx), ErrUnhealthy) {
+	if l.elected && l.by == byRun && transferred(context.Cause(l.ctx)) {
 		l.e.watching.Go(l.vacate)
 	}
 }
@@ -299,14 +299,14 @@ func (k *campaign) win() (*Leader, error) {
 	}
 }
 
-// retry blocks for a pause after the end of a candidacy, and returns nil if another one is worth a try, else what the campaign
-// fails with.
+// retry blocks for a pause after the end of a candidacy, and returns nil if another one is worth a try, else what the
+// campaign fails with.
 func (k *campaign) retry(err error, joined time.Time) error {
 	if time.Since(joined) > k.e.opts.ttl {
 		k.rejoins.OK() // a candidacy that lasted so long ends the streak of lost ones
 	}
 	switch {
-	case errors.Is(err, ErrTransferred): // join again at once, at the end of the queue
+	case transferred(err): // join again at once, at the end of the queue
 		return nil
 	case errors.Is(err, ErrUnhealthy) && k.by != byTryCampaign:
 		k.e.log(k.claim.election).Warn("unhealthy, left the queue", "error", err)
@@ -390,10 +390,11 @@ func (k *campaign) candidate() (*Leader, error) {
 	return l, nil
 }
 
-// joinAndWait joins the queue and waits. It returns nil when the candidate is elected. If its lease or its key was lost,
-// or the campaign is over, it removes the candidate and returns why.
+// joinAndWait joins the queue and waits. It returns nil when the candidate is elected. If its lease or its key was
+// lost, or the campaign is over, it removes the candidate and returns why.
 //
-// A candidate may wait for hours in here. So what takes much of a stack is in other functions: see bench/README.md, row 9.
+// A candidate may wait for hours in here. So what takes much of a stack is in other functions: see bench/README.md,
+// row 9.
 func (l *Leader) joinAndWait(k *campaign) error {
 	l.stand(k.ctx)
 	defer l.settle(k.ctx) // also if the logger panics
@@ -408,7 +409,7 @@ func (l *Leader) wait(loop *retry.Loop) error {
 	return l.queue.Wait(l.ctx, loop, l.place, l.session.TTL(), l.deletion, l.startWatch)
 }
 
-// stand begins a candidacy. It ends with the session, with ctx, which is the campaign's, or if the Elector is unhealthy.
+// stand begins a candidacy. It ends with the session, with ctx, which is the campaign's, or with health.
 func (l *Leader) stand(ctx context.Context) {
 	l.mu.Lock()
 	l.watched, l.unwatch = context.WithCancel(context.WithoutCancel(l.session.Context()))

@@ -384,6 +384,7 @@ func TestErrorOfAQuestionWhoseContextEndsFirstNamesTheLastFailure(t *testing.T) 
 	for what, ask := range map[string]func(context.Context) error{
 		"Current":    func(ctx context.Context) error { _, err := e.Current(ctx, "jobs"); return err },
 		"Candidates": func(ctx context.Context) error { _, err := e.Candidates(ctx, "jobs"); return err },
+		"Transfer":   func(ctx context.Context) error { return e.Transfer(ctx, "jobs", leader.Candidate{}) },
 	} {
 		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 		err := ask(ctx)

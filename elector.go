@@ -156,10 +156,10 @@ func (e *Elector) Run(ctx context.Context, name, value string, lead func(ctx con
 			return err
 		}
 		_ = retry.Wait(ctx, l.claim.released) // another Resign of a term that winds down may be under way
-		log := e.log(l.claim.election).With("token", l.token)
-		if errors.Is(context.Cause(l.ctx), ErrTransferred) {
+		if transferred(context.Cause(l.ctx)) {
 			continue // to the end of the queue
 		}
+		log := e.log(l.claim.election).With("token", l.token)
 		if err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.Cause(l.ctx)) {
 			log.Info("campaigning again after a lost term")
 		} else {
@@ -321,7 +321,8 @@ func (e *Elector) Evict(ctx context.Context, name string) error {
 	return nil
 }
 
-// An overdue reports, by the log and by Hooks.Overdue, that the function that Run has called ignores the end of its context.
+// An overdue reports, by the log and by Hooks.Overdue, that the function that Run has called ignores the end of its
+// context.
 type overdue struct {
 	l        *Leader
 	unhook   func() bool   // forgets the function's context
@@ -387,8 +388,7 @@ func (o *overdue) stop() {
 	close(o.returned)
 }
 
-// report waits for the last call of the hook, and says that the function has returned, if it was reported before that it had
-// not.
+// report waits for the last call of the hook. If there was one, it reports that the function has returned.
 func (o *overdue) report() {
 	<-o.done
 	if o.told {

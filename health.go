@@ -9,8 +9,9 @@ import (
 	"time"
 )
 
-// A health is what the check of [WithHealth] says in one election, from the beginning of a campaign to the end of the term. It
-// is treated like the lease: what has begun to succeed holds for TTL − margin. At rest it has timers and no goroutine.
+// A health is what the check of [WithHealth] says in one election, from the beginning of a campaign to the end of the
+// term. It is treated like the lease: what has begun to succeed holds for TTL − margin. At rest it has timers and no
+// goroutine.
 type health struct {
 	e        *Elector
 	election string
@@ -39,7 +40,8 @@ func (e *Elector) newHealth(election string, lost func(error)) *health {
 
 // period is how often the check is called, and for how long it may take.
 //
-// A success holds for TTL − margin. Two more checks fit into that, so that one failure, or one slow check, loses nothing.
+// A success holds for TTL − margin. Two more checks fit into that, so that one failure, or one slow check, loses
+// nothing.
 func (h *health) period() time.Duration {
 	return min(h.e.opts.ttl/3, (h.e.opts.ttl-h.e.opts.healthMargin())*5/12)
 }
@@ -140,7 +142,8 @@ func (h *health) err() error {
 	return h.errorLocked()
 }
 
-// wait blocks until the Elector is healthy or ctx ends. With once it does not wait longer than for the check that is under way.
+// wait blocks until the Elector is healthy or ctx ends. With once it does not wait longer than for the check that is
+// under way.
 func (h *health) wait(ctx context.Context, once bool) error {
 	for h.err() != nil {
 		h.mu.Lock()

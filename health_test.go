@@ -207,44 +207,59 @@ func TestCheckThatHangsIsNotCalledAgainByTheNextCampaign(t *testing.T) {
 
 // What the check returns may wrap an error of another term.
 func TestCheckThatFailsWithTheErrorOfAnEarlierTermEndsTheTermAsUnhealthy(t *testing.T) {
-	_, client := start(t)
-	var p patient
-	e := newElector(t, client, leader.WithTTL(3*time.Second), leader.WithMargin(200*time.Millisecond), leader.WithHealth(p.check))
-	l := lead(t, e, "jobs", "")
-	p.fail(fmt.Errorf("worker: %w", leader.ErrResigned))
-	etcdtest.Await(t, "the end of the term", l.Context().Done())
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
-	defer cancel()
-	for {
-		cs, err := e.Candidates(ctx, "jobs")
-		if err != nil {
-			t.Errorf("the key of the term is left: %v", err)
-			break
-		}
-		if len(cs) == 0 {
-			break
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
-	p.fail(nil)
-	resign(t, l)
+	for name, earlier := range map[string]error{"resigned": leader.ErrResigned, "transferred": leader.ErrTransferred} {
+		t.Run(name, func(t *testing.T) {
+			_, client := start(t)
+			var p patient
+			e := newElector(t, client, leader.WithTTL(3*time.Second), leader.WithMargin(200*time.Millisecond), leader.WithHealth(p.check))
+			l := lead(t, e, "jobs", "")
+			p.fail(fmt.Errorf("worker: %w", earlier))
+			etcdtest.Await(t, "the end of the term", l.Context().Done())
+			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+			defer cancel()
+			for {
+				cs, err := e.Candidates(ctx, "jobs")
+				if err != nil {
+					t.Errorf("the key of the term is left: %v", err)
+					break
+				}
+				if len(cs) == 0 {
+					break
+				}
+				time.Sleep(20 * time.Millisecond)
+			}
+			p.fail(nil)
+			resign(t, l)
 
-	// a candidate
-	l = lead(t, newElector(t, client), "jobs", "")
-	next := campaign(t.Context(), e, "jobs", "")
-	awaitQueue(t, client, "jobs", queued(2))
-	p.fail(fmt.Errorf("worker: %w", leader.ErrResigned))
-	awaitQueue(t, client, "jobs", queued(1))
-	p.fail(nil)
-	resign(t, l)
-	select {
-	case o := <-next:
-		if o.err != nil {
-			t.Fatalf("Campaign: %v", o.err)
-		}
-		resign(t, o.l)
-	case <-time.After(patience):
-		t.Fatal("no term")
+			// a candidate
+			l = lead(t, newElector(t, client), "jobs", "")
+			next := campaign(t.Context(), e, "jobs", "")
+			awaitQueue(t, client, "jobs", queued(2))
+			p.fail(fmt.Errorf("worker: %w", earlier))
+			awaitQueue(t, client, "jobs", queued(1))
+			p.fail(nil)
+			resign(t, l)
+			select {
+			case o := <-next:
+				if o.err != nil {
+					t.Fatalf("Campaign: %v", o.err)
+				}
+				resign(t, o.l)
+			case <-time.After(patience):
+				t.Fatal("no term")
+			}
+
+			// a candidate that does not wait
+			p.fail(fmt.Errorf("worker: %w", earlier))
+			tried := make(chan error, 1)
+			go func() {
+				_, err := e.TryCampaign(t.Context(), "jobs", "")
+				tried <- err
+			}()
+			if err := etcdtest.Await(t, "TryCampaign", tried); !errors.Is(err, leader.ErrUnhealthy) || !errors.Is(err, earlier) {
+				t.Errorf("TryCampaign: %v", err)
+			}
+		})
 	}
 }
 

@@ -144,6 +144,13 @@ func campaign(ctx context.Context, e *leader.Elector, name, value string) <-chan
 	return c
 }
 
+// transfer transfers in the background.
+func transfer(ctx context.Context, e *leader.Elector, name string, to leader.Candidate) <-chan error {
+	c := make(chan error, 1)
+	go func() { c <- e.Transfer(ctx, name, to) }()
+	return c
+}
+
 func awaitLeader(t *testing.T, c <-chan outcome) *leader.Leader {
 	t.Helper()
 	o := etcdtest.Await(t, "Campaign", c)
@@ -655,41 +662,79 @@ func (t outTxn) Commit() (*clientv3.TxnResponse, error) {
 	return t.Txn.Commit()
 }
 
-// pastStock starts a Transfer that waits for a stock candidate, and returns when that one was asked.
-func pastStock(t *testing.T) (client *clientv3.Client, l *leader.Leader, request string, transferred <-chan error, cancel, stockLeaves func(), next <-chan outcome) {
-	t.Helper()
-	_, client = start(t)
-	l = lead(t, newElector(t, client, long), "jobs", "leads")
-	session, err := concurrency.NewSession(client, concurrency.WithTTL(60))
-	if err != nil {
-		t.Fatal(err)
-	}
-	campaigning, giveUp := context.WithCancel(t.Context())
-	gaveUp := make(chan error, 1)
-	go func() { gaveUp <- concurrency.NewElection(session, "jobs").Campaign(campaigning, "stock") }()
-	awaitQueue(t, client, "jobs", queued(2))
-	next = campaign(t.Context(), newElector(t, client, long), "jobs", "waits")
-	cs := awaitQueue(t, client, "jobs", queued(3))
-	ctx, cancel := context.WithCancel(t.Context())
-	over := make(chan error, 1)
-	e := newElector(t, client)
-	go func() { over <- e.Transfer(ctx, "jobs", cs[2]) }()
-	request = cs[1].Key + "/stepback"
-	etcdtest.Await(t, "the request", client.Watch(t.Context(), request, clientv3.WithRev(1)))
-	return client, l, request, over, cancel, func() {
-		giveUp()
-		_ = etcdtest.Await(t, "the stock candidate", gaveUp)
-		session.Close()
-	}, next
+// A stockBetween is a queue of a leader, a stock candidate, which notices no request to step back, and another candidate.
+type stockBetween struct {
+	client *clientv3.Client
+	l      *leader.Leader
+	next   <-chan outcome // of the last
+	cs     []leader.Candidate
+	giveUp context.CancelFunc
+	over   <-chan error // of the stock candidate
+	stock  *concurrency.Session
 }
 
-func revokeOf(t *testing.T, client *clientv3.Client, request string) {
+func newStockBetween(t *testing.T) *stockBetween {
 	t.Helper()
-	resp, err := client.Get(t.Context(), request)
+	_, client := start(t)
+	q := &stockBetween{client: client, l: lead(t, newElector(t, client, long), "jobs", "leads")}
+	var err error
+	if q.stock, err = concurrency.NewSession(client, concurrency.WithTTL(60)); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = q.stock.Close() })
+	ctx, cancel := context.WithCancel(t.Context())
+	over := make(chan error, 1)
+	q.giveUp, q.over = cancel, over
+	go func() { over <- concurrency.NewElection(q.stock, "jobs").Campaign(ctx, "stock") }()
+	awaitQueue(t, client, "jobs", queued(2))
+	q.next = campaign(t.Context(), newElector(t, client, long), "jobs", "waits")
+	q.cs = awaitQueue(t, client, "jobs", queued(3))
+	return q
+}
+
+// request is the key by which the stock candidate is asked to step back.
+func (q *stockBetween) request() string { return q.cs[1].Key + "/stepback" }
+
+// transfer starts a Transfer to the last, and returns when the stock candidate was asked.
+func (q *stockBetween) transfer(ctx context.Context, t *testing.T, e *leader.Elector) <-chan error {
+	t.Helper()
+	transferred := transfer(ctx, e, "jobs", q.cs[2])
+	etcdtest.Await(t, "the request", q.client.Watch(ctx, q.request(), clientv3.WithRev(1)))
+	return transferred
+}
+
+// stockLeaves lets the stock candidate leave the queue.
+func (q *stockBetween) stockLeaves(t *testing.T) {
+	t.Helper()
+	q.giveUp()
+	_ = etcdtest.Await(t, "the stock candidate", q.over)
+	_ = q.stock.Close()
+}
+
+// end lets everybody leave, one after another.
+func (q *stockBetween) end(t *testing.T) {
+	t.Helper()
+	q.stockLeaves(t)
+	awaitQueue(t, q.client, "jobs", queued(2))
+	resign(t, q.l)
+	resign(t, awaitLeader(t, q.next))
+}
+
+// revokeRequest revokes the lease of the request.
+func (q *stockBetween) revokeRequest(t *testing.T) {
+	t.Helper()
+	resp, err := q.client.Get(t.Context(), q.request())
 	if err != nil || resp.Count != 1 {
 		t.Fatalf("the request: %v, %v", resp, err)
 	}
-	if _, err := client.Revoke(t.Context(), clientv3.LeaseID(resp.Kvs[0].Lease)); err != nil {
+	if _, err := q.client.Revoke(t.Context(), clientv3.LeaseID(resp.Kvs[0].Lease)); err != nil {
 		t.Fatal(err)
+	}
+}
+
+func (q *stockBetween) wantNoRequest(t *testing.T) {
+	t.Helper()
+	if resp, err := q.client.Get(t.Context(), q.request()); err != nil || resp.Count != 0 {
+		t.Errorf("the request is left: %v, %v", resp, err)
 	}
 }

@@ -142,6 +142,8 @@ func (l *letter) Commit() (*clientv3.TxnResponse, error) {
 	switch {
 	case op.IsDelete():
 		what = "delete"
+	case op.IsPut() && strings.HasSuffix(string(op.KeyBytes()), "/stepback"):
+		what = "request"
 	case op.IsPut() && len(l.thens) > 1:
 		what = "join"
 	case op.IsPut() && len(op.ValueBytes()) == 0:
@@ -258,6 +260,54 @@ var mutations = []struct {
 		awaitEnd(t, l, leader.ErrEvicted)
 		return arrive
 	}},
+	{"request to step back", false, func(t *testing.T, s *stage) func() {
+		l := lead(t, s.e, s.name, "first")
+		next := campaign(t.Context(), s.others, s.name, "other")
+		cs := awaitQueue(t, s.client, s.name, queued(2))
+		kept := s.courier.delay("request", s.name, s.how)
+		transferred := transfer(t.Context(), newElector(t, s.by), s.name, cs[1])
+		arrive := etcdtest.Await(t, "a request", kept)
+		awaitEnd(t, l, leader.ErrTransferred)
+		resign(t, l)
+		if err := etcdtest.Await(t, "Transfer", transferred); err != nil {
+			t.Errorf("Transfer: %v", err)
+		}
+		resign(t, awaitLeader(t, next))
+		return arrive
+	}},
+	{"step back of a leader", false, func(t *testing.T, s *stage) func() {
+		l := lead(t, s.e, s.name, "first")
+		next := campaign(t.Context(), s.others, s.name, "other")
+		cs := awaitQueue(t, s.client, s.name, queued(2))
+		transferred := transfer(t.Context(), newElector(t, s.client), s.name, cs[1])
+		awaitEnd(t, l, leader.ErrTransferred)
+		kept := s.courier.delay("delete", s.name, s.how)
+		resign(t, l)
+		arrive := etcdtest.Await(t, "a deletion", kept)
+		if err := etcdtest.Await(t, "Transfer", transferred); err != nil {
+			t.Errorf("Transfer: %v", err)
+		}
+		resign(t, awaitLeader(t, next))
+		return arrive
+	}},
+	{"step back of a candidate", false, func(t *testing.T, s *stage) func() {
+		l := lead(t, s.others, s.name, "other")
+		next := campaign(t.Context(), s.e, s.name, "first")
+		awaitQueue(t, s.client, s.name, queued(2))
+		last := campaign(t.Context(), newElector(t, s.client), s.name, "last")
+		cs := awaitQueue(t, s.client, s.name, queued(3))
+		kept := s.courier.delay("delete", s.name, s.how)
+		transferred := transfer(t.Context(), newElector(t, s.client), s.name, cs[2])
+		arrive := etcdtest.Await(t, "a deletion", kept)
+		awaitEnd(t, l, leader.ErrTransferred)
+		resign(t, l)
+		if err := etcdtest.Await(t, "Transfer", transferred); err != nil {
+			t.Errorf("Transfer: %v", err)
+		}
+		resign(t, awaitLeader(t, last))
+		resign(t, awaitLeader(t, next))
+		return arrive
+	}},
 	{"revocation", true, func(t *testing.T, s *stage) func() {
 		l := lead(t, s.e, s.name, "first")
 		kept := s.courier.delay("revoke", "", s.how)
@@ -318,6 +368,9 @@ func TestMutationsThatArriveLateOrTwiceDoNoHarm(t *testing.T) {
 					arrive()
 					awaitQueue(t, client, s.name, queued(0)) // what it has put is deleted again
 					resign(t, lead(t, s.others, s.name, "another"))
+					if resp, err := client.Get(t.Context(), s.name+"/", clientv3.WithPrefix()); err != nil || resp.Count != 0 {
+						t.Errorf("left below the name: %v, %v", resp, err)
+					}
 				})
 				t.Run(m.what+" arrives "+string(how)+", in the next term of the process", func(t *testing.T) {
 					s, arrive := begin(t)

@@ -1,8 +1,8 @@
-// Package leader elects a leader among the instances of a service, on etcd: at most one instance works at a time, and it
-// is told to stop before another can be elected.
+// Package leader elects a leader among the instances of a service, on etcd: at most one instance works at a time, and
+// it is told to stop before another can be elected.
 //
-// A service calls [Run], which campaigns and calls a function each time this instance is elected; or [Campaign], for one
-// term. An [Elector] takes part in many elections over one lease, and observes them.
+// A service calls [Run], which campaigns and calls a function each time this instance is elected; or [Campaign], for
+// one term. An [Elector] takes part in many elections over one lease, and observes them.
 //
 // # What is guaranteed, and what is not
 //
@@ -18,9 +18,9 @@
 //
 // # Elections
 //
-// Elections are those of go.etcd.io/etcd/client/v3/concurrency: the same keys in the same order. Candidates of this package,
-// of [concurrency.Election] and of etcdctl elect can compete in one election. Each key name/<lease in hex> is a candidate of
-// the election "name". Do not store other data under such a key. Other keys under name/ are ignored.
+// Elections are those of go.etcd.io/etcd/client/v3/concurrency: the same keys in the same order. Candidates of this
+// package, of [concurrency.Election] and of etcdctl elect can compete in one election. Each key name/<lease in hex> is a
+// candidate of the election "name". Do not store other data under such a key. Other keys under name/ are ignored.
 //
 // # The client
 //
@@ -183,9 +183,9 @@ type Leader struct {
 }
 
 // Context returns a context for the work that a leader does. It is cancelled when the term ends, with a [context.Cause]
-// that is [ErrResigned], [ErrTransferred], [ErrUnhealthy], [ErrExpired] or [ErrEvicted], possibly wrapped. It carries the
-// values of Campaign's context but does not end with it. A timer cancels it: in a process that resumes after a pause it
-// may be live for a moment although the term is over. IsLeader is right even in that moment.
+// that is [ErrResigned], [ErrTransferred], [ErrUnhealthy], [ErrExpired] or [ErrEvicted], possibly wrapped. It carries
+// the values of Campaign's context but does not end with it. A timer cancels it: in a process that resumes after a
+// pause it may be live for a moment although the term is over. IsLeader is right even in that moment.
 func (l *Leader) Context() context.Context { return l.ctx }
 
 // IsLeader reports whether the term still holds. It reads the clocks and does not wait for a timer,
@@ -325,7 +325,7 @@ func (l *Leader) Resign(ctx context.Context) error {
 		}
 	}
 	defer func() { <-l.resigning }()
-	if cause := context.Cause(l.ctx); errors.Is(cause, ErrResigned) || winding(cause) { // else tidy does it
+	if keepsKey(context.Cause(l.ctx)) { // else tidy does it
 		if err := l.leave(ctx); err != nil {
 			return fmt.Errorf("leader: resign: %w", err)
 		}
@@ -376,8 +376,8 @@ func (l *Leader) evict() {
 	}
 }
 
-// stepBack gives the place up because somebody has asked for that. Whether a candidate or a term ends so is decided under
-// l.mu: a candidate joins again, a term ends with ErrTransferred.
+// stepBack gives the place up because somebody has asked for that. Whether it is a candidate that ends, and joins again,
+// or a term, is decided under l.mu.
 func (l *Leader) stepBack() { l.end(ErrTransferred) }
 
 // winding reports whether a term that has ended for this cause keeps its key while its work winds down.
@@ -385,8 +385,15 @@ func winding(cause error) bool {
 	return errors.Is(cause, ErrTransferred) || errors.Is(cause, ErrUnhealthy)
 }
 
-// resigned reports whether the cause is a resignation. The failure of a check may wrap the error of another term.
+// resigned reports whether the cause is a resignation, and transferred whether it is a request to step back. What a
+// check has failed with may wrap the cause of another term: ErrUnhealthy wins.
 func resigned(cause error) bool { return errors.Is(cause, ErrResigned) && !winding(cause) }
+func transferred(cause error) bool {
+	return errors.Is(cause, ErrTransferred) && !errors.Is(cause, ErrUnhealthy)
+}
+
+// keepsKey reports whether a term that has ended for this cause still has its key, which its owner deletes.
+func keepsKey(cause error) bool { return resigned(cause) || winding(cause) }
 
 // vacate removes a term that winds down a margin after its end, unless that is done, or the Elector is closed, before.
 func (l *Leader) vacate() {
@@ -474,7 +481,7 @@ func (l *Leader) tell() {
 			log.Info("resigned")
 			return
 		}
-		if errors.Is(cause, ErrTransferred) && !errors.Is(cause, ErrUnhealthy) {
+		if transferred(cause) {
 			log.Info("transferred")
 			return
 		}
@@ -508,14 +515,14 @@ func (l *Leader) touch() {
 	}
 }
 
-// leave removes a term that was resigned. l.resigning is held.
+// leave removes a term that was resigned or winds down. l.resigning is held.
 func (l *Leader) leave(ctx context.Context) error {
 	if l.left {
 		return nil
 	}
 	err := l.remove(ctx)
 	l.left = err == nil
-	l.claim.release() // of a transferred term
+	l.claim.release() // of a term that winds down; the others have done so when they ended
 	return err
 }
 
@@ -531,14 +538,14 @@ func (l *Leader) leave(ctx context.Context) error {
 func (l *Leader) remove(ctx context.Context) error {
 	l.mu.Lock()
 	cause := context.Cause(l.ctx)
-	elected, transferred := l.elected, errors.Is(cause, ErrTransferred)
-	lost := elected && !errors.Is(cause, ErrResigned) && !winding(cause)
+	elected := l.elected
 	l.mu.Unlock()
+	lost := elected && !keepsKey(cause)
 	var err error
 	if l.token != 0 && !lost && !l.session.Gone() {
 		err = retry.Persist(ctx, l.e.client, func(ctx context.Context) error {
 			switch {
-			case transferred:
+			case transferred(cause):
 				return l.queue.StepBack(ctx, l.key, l.token)
 			case !elected: // a candidate needs no [concurrency.Session], which costs a goroutine
 				return l.queue.Remove(ctx, l.key, l.token)

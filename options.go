@@ -110,24 +110,25 @@ func WithLogger(log *slog.Logger) Option {
 	}}
 }
 
-// WithHealth makes health count as the lease does: a candidate or leader is healthy until TTL − margin after the start of
-// its last successful check. A leader whose work hangs goes on being renewed by its other goroutines, and would lead for ever.
+// WithHealth makes health count as the lease does: a candidate or leader is healthy until TTL − margin after the start
+// of its last successful check. Without it, a leader whose work hangs is renewed by its other goroutines, and leads
+// forever.
 //
 // check is called for each election in which the Elector campaigns or leads, about every TTL/3, or more often if the
 // margin is more than a fifth of the TTL, so that one failure loses nothing. It is also called during outages of etcd,
-// and never twice at a time for an election. Its context ends before the next call is due. A check that has not returned
-// then is not called again before it has. An error, or a check that takes longer, does not count. A panic ends the
-// program.
+// and never twice at a time for an election. Its context ends before the next call is due. A check that has not
+// returned then is not called again before it has. An error, or a check that takes longer, does not count. A panic ends
+// the program.
 //
-//   - A leader that is not healthy any more loses its term: the cause is [ErrUnhealthy], and wraps the last failure. Its key
-//     goes when the function of Run has returned or Resign is called, or a margin later, whichever is first. So a leader
-//     that hangs costs what one that crashes costs.
-//   - A candidate leaves the queue, and joins again when it is healthy. Campaign waits for a first success before it joins;
-//     TryCampaign returns [ErrUnhealthy] if the first check fails.
+//   - A leader that is not healthy any more loses its term: the cause is [ErrUnhealthy], and wraps the last failure.
+//     Its key goes when the function of Run has returned or Resign is called, or a margin later, whichever is first. So
+//     a leader that hangs costs what one that crashes costs.
+//   - A candidate leaves the queue, and joins again when it is healthy. Campaign waits for a first success before it
+//     joins; TryCampaign returns [ErrUnhealthy] if the first check fails.
 //
-// If everybody is unhealthy nobody leads. So check must ask about this process, such as whether its work makes progress, and not
-// about what all instances share, such as a database. Whoever knows at once that it is unfit calls Resign after its work
-// has stopped.
+// If everybody is unhealthy nobody leads. So check must ask about this process, such as whether its work makes
+// progress, and not about what all instances share, such as a database. Whoever knows at once that it is unfit calls
+// Resign after its work has stopped.
 func WithHealth(check func(ctx context.Context, election string) error) Option {
 	return Option{func(o *options) error {
 		if check == nil {
@@ -161,8 +162,9 @@ func WithHooks(hooks Hooks) Option {
 // For each campaign the order is Campaigning, then either CampaignFailed or Elected and Ended. Hooks of
 // different elections and of the lease may be called concurrently, and LeaderChanged concurrently with
 // Campaigning and Elected. When CampaignFailed or Ended is called, another goroutine's campaign in the same
-// election may have begun, and its Campaigning may come first. A call that is refused at once, for its name or
-// value, with [ErrCampaigning] or with [ErrClosed], is no campaign.
+// election may have begun, and its Campaigning may come first. It may also come before Elected, if the log handler
+// blocks and the term is over already. A call that is refused at once, for its name or value, with [ErrCampaigning] or
+// with [ErrClosed], is no campaign.
 //
 // election is the election's name with the prefix of [WithPrefix].
 type Hooks struct {
@@ -177,7 +179,8 @@ type Hooks struct {
 	Elected func(election string, l *Leader, waited time.Duration)
 
 	// Ended is called when a term has ended, after its context is cancelled and after the campaign's last
-	// LeaderChanged. cause is [ErrResigned], [ErrExpired] or [ErrEvicted], possibly wrapped.
+	// LeaderChanged. cause is [ErrResigned], [ErrTransferred], [ErrUnhealthy], [ErrExpired] or [ErrEvicted],
+	// possibly wrapped. Ended does not wait for work that winds down after a transfer or for lack of health.
 	Ended func(election string, l *Leader, cause error)
 
 	// Overdue is called by Run if the function that leads ignores the end of its context: a margin after that

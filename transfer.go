@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -17,33 +18,33 @@ import (
 )
 
 const (
-	// requestTTL is the time to live of the lease on which requests to step back are, so that they do not outlive whoever
-	// has asked for long.
+	// requestTTL is the time to live of the lease that requests to step back are on, so that they do not outlive their
+	// asker for long.
 	requestTTL = 10 * time.Second
 
 	// maxTransferRead is how long a Transfer waits until it reads the queue again, in case its watch is dead.
 	maxTransferRead = time.Second
 )
 
-// Transfer hands the election name over to the candidate to, without an overlap: the leader stops its work before the next
-// one is elected. It asks the candidates between the leader and to to step back, which join again at the end of the queue,
-// waits until they have left, and asks the leader then. With the zero Candidate whoever is next leads.
+// Transfer hands the election name over to the candidate to, without an overlap: the leader stops its work before the
+// next one is elected. It asks the candidates between the leader and to to step back, which join again at the end of
+// the queue, waits until they have left, and asks the leader then. With the zero Candidate whoever is next leads.
 //
 // It returns nil once to, known by its Key and Token, is the first in the queue, at once if it is already; for the zero
 // Candidate once another term than the one that it found has begun. It returns [ErrNoLeader] if nobody leads,
 // [ErrNotCandidate] if to has left the queue or nobody waits, and ctx's error if ctx ends, with the names of those who
-// have not left. So ctx should have a deadline.
+// have not left. So give ctx a deadline.
 //
 // A leader under [Elector.Run] leaves when its function has returned, however long that takes: nobody leads meanwhile,
-// Hooks.Overdue says so, and [Elector.Evict] ends it. A leader under [Elector.Campaign] leaves when it calls Resign, or a
-// margin after its context has ended. Its term ends with [ErrTransferred].
+// Hooks.Overdue says so, and [Elector.Evict] ends it. A leader under [Elector.Campaign] leaves when it calls Resign, or
+// a margin after its context has ended. Its term ends with [ErrTransferred].
 //
-// A Transfer that fails may have sent candidates to the end of the queue. Once the leader was asked nothing is undone: if
-// to dies then, the next one leads. A candidate or leader whose watch is dead, and one by stock concurrency.Election, does
-// not notice that it is asked: then the leader is not asked, and Transfer returns when ctx ends.
+// A Transfer that fails may have sent candidates to the end of the queue. Once the leader was asked nothing is undone:
+// if to dies then, the next one leads. A candidate whose watch is dead, and one by stock concurrency.Election, does not
+// notice that it is asked: then the leader is not asked, and Transfer returns when ctx ends.
 //
-// It must not be waited for in the function that Run calls. It suits queues of tens of candidates, since each that steps back
-// costs a read of the queue.
+// It must not be waited for in the function that Run calls. It suits queues of tens of candidates, since each that
+// steps back costs a read of the queue.
 func (e *Elector) Transfer(ctx context.Context, name string, to Candidate) error {
 	q, err := e.queue(name)
 	if err != nil {
@@ -54,7 +55,10 @@ func (e *Elector) Transfer(ctx context.Context, name string, to Candidate) error
 		return err
 	}
 	defer end()
-	t := &transfer{e: e, q: q, to: queue.Candidate(to), loop: &retry.Loop{Client: e.client}, asked: make(map[string]*asked), again: make(chan struct{}, 1)}
+	t := &transfer{
+		e: e, q: q, to: queue.Candidate(to), loop: &retry.Loop{Client: e.client},
+		asked: make(map[string]*asked), again: make(chan struct{}, 1),
+	}
 	err = t.run(ctx)
 	t.withdraw(ctx)
 	switch {
@@ -62,6 +66,9 @@ func (e *Elector) Transfer(ctx context.Context, name string, to Candidate) error
 		return nil
 	case ctx.Err() != nil:
 		err = e.whyEnded(ctx)
+		if last := t.loop.Last(); last != nil {
+			err = retry.WithLast(err, last)
+		}
 		if who := t.missing(); who != "" {
 			err = fmt.Errorf("%w: %s", err, who)
 		}
@@ -94,12 +101,9 @@ type asked struct {
 
 func (t *transfer) run(ctx context.Context) error {
 	watching, cancel := context.WithCancel(ctx)
+	var watcher sync.WaitGroup
+	defer watcher.Wait()
 	defer cancel()
-	var watcher retry.Group
-	defer func() {
-		cancel()
-		_ = watcher.Wait(context.WithoutCancel(ctx))
-	}()
 	watcher.Go(func() { t.watch(watching) })
 	for {
 		cs, err := retry.Do(ctx, t.loop, t.q.List)
@@ -119,7 +123,8 @@ func (t *transfer) run(ctx context.Context) error {
 	}
 }
 
-// watch makes run read the queue again when somebody has left it. It need not be reliable, as run reads at intervals too.
+// watch makes run read the queue again when somebody has left it. It need not be reliable, as run reads at intervals
+// too.
 func (t *transfer) watch(ctx context.Context) {
 	wctx, cancel := retry.StreamOf(t.e.client).Watching(ctx)
 	defer cancel()
@@ -167,9 +172,9 @@ func (t *transfer) step(ctx context.Context, cs []queue.Candidate) (over bool, e
 // place is the place in the queue of who is to lead: 0 if it leads, -1 if it is not there.
 func (t *transfer) place(cs []queue.Candidate) int {
 	if t.to != (queue.Candidate{}) {
-		return slices.IndexFunc(cs, func(c queue.Candidate) bool { return c.Key == t.to.Key && c.Token == t.to.Token })
+		return slices.IndexFunc(cs, t.to.Is)
 	}
-	if len(cs) > 0 && (cs[0].Key != t.first.Key || cs[0].Token != t.first.Token) {
+	if len(cs) > 0 && !cs[0].Is(t.first) {
 		return 0 // another term than the one that was found
 	}
 	return 1
@@ -191,7 +196,7 @@ func (t *transfer) ask(ctx context.Context, c, successor queue.Candidate) error 
 		t.pool = lease.NewPool(t.e.client, lease.Config{TTL: requestTTL, SharedNames: true})
 	}
 	var err error
-	if a == nil { // else it is put again by the same lease: that of a key that was dropped deletes what it finds under its name
+	if a == nil { // else it is put again under the same lease
 		a = &asked{Candidate: c}
 		vanished := &a.vanished
 		a.request, err = t.pool.Track(ctx, t.loop, func(clientv3.LeaseID) string { return queue.Request(c) }, func() {
@@ -240,7 +245,7 @@ func (t *transfer) ask(ctx context.Context, c, successor queue.Candidate) error 
 // forget deletes the requests to those who have left.
 func (t *transfer) forget(ctx context.Context, cs []queue.Candidate) {
 	for key, a := range t.asked {
-		if slices.ContainsFunc(cs, func(c queue.Candidate) bool { return c.Key == key && c.Token == a.Token }) {
+		if slices.ContainsFunc(cs, a.Is) {
 			continue
 		}
 		delete(t.asked, key)

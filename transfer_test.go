@@ -12,7 +12,6 @@ import (
 	"example.com/leader"
 	"example.com/leader/internal/etcdtest"
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"go.etcd.io/etcd/client/v3/concurrency"
 	"go.etcd.io/etcd/client/v3/namespace"
 )
 
@@ -89,8 +88,7 @@ func TestTransferUnderRunWaitsForTheFunction(t *testing.T) {
 	lctx := etcdtest.Await(t, "the term", began)
 	next := campaign(t.Context(), newElector(t, client), "jobs", "second")
 	awaitQueue(t, client, "jobs", queued(2))
-	transferred := make(chan error, 1)
-	go func() { transferred <- newElector(t, client).Transfer(t.Context(), "jobs", leader.Candidate{}) }()
+	transferred := transfer(t.Context(), newElector(t, client), "jobs", leader.Candidate{})
 	etcdtest.Await(t, "the end of the function's context", lctx.Done())
 	select {
 	case o := <-next:
@@ -171,8 +169,7 @@ func TestTransferredTermOfCampaignKeepsItsKeyForTheMarginOrUntilResign(t *testin
 	for name, resigns := range map[string]bool{"for the margin": false, "until Resign": true} {
 		t.Run(name, func(t *testing.T) {
 			client, l, next, ops, cs := transferCase(t, 1, leader.WithMargin(margin))
-			transferred := make(chan error, 1)
-			go func() { transferred <- ops.Transfer(t.Context(), "jobs", cs[1]) }()
+			transferred := transfer(t.Context(), ops, "jobs", cs[1])
 			etcdtest.Await(t, "the end of the term", l.Context().Done())
 			ended := time.Now()
 			if resp, err := client.Txn(t.Context()).If(l.Guard()).Then(clientv3.OpPut("data", "x")).Commit(); err != nil || !resp.Succeeded {
@@ -196,35 +193,17 @@ func TestTransferredTermOfCampaignKeepsItsKeyForTheMarginOrUntilResign(t *testin
 
 // A stock candidate never steps back, and its key must not be deleted for it: it would be elected as a phantom.
 func TestTransferAsksNobodyPastAStockCandidate(t *testing.T) {
-	_, client := start(t)
-	l := lead(t, newElector(t, client), "jobs", "leads")
-	session, err := concurrency.NewSession(client, concurrency.WithTTL(60))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer session.Close()
-	stock := concurrency.NewElection(session, "jobs")
-	campaigning, giveUp := context.WithCancel(t.Context())
-	gaveUp := make(chan error, 1)
-	go func() { gaveUp <- stock.Campaign(campaigning, "stock") }()
-	awaitQueue(t, client, "jobs", queued(2))
-	next := campaign(t.Context(), newElector(t, client), "jobs", "waits")
-	cs := awaitQueue(t, client, "jobs", queued(3))
+	q := newStockBetween(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 	defer cancel()
-	err = newElector(t, client).Transfer(ctx, "jobs", cs[2])
+	err := newElector(t, q.client).Transfer(ctx, "jobs", q.cs[2])
 	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), `"stock"`) {
 		t.Errorf("Transfer past a stock candidate: %v", err)
 	}
-	if !l.IsLeader() {
+	if !q.l.IsLeader() {
 		t.Error("the leader was asked")
 	}
-	giveUp()
-	_ = etcdtest.Await(t, "the stock candidate", gaveUp)
-	session.Close()
-	awaitQueue(t, client, "jobs", queued(2))
-	resign(t, l)
-	resign(t, awaitLeader(t, next))
+	q.end(t)
 }
 
 // The leader dies when it was asked, and is back under the same key: the request is not about the new term.
@@ -258,10 +237,9 @@ func TestRequestOfAnEarlierTermIsIgnored(t *testing.T) {
 // Both ask the same ones, and neither's requests are needed when the other's are there.
 func TestTwoTransfersAtOnceBothEnd(t *testing.T) {
 	_, _, next, ops, cs := transferCase(t, 3)
-	second := make(chan error, 1)
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	go func() { second <- ops.Transfer(ctx, "jobs", cs[3]) }()
+	second := transfer(ctx, ops, "jobs", cs[3])
 	if err := ops.Transfer(ctx, "jobs", cs[3]); err != nil {
 		t.Errorf("the first Transfer: %v", err)
 	}
@@ -273,34 +251,17 @@ func TestTwoTransfersAtOnceBothEnd(t *testing.T) {
 
 // Whoever deletes all that lies below the name must not make a Transfer wait for ever.
 func TestRequestThatVanishesIsPutAgain(t *testing.T) {
-	_, client := start(t)
-	l := lead(t, newElector(t, client), "jobs", "leads")
-	session, err := concurrency.NewSession(client, concurrency.WithTTL(60))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer session.Close()
-	stock := concurrency.NewElection(session, "jobs")
-	campaigning, giveUp := context.WithCancel(t.Context())
-	gaveUp := make(chan error, 1)
-	go func() { gaveUp <- stock.Campaign(campaigning, "stock") }()
-	awaitQueue(t, client, "jobs", queued(2))
-	next := campaign(t.Context(), newElector(t, client), "jobs", "waits")
-	cs := awaitQueue(t, client, "jobs", queued(3))
+	q := newStockBetween(t)
 	ctx, cancel := context.WithCancel(t.Context())
-	transferred := make(chan error, 1)
-	e := newElector(t, client)
-	go func() { transferred <- e.Transfer(ctx, "jobs", cs[2]) }()
-	request := cs[1].Key + "/stepback"
-	events := client.Watch(t.Context(), request, clientv3.WithRev(1))
+	transferred := q.transfer(ctx, t, newElector(t, q.client))
 	puts := 0
-	for resp := range events {
+	for resp := range q.client.Watch(t.Context(), q.request(), clientv3.WithRev(1)) {
 		for _, ev := range resp.Events {
 			if ev.Type != clientv3.EventTypePut {
 				continue
 			}
 			if puts++; puts == 1 {
-				if _, err := client.Delete(t.Context(), request); err != nil {
+				if _, err := q.client.Delete(t.Context(), q.request()); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -313,15 +274,8 @@ func TestRequestThatVanishesIsPutAgain(t *testing.T) {
 	if err := etcdtest.Await(t, "Transfer", transferred); !errors.Is(err, context.Canceled) {
 		t.Errorf("Transfer: %v", err)
 	}
-	if resp, err := client.Get(t.Context(), request); err != nil || resp.Count != 0 {
-		t.Errorf("the request is left: %v, %v", resp, err)
-	}
-	giveUp()
-	_ = etcdtest.Await(t, "the stock candidate", gaveUp)
-	session.Close()
-	awaitQueue(t, client, "jobs", queued(2))
-	resign(t, l)
-	resign(t, awaitLeader(t, next))
+	q.wantNoRequest(t)
+	q.end(t)
 }
 
 // It needs no right but that below the election's name, and no key outside a namespace.
@@ -338,9 +292,8 @@ func TestTransferNeedsNoMoreThanCandidatesDo(t *testing.T) {
 	awaitQueue(t, ns, "jobs", queued(2))
 	next := campaign(t.Context(), newElector(t, ns), "jobs", "third")
 	cs := awaitQueue(t, ns, "jobs", queued(3))
-	transferred := make(chan error, 1)
 	e := newElector(t, ns)
-	go func() { transferred <- e.Transfer(t.Context(), "jobs", cs[2]) }()
+	transferred := transfer(t.Context(), e, "jobs", cs[2])
 	etcdtest.Await(t, "the end of the term", l.Context().Done())
 	resign(t, l)
 	if err := etcdtest.Await(t, "Transfer", transferred); err != nil {
@@ -352,41 +305,20 @@ func TestTransferNeedsNoMoreThanCandidatesDo(t *testing.T) {
 
 // The asker dies: its requests are gone after their lease, and whoever has not seen them stays.
 func TestTransferThatIsGivenUpLeavesNoRequestAndTheLeaderWhereItWasNotAsked(t *testing.T) {
-	_, client := start(t)
-	l := lead(t, newElector(t, client), "jobs", "leads")
-	session, err := concurrency.NewSession(client, concurrency.WithTTL(60))
-	if err != nil {
-		t.Fatal(err)
-	}
-	campaigning, giveUp := context.WithCancel(t.Context())
-	gaveUp := make(chan error, 1)
-	go func() { gaveUp <- concurrency.NewElection(session, "jobs").Campaign(campaigning, "stock") }()
-	awaitQueue(t, client, "jobs", queued(2))
-	next := campaign(t.Context(), newElector(t, client), "jobs", "waits")
-	cs := awaitQueue(t, client, "jobs", queued(3))
-	e := newElector(t, client)
-	transferred := make(chan error, 1)
-	go func() { transferred <- e.Transfer(t.Context(), "jobs", cs[2]) }()
-	requests := client.Watch(t.Context(), cs[1].Key+"/stepback", clientv3.WithRev(1))
-	etcdtest.Await(t, "the request", requests)
+	q := newStockBetween(t)
+	e := newElector(t, q.client)
+	transferred := q.transfer(t.Context(), t, e)
 	if err := e.Close(t.Context()); err != nil {
 		t.Errorf("Close: %v", err)
 	}
 	if err := etcdtest.Await(t, "Transfer", transferred); !errors.Is(err, leader.ErrClosed) {
 		t.Errorf("Transfer of an Elector that is closed: %v", err)
 	}
-	if resp, err := client.Get(t.Context(), cs[1].Key+"/stepback"); err != nil || resp.Count != 0 {
-		t.Errorf("the request is left: %v, %v", resp, err)
-	}
-	if !l.IsLeader() {
+	q.wantNoRequest(t)
+	if !q.l.IsLeader() {
 		t.Error("the leader has stepped back, and was not asked")
 	}
-	giveUp()
-	_ = etcdtest.Await(t, "the stock candidate", gaveUp)
-	session.Close()
-	awaitQueue(t, client, "jobs", queued(2))
-	resign(t, l)
-	resign(t, awaitLeader(t, next))
+	q.end(t)
 }
 
 // Somebody else's Resign has no answer, and holds the election, for longer than Run resigns.
@@ -409,8 +341,7 @@ func TestRunGoesOnThoughAnotherResignOfATransferredTermIsUnderWay(t *testing.T) 
 	l := etcdtest.Await(t, "the term", terms)
 	next := campaign(t.Context(), newElector(t, client, long), "jobs", "second")
 	awaitQueue(t, client, "jobs", queued(2))
-	transferred := make(chan error, 1)
-	go func() { transferred <- newElector(t, client, long).Transfer(t.Context(), "jobs", leader.Candidate{}) }()
+	transferred := transfer(t.Context(), newElector(t, client, long), "jobs", leader.Candidate{})
 	etcdtest.Await(t, "the end of the term", l.Context().Done())
 	if err := m.Pause(); err != nil {
 		t.Fatal(err)
@@ -449,8 +380,7 @@ func TestTransferSurvivesAnOutageThatItsLeaseDoesNot(t *testing.T) {
 	e := newElector(t, bad)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	transferred := make(chan error, 1)
-	go func() { transferred <- e.Transfer(ctx, "jobs", leader.Candidate{}) }()
+	transferred := transfer(ctx, e, "jobs", leader.Candidate{})
 	time.Sleep(10 * time.Second)
 	out.Store(false)
 	select {
@@ -479,9 +409,8 @@ func TestTransferDoesNotSaveAHungLeaderFromItsCheck(t *testing.T) {
 	next := campaign(t.Context(), newElector(t, client, long), "jobs", "second")
 	awaitQueue(t, client, "jobs", queued(2))
 	p.fail(errSick)
-	transferred := make(chan error, 1)
 	ops := newElector(t, client)
-	go func() { transferred <- ops.Transfer(ctx, "jobs", leader.Candidate{}) }()
+	transferred := transfer(ctx, ops, "jobs", leader.Candidate{})
 	etcdtest.Await(t, "the end of the term", l.Context().Done())
 	select {
 	case o := <-next:
@@ -503,20 +432,21 @@ func TestTransferDoesNotSaveAHungLeaderFromItsCheck(t *testing.T) {
 
 // A Transfer that has asked somebody deletes, by its renewals, only requests of its own.
 func TestTransferDeletesNoRequestOfAnother(t *testing.T) {
-	client, l, _, transferred, cancel, stockLeaves, next := pastStock(t)
+	q := newStockBetween(t)
+	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
+	transferred := q.transfer(ctx, t, newElector(t, q.client))
 	// One more that stands before to: it steps back, and its request is forgotten.
-	e := newElector(t, client, long)
+	e := newElector(t, q.client, long)
 	own := campaign(t.Context(), e, "jobs", "last")
-	awaitQueue(t, client, "jobs", queued(4))
-	ops := newElector(t, client)
-	ctx, stop := context.WithTimeout(t.Context(), patience)
+	awaitQueue(t, q.client, "jobs", queued(4))
+	ops := newElector(t, q.client)
+	second, stop := context.WithTimeout(t.Context(), patience)
 	defer stop()
-	over := make(chan error, 1)
 	// asks stock, waits and then last: only stock is left
-	tail := campaign(t.Context(), newElector(t, client, long), "jobs", "tail")
-	cs := awaitQueue(t, client, "jobs", queued(5))
-	go func() { over <- ops.Transfer(ctx, "jobs", cs[4]) }()
+	tail := campaign(t.Context(), newElector(t, q.client, long), "jobs", "tail")
+	cs := awaitQueue(t, q.client, "jobs", queued(5))
+	over := transfer(second, ops, "jobs", cs[4])
 	for {
 		now, err := ops.Candidates(t.Context(), "jobs")
 		if err != nil {
@@ -528,43 +458,45 @@ func TestTransferDeletesNoRequestOfAnother(t *testing.T) {
 		time.Sleep(10 * time.Millisecond)
 	}
 	time.Sleep(200 * time.Millisecond)
-	lease, err := client.Grant(t.Context(), 60)
+	lease, err := q.client.Grant(t.Context(), 60)
 	if err != nil {
 		t.Fatal(err)
 	}
 	another := cs[3].Key + "/stepback" // of somebody else, not about the present term
-	if _, err := client.Put(t.Context(), another, "1", clientv3.WithLease(lease.ID)); err != nil {
+	if _, err := q.client.Put(t.Context(), another, "1", clientv3.WithLease(lease.ID)); err != nil {
 		t.Fatal(err)
 	}
 	time.Sleep(8 * time.Second)
-	if resp, err := client.Get(t.Context(), another); err != nil || resp.Count != 1 {
+	if resp, err := q.client.Get(t.Context(), another); err != nil || resp.Count != 1 {
 		t.Errorf("the request of somebody else: %v, %v", resp, err)
 	}
 	stop()
-	_, _ = client.Revoke(t.Context(), lease.ID)
+	_, _ = q.client.Revoke(t.Context(), lease.ID)
 	_ = etcdtest.Await(t, "Transfer", over)
 	cancel()
 	_ = etcdtest.Await(t, "Transfer", transferred)
-	stockLeaves()
-	resign(t, l)
-	resignInAnyOrder(t, []<-chan outcome{next, own, tail})
+	q.stockLeaves(t)
+	resign(t, q.l)
+	resignInAnyOrder(t, []<-chan outcome{q.next, own, tail})
 }
 
 // A request that was deleted once by somebody else is put again once, not deleted by the Transfer's own renewals for ever.
 func TestRequestThatVanishedOnceIsPutAgainOnce(t *testing.T) {
-	client, l, request, transferred, cancel, stockLeaves, next := pastStock(t)
-	if _, err := client.Delete(t.Context(), request); err != nil {
+	q := newStockBetween(t)
+	transfers, cancel := context.WithCancel(t.Context())
+	transferred := q.transfer(transfers, t, newElector(t, q.client))
+	if _, err := q.client.Delete(t.Context(), q.request()); err != nil {
 		t.Fatal(err)
 	}
 	time.Sleep(11 * time.Second) // three renewals
-	resp, err := client.Get(t.Context(), request)
+	resp, err := q.client.Get(t.Context(), q.request())
 	if err != nil || resp.Count != 1 {
 		t.Errorf("the request was not put again: %v, %v", resp, err)
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	deletions := 0
 	time.AfterFunc(500*time.Millisecond, stop)
-	for resp := range client.Watch(ctx, request, clientv3.WithRev(1)) {
+	for resp := range q.client.Watch(ctx, q.request(), clientv3.WithRev(1)) {
 		for _, ev := range resp.Events {
 			if ev.Type == clientv3.EventTypeDelete {
 				deletions++
@@ -574,24 +506,24 @@ func TestRequestThatVanishedOnceIsPutAgainOnce(t *testing.T) {
 	if deletions != 1 {
 		t.Errorf("the request was deleted %d times", deletions)
 	}
-	leases, err := client.Leases(t.Context())
+	leases, err := q.client.Leases(t.Context())
 	if err != nil || len(leases.Leases) != 4 { // leader, stock, next, Transfer
 		t.Errorf("leases: %v, %v, want 4", leases, err)
 	}
 	cancel()
 	_ = etcdtest.Await(t, "Transfer", transferred)
-	stockLeaves()
-	resign(t, l)
-	resign(t, awaitLeader(t, next))
+	q.end(t)
 }
 
 // After an outage the lease of the requests is gone, and with it the requests.
 func TestTransferThatHasLostItsLeaseAsksAgain(t *testing.T) {
-	client, l, request, transferred, cancel, stockLeaves, next := pastStock(t)
-	revokeOf(t, client, request)
+	q := newStockBetween(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	transferred := q.transfer(ctx, t, newElector(t, q.client))
+	q.revokeRequest(t)
 	deadline := time.Now().Add(8 * time.Second)
 	for {
-		resp, err := client.Get(t.Context(), request)
+		resp, err := q.client.Get(t.Context(), q.request())
 		if err == nil && resp.Count == 1 {
 			break
 		}
@@ -603,30 +535,30 @@ func TestTransferThatHasLostItsLeaseAsksAgain(t *testing.T) {
 	}
 	cancel()
 	_ = etcdtest.Await(t, "Transfer", transferred)
-	stockLeaves()
-	resign(t, l)
-	resign(t, awaitLeader(t, next))
+	q.end(t)
 }
 
 // The lease is gone in etcd, and the Transfer does not know that yet when it has to ask the next one.
 func TestTransferWhoseLeaseIsGoneAsksTheNextOneWithAnother(t *testing.T) {
-	client, l, request, transferred, cancel, stockLeaves, next := pastStock(t)
+	q := newStockBetween(t)
+	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	revokeOf(t, client, request)
-	stockLeaves()
+	transferred := q.transfer(ctx, t, newElector(t, q.client))
+	q.revokeRequest(t)
+	q.stockLeaves(t)
 	select {
-	case <-l.Context().Done():
+	case <-q.l.Context().Done():
 	case err := <-transferred:
 		t.Errorf("Transfer: %v", err)
-		resign(t, l)
-		resign(t, awaitLeader(t, next))
+		resign(t, q.l)
+		resign(t, awaitLeader(t, q.next))
 		return
 	}
-	resign(t, l)
+	resign(t, q.l)
 	if err := etcdtest.Await(t, "Transfer", transferred); err != nil {
 		t.Errorf("Transfer: %v", err)
 	}
-	resign(t, awaitLeader(t, next))
+	resign(t, awaitLeader(t, q.next))
 }
 
 // Run waits for the function of a transferred term; Hooks.Ended must not.
@@ -650,8 +582,7 @@ func TestEndOfATransferredTermIsToldThoughTheFunctionHasNotReturned(t *testing.T
 	etcdtest.Await(t, "the term", began)
 	next := campaign(t.Context(), newElector(t, client, long), "jobs", "second")
 	awaitQueue(t, client, "jobs", queued(2))
-	transferred := make(chan error, 1)
-	go func() { transferred <- newElector(t, client).Transfer(t.Context(), "jobs", leader.Candidate{}) }()
+	transferred := transfer(t.Context(), newElector(t, client), "jobs", leader.Candidate{})
 	select {
 	case cause := <-ended:
 		if !errors.Is(cause, leader.ErrTransferred) {

@@ -6,7 +6,7 @@
 //	leader_is_leader                    1 while this process leads, else 0
 //	leader_token                        fencing token of the term while this process leads, else 0
 //	leader_deadline_seconds             time left until the term's deadline, unless it is renewed; 0 while not leading
-//	leader_overdue_seconds              how long ago the context of the function that leads ended, if Hooks.Overdue says so; else 0
+//	leader_overdue_seconds              for how long the function that leads has ignored the end of its context, else 0
 //	leader_terms_total                  terms that have begun
 //	leader_term_ends_total              terms that have ended, by reason
 //	leader_campaign_duration_seconds    histogram: how long the campaigns took that were won
@@ -78,8 +78,8 @@ import (
 // A Collector is a [prometheus.Collector] of the metrics of this package, for one process and any number of Electors.
 // It tells elections apart by name alone. If two Electors campaign in the same election, their counts add up,
 // leader_is_leader says whether either leads, and leader_token is the larger token. If Electors use different etcds,
-// give each etcd a Collector of its own, and register it through [prometheus.WrapRegistererWith] with a label that names the
-// etcd.
+// give each etcd a Collector of its own, and register it through [prometheus.WrapRegistererWith] with a label that
+// names the etcd.
 //
 // A Collector is safe for concurrent use.
 type Collector struct {

@@ -69,7 +69,8 @@ type Config struct {
 	// Renewal, if not nil, is called with each attempt to renew, one at a time and in order. No renewal waits for it:
 	// while it has not returned, only the newest maxUntold attempts are kept for it.
 	Renewal func(Renewal)
-	// SharedNames says that others put keys of the same names, on other leases. So a name that was dropped is not looked for.
+	// SharedNames says that others put keys of the same names, on other leases. So a name that was dropped is not
+	// looked for.
 	SharedNames bool
 	// Wall replaces the wall clock in tests.
 	Wall func() time.Time

@@ -258,3 +258,19 @@ func TestCandidateIsAskedToStepBackOnlyByARequestThatIsThere(t *testing.T) {
 		})
 	}
 }
+
+// While no watch can be created, only the reads between the attempts find a request.
+func TestRequestToStepBackIsFoundThoughNoWatchOfTheOwnKeyCanBeCreated(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		own := e.queue().WatchOwn(t.Context(), &retry.Loop{Client: e.client}, "jobs/2", 6)
+		done := make(chan error, 1)
+		go func() { done <- own.Wait() }()
+		w := e.watch(t)
+		e.put("jobs/2/stepback", "6")
+		w.refuse()
+		if err := returned(t, done); !errors.Is(err, ErrAsked) {
+			t.Errorf("Wait() = %v", err)
+		}
+	})
+}

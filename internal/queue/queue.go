@@ -25,6 +25,9 @@ type Candidate struct {
 	Lease clientv3.LeaseID
 }
 
+// Is reports whether both are the same candidacy, whatever their values.
+func (c Candidate) Is(other Candidate) bool { return c.Key == other.Key && c.Token == other.Token }
+
 // A Queue is the queue of one election. Its methods may be called concurrently if each call has a [retry.Loop] of its
 // own.
 type Queue struct {
@@ -179,9 +182,9 @@ func (q *Queue) Touch(ctx context.Context, key string, token int64) (rev int64, 
 	return resp.Header.Revision, nil
 }
 
-// request is the key by which the candidate with this key is asked to step back. It is no candidate's, since its last part
-// is no lease in hex. Its value is the token of the candidate that is asked, in decimal: the next candidate under the
-// same key is not meant.
+// request is the key by which the candidate with this key is asked to step back. It is no candidate's, because its last
+// part is no lease in hex. Its value is the token of the candidate that is asked, in decimal, so that it is not about
+// the next candidate under the same key.
 func request(key string) string { return key + "/stepback" }
 
 // ErrAsked is returned when somebody asks the candidate to step back.
@@ -190,8 +193,8 @@ var ErrAsked = errors.New("the candidate is asked to step back")
 // Request is the key by which c is asked to step back.
 func Request(c Candidate) string { return request(c.Key) }
 
-// Ask asks c to step back, by a key on the lease id. It returns the create revision of that key, or 0 if c is gone or, unless
-// successor is the zero value, that one is. It sends one request, bounded by ctx.
+// Ask asks c to step back, by a key on the lease id. It returns the create revision of that key, or 0 if c is gone or,
+// unless it is the zero value, successor is. It sends one request, bounded by ctx.
 func (q *Queue) Ask(ctx context.Context, id clientv3.LeaseID, c, successor Candidate) (rev int64, err error) {
 	there := []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(c.Key), "=", c.Token)}
 	if successor != (Candidate{}) {
@@ -207,8 +210,8 @@ func (q *Queue) Ask(ctx context.Context, id clientv3.LeaseID, c, successor Candi
 	return resp.Responses[1].GetResponseRange().Kvs[0].CreateRevision, nil
 }
 
-// StepBack deletes the candidate's key if its create revision is token, and with it the request to step back. It sends one
-// request, bounded by ctx.
+// StepBack deletes the candidate's key if its create revision is token, and with it the request to step back. It sends
+// one request, bounded by ctx.
 func (q *Queue) StepBack(ctx context.Context, key string, token int64) error {
 	_, err := q.client.Txn(ctx).
 		If(clientv3.Compare(clientv3.CreateRevision(key), "=", token)).
@@ -294,7 +297,9 @@ func (q *Queue) place(ctx context.Context, loop *retry.Loop, token int64, before
 // when it was elected, and its place was read then. Stock's candidates do not touch their keys; behind one of them, the
 // place is read when its key has gone. That read takes etcd longer the longer the queue is.
 //
-// A watch may die without a sign and hide the deletion. So the key before is also read at the interval reread.
+// A watch may die without a sign and hide the deletion. So the key before is also read at the interval reread. If a
+// read, and not an event, shows that the key has gone, the place is read again: the key may have gone long ago, and the
+// own one with it, while the caller's logger blocked.
 func (q *Queue) Wait(ctx context.Context, loop *retry.Loop, p Place, reread time.Duration, own *Deletion, rely func()) error {
 	for !p.First() {
 		w := &wait{q: q, loop: loop, key: p.before, rev: p.rev, reread: reread, ahead: !p.oldest, own: own, rely: rely}
@@ -336,44 +341,36 @@ func (q *Queue) read(ctx context.Context) ([]Candidate, int64, error) {
 // Oldest returns the candidate with the oldest key below the election's name, or the zero value if that key is no
 // candidate or there is none. It sends one request, again if it has no answer.
 func (q *Queue) Oldest(ctx context.Context) (Candidate, error) {
-	resp, err := retry.First(ctx, q.client, func(ctx context.Context) (*clientv3.GetResponse, error) {
-		return q.client.Get(ctx, q.prefix, clientv3.WithFirstCreate()...)
-	})
-	if err != nil {
-		return Candidate{}, err
-	}
-	for _, c := range q.list(resp.Kvs) {
-		return c, nil
-	}
-	return Candidate{}, nil
+	first, _, err := q.first(ctx, nil, clientv3.WithFirstCreate()...)
+	return first, err
 }
 
 // Leader returns the first candidate, the zero value if there is none. It sends one request, or two if a key that is no
 // candidate is the oldest below the election's name. Requests that fail are repeated in loop; without a loop Leader
 // returns the first failure, after at most [retry.RequestTimeout] each.
 func (q *Queue) Leader(ctx context.Context, loop *retry.Loop) (Candidate, error) {
-	for _, all := range []bool{false, true} {
-		opts := clientv3.WithFirstCreate()
-		if all {
-			opts = []clientv3.OpOption{clientv3.WithPrefix(), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend)}
-		}
-		read := func(ctx context.Context) (*clientv3.GetResponse, error) { return q.client.Get(ctx, q.prefix, opts...) }
-		var resp *clientv3.GetResponse
-		var err error
-		if loop != nil {
-			resp, err = retry.Do(ctx, loop, read)
-		} else {
-			resp, err = retry.First(ctx, q.client, read)
-		}
-		if err != nil {
-			return Candidate{}, err
-		}
-		if cs := q.list(resp.Kvs); len(cs) > 0 {
-			return cs[0], nil
-		}
-		if len(resp.Kvs) == 0 {
-			break
-		}
+	first, keys, err := q.first(ctx, loop, clientv3.WithFirstCreate()...)
+	if err != nil || keys == 0 || first != (Candidate{}) {
+		return first, err
 	}
-	return Candidate{}, nil
+	first, _, err = q.first(ctx, loop, clientv3.WithPrefix(), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
+	return first, err
+}
+
+// first returns the first candidate among the keys that a read with these options finds, and how many these are.
+func (q *Queue) first(ctx context.Context, loop *retry.Loop, opts ...clientv3.OpOption) (first Candidate, keys int, err error) {
+	read := func(ctx context.Context) (*clientv3.GetResponse, error) { return q.client.Get(ctx, q.prefix, opts...) }
+	var resp *clientv3.GetResponse
+	if loop != nil {
+		resp, err = retry.Do(ctx, loop, read)
+	} else {
+		resp, err = retry.First(ctx, q.client, read)
+	}
+	if err != nil {
+		return Candidate{}, 0, err
+	}
+	if cs := q.list(resp.Kvs); len(cs) > 0 {
+		first = cs[0]
+	}
+	return first, len(resp.Kvs), nil
 }

@@ -60,8 +60,8 @@ func (q *Queue) WatchOwn(ctx context.Context, loop *retry.Loop, key string, rev 
 	return &Deletion{watching: w.open(ctx)}
 }
 
-// Wait blocks until the key is gone and returns nil. It returns [ErrAsked] if somebody asks the candidate to step back, and
-// another error if ctx ends or a request fails for good.
+// Wait blocks until the key is gone and returns nil. It returns [ErrAsked] if somebody asks the candidate to step back,
+// and another error if ctx ends or a request fails for good.
 func (d *Deletion) Wait() error { return d.watching.wait.wait(d.watching, d.pending) }
 
 // Close ends the watch.
@@ -133,6 +133,8 @@ func (w *wait) watchEnded(ctx context.Context, lived time.Duration, err error) (
 	case now.gone:
 		w.byRead = true
 		return true, nil
+	case now.asked:
+		return true, ErrAsked
 	}
 	err = w.loop.Retry(ctx, retry.Passing(fmt.Errorf("watch %q: %w", w.key, err)))
 	return err != nil, err

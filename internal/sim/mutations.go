@@ -119,9 +119,13 @@ var mutations = []mutation{
 		{stream, "	st.sent[0].answer <- answer{resp: resp}\n	st.sent = st.sent[1:]\n", "	st.sent[len(st.sent)-1].answer <- answer{resp: resp}\n	st.sent = st.sent[:len(st.sent)-1]\n"},
 	}, adjust: only("link-slow", "link-slow-dark", "link-lossy")},
 	{name: "resign-ends-first", safeguard: "a term is over here before etcd is asked to delete the key", changes: []change{
-		{term, "	l.end(ErrResigned)\n	select {\n	case l.resigning <- struct{}{}: // wins", "	defer l.end(ErrResigned)\n	select {\n	case l.resigning <- struct{}{}: // wins"},
-		{term, "if cause := context.Cause(l.ctx); errors.Is(cause, ErrResigned) || winding(cause) { // else", "if cause := context.Cause(l.ctx); cause == nil || errors.Is(cause, ErrResigned) || winding(cause) { // else"},
+		{term, "	l.end(ErrResigned)\n	select {\n	case l.resigning <- struct{}{}: // wins", "	select {\n	case l.resigning <- struct{}{}: // wins"},
+		{term, "if keepsKey(context.Cause(l.ctx)) { // else", "if cause := context.Cause(l.ctx); cause == nil || keepsKey(cause) { // else"},
+		{term, "	select {\n	case <-l.done: // soon", "	l.end(ErrResigned)\n	select {\n	case <-l.done: // soon"},
 	}},
+	{name: "transferred-keeps", safeguard: "a term that was asked to step back deletes its key", changes: []change{
+		{term, "func keepsKey(cause error) bool { return resigned(cause) || winding(cause) }", "func keepsKey(cause error) bool { return resigned(cause) }"},
+	}, adjust: only("operator-transfers")},
 	{name: "run-lets-go-last", safeguard: "Run resigns after the function has returned", changes: []change{
 		{elector, "	err = lead(lctx, l)\n", "	defer context.AfterFunc(lctx, func() { l.letGo(ctx) })()\n	err = lead(lctx, l)\n"},
 	}},
@@ -223,6 +227,11 @@ var mutations = []mutation{
 	{name: "other-stream", safeguard: "a watch that is not created in time is tried on another stream", changes: []change{
 		{wait, "			stream.Late()\n", ""},
 	}, adjust: calm(8 * time.Second)},
+	{name: "expired-token", safeguard: "a stream of watches whose token has expired is given up", changes: []change{
+		{wait, "	if retry.Unauthenticated(err) {\n		o.stream.Late()\n	}\n", ""},
+	}, adjust: func(c *world.Config) {
+		c.Faults, c.Length, c.TTL = []string{"expire-tokens"}, 15*time.Second, 15*time.Second
+	}},
 	{name: "other-endpoint", safeguard: "a renewal that has no answer is sent over other streams", changes: []change{
 		{stream, "	k.fail(streams)\n	return nil, err\n", "	return nil, err\n"},
 	}, adjust: calm(0)},

@@ -256,8 +256,16 @@ func (w *world) deafen() {
 
 // slowLinks lets everything take longer. Nothing is lost by it but time.
 func (w *world) slowLinks() {
-	if attempt := (w.ttl - w.margin - w.ttl/3) / 3; attempt < 4*slowLink { // of a renewal, which has a way there and back, and as much to spare
-		return
+	// An attempt of a renewal has a way there and back, or, if its token has expired, two of them and one to authenticate.
+	// It needs as much again, since a new stream takes a connection, and there are other delays.
+	ways := 2
+	if w.auth {
+		ways = 6
+	}
+	for _, p := range w.processes() {
+		if p.m.Real((w.ttl-w.margin-w.ttl/3)/3) < time.Duration(2*ways)*slowLink {
+			return
+		}
 	}
 	w.note("probe: links are slow")
 	limit := 4 * time.Second

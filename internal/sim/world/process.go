@@ -400,7 +400,7 @@ func (el *elector) close(ctx context.Context, within time.Duration) {
 	el.closedLocked(began, err)
 	el.gone = true
 	w.mu.Unlock()
-	if err != nil && quiet && w.quiet.Load() && !el.p.dead.Load() && el.client.Ctx().Err() == nil {
+	if err != nil && ctx.Err() == nil && quiet && w.quiet.Load() && !el.p.dead.Load() && el.client.Ctx().Err() == nil {
 		w.violate("error", "%s: Close: %v", el.p.name, err)
 	}
 }
@@ -534,8 +534,11 @@ type call struct {
 	terms       map[int64]*term // those that it won
 }
 
-// stops are what was told of why a campaign is to end.
-type stops struct{ givingUp, closing, end bool }
+// stops are what was told of the end of a campaign.
+type stops struct {
+	givingUp, closing bool // why
+	end               int  // the length of the history when the end was told before its hook was called, else 0
+}
 
 // givesUpLocked records that the campaign is to end.
 func (c *call) givesUpLocked() {
@@ -557,6 +560,7 @@ func (c *call) stopsLocked() {
 }
 
 // failsLocked records the end of a campaign before its hook can: another of the election may begin as soon as it has ended.
+// If it has won, and the term was over before the hook, [call.electedLocked] corrects that.
 func (c *call) failsLocked() {
 	c.stopsLocked()
 	e := oracle.Entry{Kind: oracle.CampaignFailed, Election: c.election}
@@ -568,8 +572,24 @@ func (c *call) failsLocked() {
 	case c.try:
 		e.Op = oracle.Held
 	}
-	c.told.end = true
 	c.p.w.tellLocked(c.el, e)
+	c.told.end = len(c.p.w.result.History)
+}
+
+// electedLocked records that the campaign has won.
+func (c *call) electedLocked(t *term) {
+	w := c.p.w
+	e := oracle.Entry{Kind: oracle.Elected, Election: c.election, Token: t.token, Value: c.value, Lease: t.lease}
+	if c.told.end == 0 {
+		w.tellLocked(c.el, e)
+		return
+	}
+	if t.l.Context().Err() == nil {
+		w.violateLocked("hooks", "%s: another campaign has begun beside %s, which leads with token %d", c.election, c.value, t.token)
+	}
+	end := &w.result.History[c.told.end-1]
+	e.T, e.Proc = end.T, end.Proc
+	*end = e
 }
 
 // callOf is the value of the call that a candidate's value belongs to: leaders proclaim others that begin with it.

@@ -100,7 +100,7 @@ func (w *world) campaignFailed(el *elector, election string, err error) {
 		return
 	}
 	w.result.Counts.GivenUp++
-	if !c.told.end {
+	if c.told.end == 0 {
 		c.stopsLocked()
 		w.tellLocked(el, oracle.Entry{Kind: oracle.CampaignFailed, Election: election, Op: failureOf(err), Err: err.Error()})
 	}
@@ -135,7 +135,7 @@ func (w *world) elected(el *elector, election string, l *leader.Leader) {
 		el.p.deadlines[lease] = deadline
 	}
 	w.result.Counts.Terms++
-	w.tellLocked(el, oracle.Entry{Kind: oracle.Elected, Election: election, Token: t.token, Value: c.value, Lease: lease})
+	c.electedLocked(t)
 	others := slices.Clone(w.terms[election])
 	w.terms[election] = append(w.terms[election], t)
 	w.mu.Unlock()
@@ -164,6 +164,10 @@ func (w *world) ended(el *elector, election string, l *leader.Leader, cause erro
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if el.p.dead.Load() {
+		return
+	}
+	if cause == nil {
+		w.violateLocked("cause", "%s: Ended was called for token %d of %s, and not told why", election, l.Token(), el.p.name)
 		return
 	}
 	t := c.terms[l.Token()]
