@@ -26,8 +26,8 @@ const (
 
 	// Campaigning is a campaign that begins. Election, Value (the call that it belongs to, where that is known).
 	Campaigning Kind = "campaigning"
-	// CampaignFailed is a campaign that ends without a term. Election, Op (why: [GaveUp], [Held] or
-	// [Shut]), Err.
+	// CampaignFailed is a campaign that ends without a term. Election, Op (why: [GaveUp], [Held],
+	// [Shut] or [Unhealthy]), Err.
 	CampaignFailed Kind = "campaign-failed"
 	// Elected is a campaign that ends with a term. Election, Token.
 	Elected Kind = "elected"
@@ -47,6 +47,9 @@ const (
 	Closing Kind = "closing"
 	// Closed is a call of Close that has returned, From..T. Election, Result.
 	Closed Kind = "closed"
+
+	// CheckFailed is a time, From..T, in which a check of health did not succeed. Election.
+	CheckFailed Kind = "check-failed"
 
 	// Term is a term whose work begins. From is the beginning of the campaign, as far as the caller knows it. Election,
 	// Token, Key, Lease, Until (the deadline), Op ([Ours], or the name of another system that has won, whose belief is
@@ -163,9 +166,10 @@ const (
 	Evicted  = "evicted"
 
 	// Of CampaignFailed.
-	GaveUp = "gave-up" // its context had ended
-	Held   = "held"    // it must not wait, and somebody else was there
-	Shut   = "shut"    // Close was called
+	GaveUp    = "gave-up"   // its context had ended
+	Held      = "held"      // it must not wait, and somebody else was there
+	Unhealthy = "unhealthy" // it must not wait, and its check did not succeed
+	Shut      = "shut"      // Close was called
 
 	// Of Taken.
 	Delete = "delete"

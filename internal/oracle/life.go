@@ -115,7 +115,16 @@ func (c *checker) withdrawn(l *life) bool {
 			return true
 		}
 	}
-	return len(campaigns) == 0 || c.stray(l, campaigns[0]) || c.asked(l)
+	return len(campaigns) == 0 || c.stray(l, campaigns[0]) || c.asked(l) ||
+		c.unhealthy(place{l.owner, l.election}, l.gone.from, l.gone.to)
+}
+
+// unhealthy reports whether an Elector may have been unhealthy at some time between from and to. What has succeeded holds
+// for less than a TTL, so that it is for no longer than that after the last failure.
+func (c *checker) unhealthy(at place, from, to int64) bool {
+	return slices.ContainsFunc(c.by[CheckFailed], func(e *Entry) bool {
+		return placeOf(e) == at && e.From <= to && from <= e.T+int64(c.TTL)
+	})
 }
 
 // asked reports whether the owner of a key may have been asked to step back.

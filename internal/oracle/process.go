@@ -253,7 +253,8 @@ func (c *checker) checkCampaigns() {
 			e, stop := k.end, k.stop()
 			c.checkWithdrawn(at, k)
 			switch {
-			case e.Op == GaveUp && k.asked(GivingUp), e.Op == Shut && k.asked(Closing), e.Op == Held && c.tries(at, k) && c.held(at, k):
+			case e.Op == GaveUp && k.asked(GivingUp), e.Op == Shut && k.asked(Closing), e.Op == Held && c.tries(at, k) && c.held(at, k),
+				e.Op == Unhealthy && c.tries(at, k) && c.unhealthy(at, k.began.T, e.T):
 			default:
 				c.violate(RuleCampaign, []*Entry{k.began, stop, e}, "campaign of %s in %s ended at %s with %q for no reason: %s",
 					at.proc, at.election, c.at(e.T), e.Op, e.Err)

@@ -23,6 +23,7 @@ const (
 	campaign = "campaign.go"
 	elector  = "elector.go"
 	term     = "leader.go"
+	health   = "health.go"
 	session  = "internal/lease/lease.go"
 	pool     = "internal/lease/pool.go"
 	renewal  = "internal/lease/renew.go"
@@ -66,6 +67,12 @@ func held(adjust func(*world.Config)) func(*world.Config) {
 // calm returns what makes simulations short, for what their probes show.
 func calm(ttl time.Duration) func(*world.Config) {
 	return func(c *world.Config) { c.Length, c.TTL = 10*time.Second, ttl }
+}
+
+// checks is only, with checks of health that fail and hang, of all processes.
+func checks(c *world.Config) {
+	c.Faults, c.Checks = []string{"check-fails", "check-hangs"}, true
+	c.TTL, c.Every, c.Length = 3*time.Second, 500*time.Millisecond, 30*time.Second
 }
 
 var mutations = []mutation{
@@ -250,6 +257,39 @@ var mutations = []mutation{
 	{name: "pause-before-again", safeguard: "Run pauses before it campaigns again", changes: []change{
 		{elector, "if backoff.Wait(ctx) != nil {", "if ctx.Err() != nil {"},
 	}},
+
+	// Health, and work that is late.
+	{name: "health-joins", safeguard: "who joins the queue is healthy", changes: []change{
+		{campaign, "if err := h.wait(k.ctx, k.by == byTryCampaign); err != nil {", "if err := k.ctx.Err(); err != nil && h != nil {"},
+		{campaign, "if err := h.err(); err != nil { // health", "if err := h.err(); err != nil && l.watched == nil { // health"},
+	}, adjust: checks},
+	{name: "health-ends", safeguard: "who is not healthy any more does not lead", changes: []change{
+		{health, "	h.lost(err)\n", "	_ = err\n"},
+	}, adjust: checks},
+	{name: "health-from-start", safeguard: "a check that has succeeded holds from when it was called", changes: []change{
+		{health, "h.until = began.Add(", "h.until = time.Now().Add("},
+	}, adjust: checks},
+	{name: "one-check", safeguard: "a check that hangs is not called again", changes: []change{
+		{health, "if busy { // that", "if busy = false; busy { // that"},
+	}, adjust: checks},
+	{name: "unhealthy-vacates", safeguard: "the key of an unhealthy leader whose work hangs goes after the margin", changes: []change{
+		{term, "if l.by != byRun || errors.Is(cause, ErrUnhealthy) {", "if l.by != byRun {"},
+	}, adjust: checks},
+	{name: "winding-margin", safeguard: "the work of an unhealthy leader has the margin to stop", changes: []change{
+		{term, "timer := time.NewTimer(l.session.Margin())", "timer := time.NewTimer(0)"},
+	}, adjust: checks},
+	{name: "transferred-works", safeguard: "a leader by Run that was asked to step back keeps its key until its work has ended", changes: []change{
+		{term, "if l.by != byRun || errors.Is(cause, ErrUnhealthy) {", "if true {"},
+	}, adjust: only("operator-transfers")},
+	{name: "overdue-margin", safeguard: "work has the margin before it is reported as late", changes: []change{
+		{elector, "	o.wait(o.l.session.Margin())\n", "	o.wait(0)\n"},
+	}, adjust: checks},
+	{name: "overdue-tells", safeguard: "work that does not stop is reported", changes: []change{
+		{elector, "		case <-timer.C:\n			o.tell()\n", "		case <-timer.C:\n"},
+	}, adjust: checks},
+	{name: "overdue-returned", safeguard: "work that was reported as late is reported when it has stopped", changes: []change{
+		{elector, "	if o.told {\n", "	if o.told && o.l == nil {\n"},
+	}, adjust: checks},
 
 	// What observers and hooks are told.
 	{name: "observe-old-event", safeguard: "Observe does not go back where a member lags", changes: []change{

@@ -76,6 +76,9 @@ var sorts = []sortOf{
 	{"operator-revokes-lease", (*strike).revokeLease},
 	{"operator-evicts", func(s *strike) { s.w.evictor.evict(s.election) }},
 	{"operator-transfers", (*strike).transfer},
+
+	{"check-fails", func(s *strike) { s.sicken(failing) }},
+	{"check-hangs", func(s *strike) { s.sicken(hanging) }},
 }
 
 // transfer hands the election over to a candidate, or to whoever is next.

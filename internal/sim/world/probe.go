@@ -58,6 +58,7 @@ func (w *world) monitor() {
 			second = time.Now()
 			w.checkPace()
 		}
+		w.checkHealthy()
 		w.mu.Lock()
 		if w.calm.Load() && !w.over.Load() && len(w.result.Violations) == 0 {
 			w.monitorLocked(lasts)
@@ -112,7 +113,7 @@ func (w *world) monitorLocked(lasts func(any, bool, time.Duration) bool) {
 		for _, name := range w.names {
 			for _, c := range w.callsLocked(p, name) {
 				key := w.lives[c.newest]
-				if lasts(unqueued{c}, c.campaigning && !p.slow && (key == nil || key.fate != alive), w.limits.queued) {
+				if lasts(unqueued{c}, c.campaigning && !p.slow && (key == nil || key.fate != alive) && p.sickness() == well, w.limits.queued) {
 					w.violateLocked("queued", "%s: %s campaigns, and has had no key for %v", name, c.value, w.limits.queued)
 					return
 				}
@@ -175,7 +176,7 @@ func (w *world) probe() {
 		w.sleep(quiet.orphan)
 		return
 	}
-	for _, f := range []func(){w.takeAKey, w.takeAKey, w.takeDeafLeaders, w.deafen, w.slowLinks, w.darkenEndpoint, w.prolong, w.endOutage, w.errands} {
+	for _, f := range []func(){w.takeAKey, w.takeAKey, w.takeDeafLeaders, w.sickenALeader, w.deafen, w.slowLinks, w.darkenEndpoint, w.prolong, w.endOutage, w.errands} {
 		if w.violated() {
 			return
 		}

@@ -41,6 +41,7 @@ type process struct {
 	shares    bool // one Elector for all elections
 	restless  bool // it holds no term for long, and is back at once
 	slowHooks bool
+	checks    bool    // its Electors have a check
 	dense     bool    // its client repeats what is refused at once as often as it does by default, every 25 ms: that takes most of the time
 	changes   bool    // its Electors have the hook LeaderChanged
 	stops     float64 // the probability that it stops at a gate
@@ -56,6 +57,7 @@ type process struct {
 	giveUpNow context.CancelFunc
 	steps     []*step
 	away      map[string]bool // elections that it has left
+	sick      sickness
 
 	deadlines map[int64]time.Time // as last told; guarded by w.mu
 	electors  []*elector          // in use; guarded by w.mu
@@ -98,6 +100,7 @@ func (w *world) newProcess(place, incarnation int) *process {
 		p.shares, p.restless = true, true
 	}
 	p.slowHooks = w.rng.IntN(4) == 0
+	p.checks = w.rng.IntN(3) == 0 || w.Checks
 	p.dense = w.rng.IntN(4) == 0
 	p.changes = w.rng.IntN(2) == 0
 	switch w.rng.IntN(4) {
@@ -333,6 +336,7 @@ type elector struct {
 	name    string // in the history
 	e       *leader.Elector
 	client  *clientv3.Client
+	checks  bool        // it has a check
 	closed  atomic.Bool // Close was called
 	options []leader.Option
 
@@ -342,13 +346,14 @@ type elector struct {
 	gone    bool               // it is used no more
 	closing time.Time          // when it was first told that it is to be closed, or its client was
 	telling int64              // since when a hook keeps renewals from being told; 0 if none does
+	healths map[string]*health // by election
 }
 
 // An oops is what a hook or lead panics with on purpose.
 type oops struct{}
 
 func (p *process) newElector() *elector {
-	el := &elector{p: p, client: p.current(), current: make(map[string][]*call)}
+	el := &elector{p: p, client: p.current(), checks: p.checks, current: make(map[string][]*call), healths: make(map[string]*health)}
 	p.w.mu.Lock()
 	p.w.sequence++
 	el.name = fmt.Sprintf("%s.%d", p.name, p.w.sequence)
@@ -356,6 +361,9 @@ func (p *process) newElector() *elector {
 	el.options = []leader.Option{leader.WithTTL(p.w.ttl), leader.WithMargin(p.w.margin), leader.WithHooks(el.hooks())}
 	if p.slowHooks {
 		el.options = append(el.options, leader.WithHooks(el.mischief()))
+	}
+	if el.checks {
+		el.options = append(el.options, leader.WithHealth(el.check))
 	}
 	if p.rng.IntN(2) == 0 {
 		el.options = append(el.options, leader.WithLogger(slog.New(slog.DiscardHandler)))
@@ -441,6 +449,7 @@ func (el *elector) hooks() leader.Hooks {
 		},
 		Elected: func(election string, l *leader.Leader, _ time.Duration) { w.elected(el, election, l) },
 		Ended:   func(election string, l *leader.Leader, cause error) { w.ended(el, election, l, cause) },
+		Overdue: func(election string, l *leader.Leader, late time.Duration) { w.overdue(el, election, l, late) },
 		Renewed: func(id clientv3.LeaseID, _ time.Duration, deadline time.Time) {
 			if !p.dead.Load() {
 				w.renewed(el, id, deadline)
@@ -510,6 +519,7 @@ func (el *elector) mischief() leader.Hooks {
 		CampaignFailed: func(string, error) { wild(nil) },
 		Elected:        func(_ string, l *leader.Leader, _ time.Duration) { wild(l) },
 		Ended:          func(string, *leader.Leader, error) { slow() },
+		Overdue:        func(string, *leader.Leader, time.Duration) { slow() },
 		Renewed:        func(clientv3.LeaseID, time.Duration, time.Time) { telling(); slow(); told() },
 		RenewFailed:    func(clientv3.LeaseID, time.Duration, error) { telling(); slow(); told() },
 	}
@@ -532,6 +542,11 @@ type call struct {
 	began       time.Time       // when its last campaign began
 	newest      int64           // token of its newest key
 	terms       map[int64]*term // those that it won
+	stuck       bool            // its work does not end when its context does
+	inLead      bool            // the function that Run has called has not returned
+	leads       int64           // token of the term that it was called for
+	left        time.Time       // when it has returned, the last time
+	overdue     time.Duration   // what Hooks.Overdue was called with last in this term
 }
 
 // stops are what was told of the end of a campaign.
@@ -646,6 +661,10 @@ func (c *call) returned(cut bool) {
 	defer w.mu.Unlock()
 	c.el.current[c.election] = slices.DeleteFunc(c.el.current[c.election], func(o *call) bool { return o == c })
 	c.unhook()
+	c.checkOverdueLocked()
+	if h := c.el.healthLocked(c.election); h != nil {
+		h.lapsedLocked(c.el, c.election)
+	}
 	switch {
 	case !c.campaigning:
 	case cut: // by the user's code, in the hook Campaigning

@@ -23,11 +23,13 @@ type term struct {
 	lease    int64
 
 	// Guarded by w.mu.
-	givenUp bool // by its holder
-	ended   bool // Hooks.Ended was called
-	told    bool // it is in the history, since then
-	since   int64
-	expired bool
+	givenUp  bool      // by its holder
+	over     time.Time // when its context ended
+	resigned bool      // its holder has called Resign
+	ended    bool      // Hooks.Ended was called
+	told     bool      // it is in the history, since then
+	since    int64
+	expired  bool
 	// proclaimed is the number of the last value that etcd has confirmed.
 	proclaimed int64
 	byContext  bool // its holder looks at the context alone, and never asks IsLeader
@@ -61,6 +63,9 @@ func (w *world) campaigning(el *elector, election string) {
 		return
 	}
 	c := currentCall()
+	if c != nil {
+		c.checkOverdueLocked()
+	}
 	if c == nil || c.campaigning || c.leadsLocked() {
 		w.violateLocked("hooks", "%s: Campaigning was called, and %s campaigns or leads already", election, el.p.name)
 		return
@@ -102,7 +107,11 @@ func (w *world) campaignFailed(el *elector, election string, err error) {
 	w.result.Counts.GivenUp++
 	if c.told.end == 0 {
 		c.stopsLocked()
-		w.tellLocked(el, oracle.Entry{Kind: oracle.CampaignFailed, Election: election, Op: failureOf(err), Err: err.Error()})
+		why := failureOf(err)
+		if errors.Is(err, leader.ErrUnhealthy) && c.try && (c.ctx.Err() == nil || why == "") { // and of whatever the check has failed with
+			why = oracle.Unhealthy
+		}
+		w.tellLocked(el, oracle.Entry{Kind: oracle.CampaignFailed, Election: election, Op: why, Err: err.Error()})
 	}
 	c.campaigning = false
 }
@@ -113,7 +122,7 @@ func (w *world) elected(el *elector, election string, l *leader.Leader) {
 		w.violate("values", "%s: the context of a term has not the values of its campaign's", election)
 		return
 	}
-	deadline := l.Deadline()
+	deadline, over := l.Deadline(), l.Context().Err() != nil
 	w.mu.Lock()
 	if el.p.dead.Load() {
 		w.mu.Unlock()
@@ -140,9 +149,13 @@ func (w *world) elected(el *elector, election string, l *leader.Leader) {
 	w.terms[election] = append(w.terms[election], t)
 	w.mu.Unlock()
 	context.AfterFunc(l.Context(), func() {
-		if errors.Is(context.Cause(l.Context()), leader.ErrTransferred) {
-			w.mu.Lock()
-			defer w.mu.Unlock()
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		t.over = time.Now()
+		if errors.Is(context.Cause(l.Context()), leader.ErrUnhealthy) && !over {
+			w.checkUnhealthyLocked(t)
+		}
+		if cause := context.Cause(l.Context()); errors.Is(cause, leader.ErrTransferred) || errors.Is(cause, leader.ErrUnhealthy) {
 			t.resigningLocked()
 		}
 	})
@@ -188,6 +201,9 @@ func (w *world) ended(el *elector, election string, l *leader.Leader, cause erro
 		if !t.givenUp && !el.isClosed() {
 			w.violateLocked("cause", "%s: %s was told that it has resigned token %d, and has not", election, el.p.name, t.token)
 		}
+	case errors.Is(cause, leader.ErrUnhealthy):
+		e.Op = oracle.Resigned
+		t.resigningLocked()
 	case errors.Is(cause, leader.ErrTransferred):
 		e.Op = oracle.Resigned
 		w.result.Counts.Transferred++

@@ -159,6 +159,9 @@ func (w *world) candidateChangedLocked(election string, ev *mvccpb.Event, how fa
 		slices.SortFunc(w.queues[election], func(a, b *life) int { return cmp.Compare(a.token, b.token) })
 		if l.owner != nil {
 			l.owner.newest = l.token
+			if h := l.owner.el.healthLocked(election); h != nil && h.until.IsZero() {
+				w.violateLocked("health", "%s: %s has joined, and no check has succeeded", election, l.owner.value)
+			}
 		}
 	default:
 		q[i].value = string(ev.Kv.Value)
@@ -221,6 +224,9 @@ func (w *world) lostLocked(l *life) {
 		return
 	}
 	t := c.terms[l.token]
+	if l.fate == byRequest && t != nil {
+		w.checkKeptLocked(t)
+	}
 	switch {
 	case l.fate == byRequest && t != nil && t.expired && !c.p.m.Stopped() && !keptMargin(c.p, l.lease):
 		w.violateLocked("margin", "%s: the key of %s with token %d was deleted by a request of its own before the margin had passed", l.election, c.p.name, l.token)

@@ -175,6 +175,7 @@ func (c *call) judge(what string, err error) {
 	case c.ctx.Err() != nil && errors.Is(err, c.ctx.Err()):
 	case errors.Is(err, leader.ErrClosed) && (c.el.isClosed() || c.ctx.Err() != nil):
 	case errors.Is(err, leader.ErrHeld) && c.try:
+	case errors.Is(err, leader.ErrUnhealthy) && c.try && c.el.checks:
 	case errors.Is(err, leader.ErrCampaigning) && c.beside:
 	default:
 		c.p.w.violate("error", "%s: %s of %s: %v", c.election, what, c.value, err)
@@ -213,7 +214,11 @@ func (p *process) elected(ctx context.Context, el *elector, election string, try
 
 // resign ends a term, as users do: with patience, or without.
 func (p *process) resign(c *call, l *leader.Leader) {
-	p.w.sees(c, l)
+	if t := p.w.sees(c, l); t != nil {
+		p.w.mu.Lock()
+		t.resigned = true
+		p.w.mu.Unlock()
+	}
 	for i := range 3 {
 		within := 3 * time.Second
 		if i == 0 && p.rng.IntN(6) == 0 && !p.w.calm.Load() {
@@ -287,6 +292,7 @@ func (p *process) run(ctx context.Context, el *elector, election string) {
 
 // lead is what Run calls.
 func (p *process) lead(ctx context.Context, c *call, l *leader.Leader) error {
+	defer c.enter(l.Token())()
 	defer p.leads(ctx, l, c)()
 	p.work(ctx, l, c)
 	if !l.IsLeader() && p.rng.IntN(4) == 0 {
@@ -457,7 +463,7 @@ func (p *process) work(ctx context.Context, l *leader.Leader, c *call) {
 			op, leads = oracle.ByContext, func() bool { return l.Context().Err() == nil }
 		}
 		if !leads() {
-			return
+			break
 		}
 		p.w.tell(c.el, oracle.Entry{Kind: oracle.Belief, From: believed, T: asked, Election: c.election, Token: l.Token(), Op: op})
 		believed = asked
@@ -473,6 +479,9 @@ func (p *process) work(ctx context.Context, l *leader.Leader, c *call) {
 			writes = p.write(ctx, c, l, "register")
 		}
 		p.sleep(ctx, min(p.about(p.w.ttl/4), clock.Until(end)))
+	}
+	for c.isStuck() { // whatever ctx says
+		p.sleep(p.w.ctx, p.w.ttl/20)
 	}
 }
 

@@ -34,6 +34,7 @@ type Config struct {
 	Length    time.Duration // of the part with faults, in simulated time
 	Restless  bool          // all processes are back in all elections at once, over the same lease
 	Unprobed  bool          // in calm, it is only looked at what is left
+	Checks    bool          // all processes have checks of their health
 	Holds     float64       // the probability that a goroutine is held up at a gate; 0: each process has its own
 }
 
@@ -65,7 +66,7 @@ type Result struct {
 // Counts say how much has happened: rules that had nothing to object to prove nothing.
 type Counts struct {
 	Campaigns, GivenUp, Terms, Expired, Evicted, Renewals, Writes, Observed int
-	Transferred                                                             int
+	Transferred, Unhealthy                                                  int // terms, and checks that have failed
 	Requests                                                                int
 	MaxPace                                                                 int // requests of one process in a second, those that clientv3 repeats included
 	Excused                                                                 int // overlaps of terms
@@ -82,6 +83,7 @@ func (c *Counts) Add(o Counts) {
 	c.Writes += o.Writes
 	c.Observed += o.Observed
 	c.Transferred += o.Transferred
+	c.Unhealthy += o.Unhealthy
 	c.Requests += o.Requests
 	c.MaxPace = max(c.MaxPace, o.MaxPace)
 	c.Excused += o.Excused
