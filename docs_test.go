@@ -205,6 +205,17 @@ func TestCommandsOfTheOperationsGuide(t *testing.T) {
 	for _, c := range regexp.MustCompile("(?ms)^<!-- run: (\\w+) -->\n```sh\n(.*?)^```$").FindAllStringSubmatch(documents(t)["docs/operations.md"], -1) {
 		commands[c[1]] = append(commands[c[1]], c[2])
 	}
+	command := func(script string) *exec.Cmd {
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		t.Cleanup(cancel)
+		cmd := exec.CommandContext(ctx, "sh", "-eu", "-c", script)
+		cmd.Env = append(cmd.Environ(), "ETCDCTL_API=3", "ETCDCTL_ENDPOINTS="+m.Endpoint,
+			"ROOT_PASSWORD=root", "JOBS_PASSWORD=jobs", "WATCHER_PASSWORD=watcher")
+		if user != "" {
+			cmd.Env = append(cmd.Env, "ETCDCTL_USER="+user+":"+user)
+		}
+		return cmd
+	}
 	run := func(section string) string {
 		t.Helper()
 		var all bytes.Buffer
@@ -212,15 +223,7 @@ func TestCommandsOfTheOperationsGuide(t *testing.T) {
 			t.Fatalf("no commands are marked %q", section)
 		}
 		for _, script := range commands[section] {
-			ctx, cancel := context.WithTimeout(t.Context(), patience)
-			defer cancel()
-			cmd := exec.CommandContext(ctx, "sh", "-eu", "-c", script)
-			cmd.Env = append(cmd.Environ(), "ETCDCTL_API=3", "ETCDCTL_ENDPOINTS="+m.Endpoint,
-				"ROOT_PASSWORD=root", "JOBS_PASSWORD=jobs", "WATCHER_PASSWORD=watcher")
-			if user != "" {
-				cmd.Env = append(cmd.Env, "ETCDCTL_USER="+user+":"+user)
-			}
-			out, err := cmd.CombinedOutput()
+			out, err := command(script).CombinedOutput()
 			if err != nil {
 				t.Fatalf("%s%v\n%s", script, err, out)
 			}
@@ -258,9 +261,37 @@ func TestCommandsOfTheOperationsGuide(t *testing.T) {
 		first.Key(), "first", // the leader alone
 		first.Key(), "first", "second", // all
 		fmt.Sprintf(`"CreateRevision" : %d`, first.Token()), "attached keys(["+first.Key()+"])")
-	says("evict", "SUCCESS")
-	awaitEnd(t, first, leader.ErrEvicted)
+	says("stepback", "SUCCESS")
+	awaitEnd(t, first, leader.ErrTransferred)
+	resign(t, first)
 	l := awaitLeader(t, second)
+
+	maintenance := command("exec " + strings.Join(commands["maintenance"], ""))
+	if err := maintenance.Start(); err != nil {
+		t.Fatal(err)
+	}
+	operator := newElector(t, as("jobs"))
+	transferred := make(chan error, 1)
+	go func() { transferred <- handOver(t.Context(), operator, name, "maintenance") }()
+	awaitEnd(t, l, leader.ErrTransferred)
+	resign(t, l)
+	if err := etcdtest.Await(t, "the transfer", transferred); err != nil {
+		t.Errorf("handOver: %v", err)
+	}
+	third := campaign(t.Context(), newElector(t, as("jobs")), name, "third")
+	awaitQueue(t, as("watcher"), name, queued(2))
+	fourth := campaign(t.Context(), newElector(t, as("jobs")), name, "fourth")
+	if cs := awaitQueue(t, as("watcher"), name, queued(3)); cs[0].Value != "maintenance" {
+		t.Errorf("the queue is %+v", cs)
+	}
+	if err := errors.Join(maintenance.Process.Signal(os.Interrupt), maintenance.Wait()); err != nil {
+		t.Errorf("etcdctl elect: %v", err)
+	}
+
+	l = awaitLeader(t, third)
+	says("evict", "SUCCESS")
+	awaitEnd(t, l, leader.ErrEvicted)
+	l = awaitLeader(t, fourth)
 	says("revoke", "revoked")
 	awaitEnd(t, l, leader.ErrEvicted)
 	run("space")

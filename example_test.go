@@ -229,66 +229,13 @@ func newClient() (client *clientv3.Client, stop func()) {
 	}
 }
 
-// A rollout hands over to the instance that was started last, and not to one that will be stopped next.
-func ExampleElector_Transfer() {
-	client, stop := newClient()
-	defer stop()
-	ctx := context.Background()
-	var instances []*leader.Elector
-	terms := make(chan *leader.Leader, 3)
-	for i := range 3 {
-		e, err := leader.New(client)
-		if err != nil {
-			log.Fatal(err)
-		}
-		instances = append(instances, e)
-		go func() {
-			if l, err := e.Campaign(ctx, "svc/jobs", fmt.Sprint("instance ", i)); err == nil {
-				terms <- l
-			}
-		}()
-		for { // until it leads, or waits
-			if cs, err := e.Candidates(ctx, "svc/jobs"); err == nil && len(cs) > i {
-				break
-			}
-		}
-	}
-	elector := instances[0] // any Elector of the same etcd
-
-	func() {
-		ctx, cancel := context.WithTimeout(ctx, time.Minute)
-		defer cancel()
-		candidates, err := elector.Candidates(ctx, "svc/jobs")
-		if err != nil {
-			log.Fatal(err)
-		}
-		newest := candidates[len(candidates)-1] // in a rolling update, the candidate that was started last
-		if err := elector.Transfer(ctx, "svc/jobs", newest); err != nil {
-			log.Fatal(err)
-		}
-	}()
-	first := <-terms
-	fmt.Println("the first term has ended:", context.Cause(first.Context()))
-	leads, err := elector.Current(ctx, "svc/jobs")
-	fmt.Println("leading:", leads.Value, err)
-	for _, e := range instances {
-		if err := e.Close(ctx); err != nil {
-			log.Fatal(err)
-		}
-	}
-	// Output:
-	// the first term has ended: leader: term transferred
-	// leading: instance 2 <nil>
-}
-
-// A watchdog: the work says that it makes progress, and the check asks when it did so last.
+// A watchdog: work that has begun says that it makes progress, and the check asks when it did so last.
 func ExampleWithHealth() {
 	client, stop := newClient()
 	defer stop()
-	var progress atomic.Int64 // when the work made progress last
-	progress.Store(time.Now().UnixNano())
+	var progress atomic.Int64 // when the work made progress last; 0 if there is none, as in a candidate that waits
 	check := func(context.Context, string) error {
-		if idle := time.Since(time.Unix(0, progress.Load())); idle > 500*time.Millisecond {
+		if last := progress.Load(); last != 0 && time.Since(time.Unix(0, last)) > 500*time.Millisecond {
 			return errors.New("the work hangs")
 		}
 		return nil
@@ -301,6 +248,7 @@ func ExampleWithHealth() {
 		progress.Store(time.Now().UnixNano()) // the work does something
 	}
 	<-l.Context().Done() // and then it hangs
+	progress.Store(0)
 	fmt.Println(context.Cause(l.Context()))
 	if err := l.Resign(context.Background()); err != nil {
 		log.Print(err)

@@ -126,9 +126,9 @@ func WithLogger(log *slog.Logger) Option {
 //   - A candidate leaves the queue, and joins again when it is healthy. Campaign waits for a first success before it
 //     joins; TryCampaign returns [ErrUnhealthy] if the first check fails.
 //
-// If everybody is unhealthy nobody leads. So check must ask about this process, such as whether its work makes
-// progress, and not about what all instances share, such as a database. Whoever knows at once that it is unfit calls
-// Resign after its work has stopped.
+// If everybody is unhealthy nobody leads. So check must ask about this process, and not about what all instances share,
+// such as a database. It may ask whether work that has begun makes progress; a candidate that waits has none. Whoever
+// knows at once that it is unfit calls Resign after its work has stopped.
 func WithHealth(check func(ctx context.Context, election string) error) Option {
 	return Option{func(o *options) error {
 		if check == nil {
