@@ -45,17 +45,22 @@
 //		}
 //	}
 //
-// The file example_test.go of this package contains the complete test.
+// The file example_test.go of this package contains the complete test, one of a transfer, and one of work that hangs.
 //
 // # How a term ends
 //
 // The [context.Cause] of the leader's context tells it why its term ended. A test can end a term in these ways:
 //
 //   - Stop the instance: end the context of Run. The next candidate leads as soon as the instance has stopped.
+//   - Hand over: call leader.Elector.Transfer while another candidate waits. The instance sees leader.ErrTransferred,
+//     and joins again at the end of the queue. The next candidate leads when the function of Run has returned.
 //   - Evict it: call leader.Elector.Evict. Within milliseconds the instance sees leader.ErrEvicted and the next
 //     candidate leads, in either order. Use this if the test only needs the term to end.
 //   - Take its lease: revoke the Lease that leader.Elector.Current returns. The instance sees leader.ErrEvicted in
 //     every election of its Elector at once.
+//   - Make its work hang, if the service uses leader.WithHealth. With the default margin, the instance sees
+//     leader.ErrUnhealthy about half to four fifths of the TTL after its check has begun to fail. The next candidate
+//     leads when the function of Run has returned, or a margin later.
 //   - Cut its network: call [Disconnect]. With the default margin, the instance sees leader.ErrExpired after about half
 //     to four fifths of the TTL. The others notice nothing until etcd expires the lease, up to half a second more than
 //     a TTL after the last renewal. Then the next candidate leads.
@@ -64,7 +69,7 @@
 //   - Make etcd unreachable: disconnect every client. Each term ends with leader.ErrExpired, and nobody leads until a
 //     client is reconnected.
 //
-// The last three take as long as in production, and there is no way to shorten them. Do not revoke the lease of an
+// The last four take as long as in production, and there is no way to shorten them. Do not revoke the lease of an
 // instance that is disconnected: the next candidate would lead while the instance still does, which an expiry never
 // allows. Make the TTL of the service configurable instead, and use leader.WithTTL(2 * time.Second) in tests, or 1 s on
 // a machine that is never busy.
