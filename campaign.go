@@ -252,6 +252,7 @@ type campaign struct {
 	value string
 	by    caller
 	began time.Time
+	unfit bool // it was logged that it is not in the queue because of its health
 
 	requests *retry.Loop
 	rejoins  *retry.Loop // of candidacies, each of which was lost
@@ -309,7 +310,7 @@ func (k *campaign) retry(err error, joined time.Time) error {
 	case transferred(err): // join again at once, at the end of the queue
 		return nil
 	case errors.Is(err, ErrUnhealthy) && k.by != byTryCampaign:
-		k.e.log(k.claim.election).Warn("unhealthy, left the queue", "error", err)
+		k.unhealthy(err)
 		return nil
 	case errors.Is(err, errAttached):
 		err = k.denials.Retry(k.ctx, retry.Passing(err))
@@ -344,6 +345,14 @@ func (k *campaign) failure(err error) error {
 	}
 }
 
+// unhealthy reports that the campaign has left the queue because of its health, or cannot join.
+func (k *campaign) unhealthy(err error) {
+	if !k.unfit {
+		k.unfit = true
+		k.e.log(k.claim.election).Warn("unhealthy, not in the queue", "error", err)
+	}
+}
+
 // errLost says that a candidate has lost its lease or its key before it was elected.
 var errLost = errors.New("candidacy lost")
 
@@ -356,9 +365,10 @@ var errAttached = errors.New("somebody else has attached a key to the lease")
 func (k *campaign) candidate() (*Leader, error) {
 	e, q := k.e, queue.New(k.e.client, k.claim.election)
 	if h := k.claim.health; h != nil {
-		if err := h.wait(k.ctx, k.by == byTryCampaign); err != nil {
+		if err := h.wait(k.ctx, k.by == byTryCampaign, k.unhealthy); err != nil {
 			return nil, err
 		}
+		k.unfit = false
 	}
 	e.removeLeft(k.ctx, q)
 	if k.by == byTryCampaign { // do not ask for a lease if somebody leads

@@ -142,15 +142,22 @@ func (h *health) err() error {
 	return h.errorLocked()
 }
 
-// wait blocks until the Elector is healthy or ctx ends. With once it does not wait longer than for the check that is
-// under way.
-func (h *health) wait(ctx context.Context, once bool) error {
-	for h.err() != nil {
+// wait blocks until the Elector is healthy or ctx ends. As soon as a check has failed or is late, it returns that with
+// once, and else tells it, now and again.
+func (h *health) wait(ctx context.Context, once bool, tell func(error)) error {
+	for {
+		err := h.err()
+		if err == nil {
+			return nil
+		}
 		h.mu.Lock()
 		holds, began, failure := h.holds, h.began, h.failure
 		h.mu.Unlock()
-		if once && (failure != nil || !began.IsZero() && time.Since(began) > h.period()) {
-			return h.err()
+		if failure != nil || !began.IsZero() && time.Since(began) > h.period() {
+			if once {
+				return err
+			}
+			tell(err)
 		}
 		timer := time.NewTimer(h.period() / 8)
 		select {
@@ -162,7 +169,6 @@ func (h *health) wait(ctx context.Context, once bool) error {
 		}
 		timer.Stop()
 	}
-	return nil
 }
 
 // stop ends the checks. One that is under way is waited for by Close.

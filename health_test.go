@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"runtime"
 	"strings"
 	"sync/atomic"
@@ -130,11 +131,21 @@ func TestCandidateThatIsUnhealthyLeavesTheQueueAndComesBack(t *testing.T) {
 	if _, err := e.Campaign(ctx, "jobs", ""); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, errSick) {
 		t.Errorf("Campaign of one that is unhealthy: %v", err)
 	}
+	log := make(logChannel, 100)
+	e = newElector(t, client, leader.WithTTL(3*time.Second), leader.WithHealth(p.check), leader.WithLogger(slog.New(log)))
 	next := campaign(t.Context(), e, "jobs", "waits")
+	says := func() {
+		t.Helper()
+		if why := attr(awaitRecord(t, log, "unhealthy, not in the queue", next), "error"); !strings.Contains(why, errSick.Error()) {
+			t.Errorf("logged %q, want it to say %q", why, errSick)
+		}
+	}
+	says()
 	p.fail(nil)
 	awaitQueue(t, client, "jobs", queued(2))
 	p.fail(errSick)
 	awaitQueue(t, client, "jobs", queued(1))
+	says()
 	p.fail(nil)
 	awaitQueue(t, client, "jobs", queued(2))
 	resign(t, l)

@@ -260,7 +260,7 @@ var mutations = []mutation{
 
 	// Health, and work that is late.
 	{name: "health-joins", safeguard: "who joins the queue is healthy", changes: []change{
-		{campaign, "if err := h.wait(k.ctx, k.by == byTryCampaign); err != nil {", "if err := k.ctx.Err(); err != nil && h != nil {"},
+		{campaign, "if err := h.wait(k.ctx, k.by == byTryCampaign, k.unhealthy); err != nil {", "if err := k.ctx.Err(); err != nil && h != nil {"},
 		{campaign, "if err := h.err(); err != nil { // health", "if err := h.err(); err != nil && l.watched == nil { // health"},
 	}, adjust: checks},
 	{name: "health-ends", safeguard: "who is not healthy any more does not lead", changes: []change{
