@@ -20,6 +20,7 @@ type audited struct {
 	states map[string][]state // of each election, in their order
 	lines  map[string][]line  // the same for lines
 	puts   map[register][]*Entry
+	asks   map[termID]int64 // who was asked to step back, and since when at the earliest
 }
 
 // A life is the life of one candidate's key, from its creation to its deletion.
@@ -72,6 +73,7 @@ func (c *checker) readAudit() *audited {
 		states: make(map[string][]state),
 		lines:  make(map[string][]line),
 		puts:   make(map[register][]*Entry),
+		asks:   make(map[termID]int64),
 	}
 	events := slices.Clone(c.by[Event])
 	slices.SortStableFunc(events, func(x, y *Entry) int { return cmp.Compare(x.Rev, y.Rev) })
@@ -82,6 +84,10 @@ func (c *checker) readAudit() *audited {
 			a.puts[r] = append(a.puts[r], e)
 		} else if election, _, ok := candidateOf(e.Key); ok {
 			queues[election] = append(queues[election], e)
+		} else if who, ok := requestOf(e); ok {
+			if _, known := a.asks[who]; !known {
+				a.asks[who] = a.when(e.Rev).from
+			}
 		}
 	}
 	for election, events := range queues {
@@ -234,6 +240,14 @@ func candidateOf(key string) (election string, lease int64, ok bool) {
 		return "", 0, false
 	}
 	return election, lease, true
+}
+
+// requestOf returns whom an event asks to step back.
+func requestOf(e *Entry) (who termID, ok bool) {
+	key, request := strings.CutSuffix(e.Key, "/stepback")
+	election, _, candidate := candidateOf(key)
+	token, err := strconv.ParseInt(e.Value, 10, 64)
+	return termID{election, token}, request && candidate && err == nil && e.Op == "put"
 }
 
 // cutLast cuts a key at its last slash.

@@ -20,8 +20,9 @@ const (
 	// its owner, nor the time at which the term was reported as ended.
 	RuleMargin = "margin"
 	// RuleLease: a candidate or leader loses its key only if an operator takes it, if it deletes the key itself after
-	// it has said so, or if the TTL has passed since the last renewal that counted was sent. If etcd took the key
-	// earlier, that renewal should not have counted, unless a deposed leader of etcd has revoked the lease.
+	// it has said so or was asked to step back or was unhealthy, or if the TTL has passed since the last renewal that
+	// counted was sent. If etcd took the key earlier, that renewal should not have counted, unless a deposed leader of
+	// etcd has revoked the lease. A term keeps its key until its work has stopped, or for a margin: see [checker.until].
 	RuleLease = "lease"
 	// RuleOrphan: no key and no lease outlives its use.
 	RuleOrphan = "orphan"
@@ -33,8 +34,16 @@ const (
 	// A campaign that is given up ends soon. TryCampaign does not wait. In calm a campaign has a key. Run pauses before
 	// it campaigns again.
 	RuleCampaign = "campaign"
-	// RuleEnded: the end of each term is reported once, soon, and with the true cause.
+	// RuleEnded: the end of each term is reported once, soon, and with the true cause. A term is transferred only if
+	// that very term was asked to step back, and unhealthy only if its checks had not succeeded for long enough.
 	RuleEnded = "ended"
+	// RuleHealth: nobody believes for longer than TTL − margin after its last successful check began.
+	RuleHealth = "health"
+	// RuleOverdue: whether the function of Run ignores the end of its context is reported in time, truly, and not after
+	// the function has returned.
+	RuleOverdue = "overdue"
+	// RuleTransfer: what Transfer says is true. Without faults it succeeds, unless a peer is in its way.
+	RuleTransfer = "transfer"
 	// RuleData: reads and guarded writes of a value in etcd are linearizable, a write replaces what its writer has
 	// read, and answers about writes are true.
 	RuleData = "data"
@@ -139,6 +148,8 @@ type Counts struct {
 	Entries, Events, Campaigns, Terms, PeerTerms, Beliefs int
 
 	Resigned, Expired, Early, Taken int // how the keys of this library's terms ended
+	Transferred, Unhealthy          int // terms that ended so
+	Overdue                         int // calls of the hook
 	Waited, Lost                    int // keys of candidates that were not elected; of these, taken by an operator or etcd
 	Oldest                          int // terms checked by a read: no older candidate was left
 
@@ -177,7 +188,9 @@ type checker struct {
 	renewed map[int64][]*renewal // by lease, in the order of T
 	takings map[target][]*Entry
 	reads   map[termID]*Entry // the first in each term, by its holder
-	calms   []*Entry          // those that are long enough to show anything
+	checks  map[place][]*check
+	healthy map[place][]span // merged
+	calms   []*Entry         // those that are long enough to show anything
 }
 
 func newChecker(history []Entry, o Options) *checker {
@@ -203,13 +216,14 @@ func newChecker(history []Entry, o Options) *checker {
 		}
 	}
 	c.audited = c.readAudit()
+	c.readChecks()
 	c.processes = c.readProcesses(history)
 	c.reads = c.readReads()
 	c.Checked = Counts{
 		Entries: len(history), Events: len(c.by[Event]), Campaigns: len(c.by[Campaigning]), Beliefs: len(c.by[Belief]),
 		Reads: len(c.by[Read]), Writes: len(c.by[Write]), Appends: len(c.by[Append]), Calms: len(c.by[Calm]),
 		Observations: len(c.by[Observed]) + len(c.by[Changed]), Asked: len(c.by[Current]) + len(c.by[Candidates]),
-		Faults: len(c.by[Fault]),
+		Faults: len(c.by[Fault]), Overdue: len(c.by[Overdue]),
 	}
 	return c
 }
@@ -224,6 +238,9 @@ func (c *checker) run() {
 	c.checkClosed()
 	c.checkTokens()
 	c.checkEnds()
+	c.checkHealth()
+	c.checkOverdue()
+	c.checkTransfers()
 	c.checkData()
 	c.checkProclaimed()
 	c.checkFencing()

@@ -13,7 +13,7 @@ import (
 func TestCorrectHistoryHasNoViolation(t *testing.T) {
 	t.Parallel()
 	var overlaps, late int
-	var ended [4]int
+	var ended [6]int
 	var recovered, fresh, lost int
 	for seed := range uint64(30) {
 		v := Check(newHistory(seed, 8), worldOptions)
@@ -22,7 +22,7 @@ func TestCorrectHistoryHasNoViolation(t *testing.T) {
 		}
 		overlaps += len(v.Overlaps)
 		late += len(v.Late)
-		for i, n := range []int{v.Checked.Resigned, v.Checked.Expired, v.Checked.Early, v.Checked.Taken} {
+		for i, n := range []int{v.Checked.Resigned, v.Checked.Expired, v.Checked.Early, v.Checked.Taken, v.Checked.Transferred, v.Checked.Unhealthy} {
 			ended[i] += n
 		}
 		recovered += v.Checked.Recovered
@@ -95,6 +95,32 @@ var changes = map[string]struct {
 	"expired is told as evicted": {RuleEnded, "though the end of its key", func(c *checker, h []Entry) []Entry {
 		find(c.by[Ended], func(e *Entry) bool { return e.Op == Expired && c.how(c.lives[idOf(e)]) == expired }).Op = Evicted
 		return h
+	}},
+	"transferred, and not asked": {RuleEnded, "though nobody had asked that term", func(c *checker, h []Entry) []Entry {
+		return slices.DeleteFunc(h, func(e Entry) bool { return strings.HasSuffix(e.Key, "/stepback") })
+	}},
+	"transferred, and another term was asked": {RuleEnded, "though nobody had asked that term", func(c *checker, h []Entry) []Entry {
+		for _, e := range c.by[Event] {
+			if strings.HasSuffix(e.Key, "/stepback") {
+				e.Value += "0"
+			}
+		}
+		return h
+	}},
+	"unhealthy, and its checks succeed": {RuleEnded, "though its checks had succeeded", func(c *checker, h []Entry) []Entry {
+		e := find(c.by[Checked], func(e *Entry) bool { return e.Result == Failed })
+		if e == nil {
+			return nil
+		}
+		e.Result = OK
+		return h
+	}},
+	"belief in a term that is unhealthy": {RuleHealth, "its last successful check allowed", func(c *checker, h []Entry) []Entry {
+		e := find(c.by[Checked], func(e *Entry) bool { return e.Result == Failed })
+		if e == nil {
+			return nil
+		}
+		return remove(h, find(c.by[Checked], func(last *Entry) bool { return last.Proc == e.Proc && last.T == e.T-500*ms }))
 	}},
 	"campaign begins twice": {RuleCampaign, "began a campaign", func(c *checker, h []Entry) []Entry {
 		return append(h, *find(c.by[Campaigning], func(*Entry) bool { return true }))
@@ -309,7 +335,7 @@ func (c *checker) won(l *life) bool {
 // believes makes belief last until some time after the key of a term that has come to that end is gone.
 func (c *checker) believes(h []Entry, how ending, op string, after int64) []Entry {
 	for _, t := range c.allTerms() {
-		if l := c.lives[t.termID]; c.won(l) && c.how(l) == how && len(t.pieces) > 0 && t.pieces[0].Op == op && c.stops[t.proc()] == nil {
+		if l := c.lives[t.termID]; c.won(l) && c.how(l) == how && (how != resigned || !t.lost()) && len(t.pieces) > 0 && t.pieces[0].Op == op && c.stops[t.proc()] == nil {
 			last := *t.pieces[len(t.pieces)-1].Entry
 			last.From, last.T = last.T, l.gone.to+after
 			return append(h, last)

@@ -33,9 +33,15 @@ const (
 	Elected Kind = "elected"
 	// Changed is what LeaderChanged was called with. Election, Token, Key, Value, Lease.
 	Changed Kind = "changed"
-	// Ended is a term that has ended. Election, Token, Op (the cause: [Resigned], [Expired] or [Evicted]), Err, Until
-	// (the deadline that the term reports).
+	// Ended is a term that has ended. Election, Token, Op (the cause: [Resigned], [Transferred], [Unhealthy], [Expired]
+	// or [Evicted]), Err, Until (the deadline that the term reports).
 	Ended Kind = "ended"
+	// Overdue is a call of the hook of that name. Election, Token, From (when the context had ended; 0 if the function
+	// of Run has returned).
+	Overdue Kind = "overdue"
+
+	// Checked is a call of the check of WithHealth, From..T, recorded before it returns. Election, Result.
+	Checked Kind = "checked"
 
 	// GivingUp is recorded before the context of a campaign, or of the campaigns that follow, ends. Election; without
 	// one it is about all elections.
@@ -48,9 +54,6 @@ const (
 	// Closed is a call of Close that has returned, From..T. Election, Result.
 	Closed Kind = "closed"
 
-	// CheckFailed is a time, From..T, in which a check of health did not succeed. Election.
-	CheckFailed Kind = "check-failed"
-
 	// Term is a term whose work begins. From is the beginning of the campaign, as far as the caller knows it. Election,
 	// Token, Key, Lease, Until (the deadline), Op ([Ours], or the name of another system that has won, whose belief is
 	// not judged), Value ([ByRun] if Run ends the term).
@@ -61,7 +64,7 @@ const (
 	// process, each begins where the previous one ends. Election, Token, Op (what was asked: [ByIsLeader], [ByContext]
 	// or [ByRun]; anything else is ignored).
 	Belief Kind = "belief"
-	// Resigning is recorded before a term is given up. Election, Token.
+	// Resigning is recorded before a term is given up, when its work has stopped. Election, Token.
 	Resigning Kind = "resigning"
 	// Renewed is a renewal that counted. From is when it was sent; Lease, Until (the deadline).
 	Renewed Kind = "renewed"
@@ -119,8 +122,8 @@ const (
 	// Fault is one fault, From its injection until T, when it was healed. Op (its kind), Value (whom it struck), Err if
 	// it could not be injected.
 	Fault Kind = "fault"
-	// Transfer is a call of Transfer, From..T. Election, Until (when the last of its requests to step back must be gone,
-	// whatever etcd does).
+	// Transfer is a call of Transfer, From..T. Election, Token (of who is to lead; 0 for whoever is next), Result
+	// ([Failed]: nobody led, or there was no such candidate; [Unknown]: its context has ended), Err.
 	Transfer Kind = "transfer"
 	// Resumed is a member of etcd that resumes after a pause, From..T. Op ([Follower] if it was known to be a follower
 	// when it was paused).
@@ -133,7 +136,8 @@ const (
 	// to be gone, whether by this request or not. For Evict it may be missing.
 	Taken Kind = "taken"
 	// Event is a change in etcd, seen at T. Rev, Key, Op ("put", "delete"), Token (create revision), Value (of a put; a
-	// candidate's first put has its process's name, alone or in front of a slash), Lease (of a put).
+	// candidate's first put has its process's name, alone or in front of a slash), Lease (of a put). The key of a
+	// request to step back is that of who is asked and "/stepback", its value the token of who is asked.
 	Event Kind = "event"
 	// AuditEnd says that all events up to its Rev were recorded, and that nothing was requested of etcd later.
 	AuditEnd Kind = "audit-end"
@@ -161,15 +165,17 @@ const (
 	ByRun      = "Run" // the context of the function that Run calls
 
 	// Of Ended.
-	Resigned = "resigned"
-	Expired  = "expired"
-	Evicted  = "evicted"
+	Resigned    = "resigned"
+	Transferred = "transferred"
+	Unhealthy   = "unhealthy"
+	Expired     = "expired"
+	Evicted     = "evicted"
 
 	// Of CampaignFailed.
-	GaveUp    = "gave-up"   // its context had ended
-	Held      = "held"      // it must not wait, and somebody else was there
-	Unhealthy = "unhealthy" // it must not wait, and its check did not succeed
-	Shut      = "shut"      // Close was called
+	GaveUp = "gave-up" // its context had ended
+	Held   = "held"    // it must not wait, and somebody else was there
+	Shut   = "shut"    // Close was called
+	// Unhealthy: it must not wait, and its check had not succeeded.
 
 	// Of Taken.
 	Delete = "delete"

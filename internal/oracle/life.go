@@ -30,10 +30,8 @@ func (c *checker) endingOf(l *life, by int64) (ending, *Entry) {
 	t := c.terms[l.termID]
 	switch {
 	case t != nil && t.first() != nil:
-		// Whoever has lost a term also records that it resigns. So the recorded cause decides.
-		given := c.given(t)
 		bySelf := l.gone.to < expiry || c.Exact && l.deleted.Proc == c.host(l.owner)
-		if given != nil && given.T <= l.gone.to && (t.cause() == Resigned || t.cause() == "" && bySelf) {
+		if c.until(t, l.gone.to) <= l.gone.to && (t.cause() != "" || bySelf) {
 			return resigned, nil
 		}
 	case c.withdrawn(l):
@@ -115,23 +113,7 @@ func (c *checker) withdrawn(l *life) bool {
 			return true
 		}
 	}
-	return len(campaigns) == 0 || c.stray(l, campaigns[0]) || c.asked(l) ||
-		c.unhealthy(place{l.owner, l.election}, l.gone.from, l.gone.to)
-}
-
-// unhealthy reports whether an Elector may have been unhealthy at some time between from and to. What has succeeded holds
-// for less than a TTL, so that it is for no longer than that after the last failure.
-func (c *checker) unhealthy(at place, from, to int64) bool {
-	return slices.ContainsFunc(c.by[CheckFailed], func(e *Entry) bool {
-		return placeOf(e) == at && e.From <= to && from <= e.T+int64(c.TTL)
-	})
-}
-
-// asked reports whether the owner of a key may have been asked to step back.
-func (c *checker) asked(l *life) bool {
-	return slices.ContainsFunc(c.by[Transfer], func(e *Entry) bool {
-		return e.Election == l.election && e.From <= l.gone.to && l.gone.from <= e.Until
-	})
+	return len(campaigns) == 0 || c.stray(l, campaigns[0]) || c.asked(l.termID, l.gone.to) || c.sick(l, l.gone.to)
 }
 
 // stray reports whether a key may not belong to the campaign in which it appeared. It may come from the join of an

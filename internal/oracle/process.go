@@ -62,6 +62,7 @@ type term struct {
 	campaign  *campaign // that elected it
 	resigning *Entry
 	ended     []*Entry
+	overdue   []*Entry
 	pieces    []*piece // in the order of T
 	exit      int64    // when its process ended
 	killed    bool     // its process was killed
@@ -90,8 +91,9 @@ func (t *term) cause() string {
 	return t.ended[0].Op
 }
 
-// lost reports whether it was told that the term was lost. Run does not call its function if that comes first.
-func (t *term) lost() bool { return t.cause() == Evicted || t.cause() == Expired }
+// lost reports whether it was told that the term had ended without having been given up. Run does not call its function
+// if that comes first.
+func (t *term) lost() bool { return t.cause() != "" && t.cause() != Resigned }
 
 // ours reports whether a process uses the library under test.
 func (c *checker) ours(proc string) bool { return c.joining[proc] != nil }
@@ -165,6 +167,9 @@ func (c *checker) readProcesses(history []Entry) *processes {
 		case Ended:
 			t := p.term(e)
 			t.ended = append(t.ended, e)
+		case Overdue:
+			t := p.term(e)
+			t.overdue = append(t.overdue, e)
 		case Belief:
 			t := p.term(e)
 			t.pieces = append(t.pieces, &piece{Entry: e, until: e.T})
@@ -254,7 +259,7 @@ func (c *checker) checkCampaigns() {
 			c.checkWithdrawn(at, k)
 			switch {
 			case e.Op == GaveUp && k.asked(GivingUp), e.Op == Shut && k.asked(Closing), e.Op == Held && c.tries(at, k) && c.held(at, k),
-				e.Op == Unhealthy && c.tries(at, k) && c.unhealthy(at, k.began.T, e.T):
+				e.Op == Unhealthy && c.tries(at, k) && !c.checked(at, k):
 			default:
 				c.violate(RuleCampaign, []*Entry{k.began, stop, e}, "campaign of %s in %s ended at %s with %q for no reason: %s",
 					at.proc, at.election, c.at(e.T), e.Op, e.Err)
@@ -306,7 +311,7 @@ func (c *checker) checkPauses(at place) {
 		if next.Value != k.began.Value {
 			continue // the next campaign is another call's
 		}
-		if t.won == nil || t.won.Value != ByRun || !t.lost() || t.resigning == nil || next.T+c.slack(rounding) >= t.resigning.T+c.real(at.proc, pauseOfRun) {
+		if t.won == nil || t.won.Value != ByRun || !t.lost() || t.cause() == Transferred || t.resigning == nil || next.T+c.slack(rounding) >= t.resigning.T+c.real(at.proc, pauseOfRun) {
 			continue
 		}
 		closed := firstAfter(c.closings[at], k.began.T)
@@ -466,6 +471,16 @@ func (c *checker) checkCause(t *term, ended *Entry) {
 	case Expired:
 		if deadline := c.deadline(t, ended.T); deadline < unknown && ended.T < deadline-c.slack(clockLag) && !c.set(t.proc(), deadline-c.lasts(t.proc()), ended.T) {
 			wrong(fmt.Sprintf("though the deadline was %s", c.at(deadline)))
+		}
+	case Transferred:
+		c.Checked.Transferred++
+		if !c.asked(t.termID, ended.T) {
+			wrong("though nobody had asked that term to step back")
+		}
+	case Unhealthy:
+		c.Checked.Unhealthy++
+		if l != nil && !c.sick(l, ended.T) {
+			wrong("though its checks had succeeded")
 		}
 	case Evicted:
 		if l == nil {

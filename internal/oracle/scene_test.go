@@ -450,9 +450,6 @@ func TestCampaignsAreToldFromBeginningToEnd(t *testing.T) {
 	tried := func(from, to int64) Entry {
 		return Entry{T: to, From: from, Proc: "c3", Kind: Tried, Election: "chaos/a"}
 	}
-	failed := func(from, to int64) Entry {
-		return Entry{T: to, From: from, Proc: "c3", Kind: CheckFailed, Election: "chaos/a"}
-	}
 	elected := func(at int64, token int64) Entry { return Entry{T: at, Proc: "c1", Kind: Elected, Token: token} }
 	dead := Entry{T: 6000, Proc: "c3", Kind: Exit, Result: OK, Err: "killed"}
 	// own is the key of c3, which stays.
@@ -518,12 +515,6 @@ func TestCampaignsAreToldFromBeginningToEnd(t *testing.T) {
 		"held by itself":                              {scene{extra: join(tell(9801, Campaigning, ""), event(9802, 9802, "chaos/a/3", "c3"), event(9803, 9802, "chaos/a/3", ""), tell(9804, CampaignFailed, Held), tried(9801, 9804), calm(5000, 10000))}, violated(RuleCampaign)},
 		"held by one that may have come":              {scene{drop: "read c1", extra: join(with(tell(3, Campaigning, ""), elsewhere), with(tell(4, CampaignFailed, Held), elsewhere), with(tried(3, 5), elsewhere), event(3004, 3004, "chaos/b/4", "stock"))}, good},
 		"held by one that came later":                 {scene{extra: join(with(tell(3, Campaigning, ""), elsewhere), with(tell(4, CampaignFailed, Held), elsewhere), with(tried(3, 5), elsewhere), event(3005, 3005, "chaos/b/4", "stock"))}, violated(RuleCampaign)},
-		"unhealthy":                                   {campaigns(failed(4000, 5100), tell(5501, CampaignFailed, Unhealthy), tried(5000, 5502)), good},
-		"unhealthy long ago":                          {campaigns(failed(10, 20), tell(5501, CampaignFailed, Unhealthy), tried(5000, 5502)), violated(RuleCampaign)},
-		"unhealthy later":                             {campaigns(failed(5502, 5600), tell(5501, CampaignFailed, Unhealthy), tried(5000, 5502)), violated(RuleCampaign)},
-		"unhealthy elsewhere":                         {campaigns(with(failed(4000, 5100), elsewhere), tell(5501, CampaignFailed, Unhealthy), tried(5000, 5502)), violated(RuleCampaign)},
-		"unhealthy, and it was to wait":               {campaigns(failed(4000, 5100), tell(5501, CampaignFailed, Unhealthy)), violated(RuleCampaign)},
-		"another is unhealthy":                        {campaigns(with1("c1", failed(4000, 5100)), tell(5501, CampaignFailed, Unhealthy), tried(5000, 5502)), violated(RuleCampaign)},
 		"elected, and was not to wait":                {scene{extra: join(with1("c1", tried(9, 12)))}, good},
 		"elected behind another, and was not to wait": {scene{extra: join(with1("c2", tried(19, 9702)), calm(-2000, 9999))}, violated(RuleCampaign, RuleCampaign)},
 		"elected behind another by a late answer, and was not to wait": {scene{extra: join(with1("c2", tried(19, 9702)), calm(-1980, 9999))}, good},

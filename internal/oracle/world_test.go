@@ -201,7 +201,7 @@ func (e *contest) term() {
 	gone := expiry
 	believed := end
 	op := []string{ByIsLeader, ByContext, ByRun}[e.IntN(3)]
-	how := e.IntN(9)
+	how := e.IntN(11)
 	switch {
 	case n.op != Ours:
 		op, how = n.op, 0
@@ -254,6 +254,24 @@ func (e *contest) term() {
 		believed = deadline - 1
 		e.tell(deadline, n, Ended, Expired)
 		gone = n.renewed + ttl + 1
+	case 9: // asked to step back, and its work takes a while to stop
+		e.event(end-1, "put", n.key+"/stepback", end-1, fmt.Sprint(n.token), 0)
+		e.tell(end+1, n, Ended, Transferred)
+		gone = end + e.within(2, 1000*ms)
+		e.tell(gone-1, n, Resigning, "")
+		e.renew(n, gone)
+	case 10: // its checks fail, and its work hangs
+		last := n.began
+		for ; last+500*ms < end; last += 500 * ms {
+			e.check(n, last, OK)
+		}
+		e.check(n, last, OK)
+		e.check(n, last+500*ms, Failed)
+		believed = last + ttl - margin
+		e.tell(believed+1, n, Ended, Unhealthy)
+		gone = believed + margin
+		e.tell(gone+e.within(1, 2000*ms), n, Resigning, "")
+		e.renew(n, gone)
 	}
 	e.believe(n, op, won, believed)
 	if n.op != Ours { // may believe what it likes
@@ -276,6 +294,11 @@ func (e *contest) term() {
 		e.give(next, gone+ms)
 	}
 	e.now = gone
+}
+
+// check is a check of health.
+func (e *contest) check(n *entrant, t int64, result string) {
+	e.add(Entry{T: t, From: t, Proc: n.proc, Kind: Checked, Election: e.name, Result: result})
 }
 
 // taken tells that an operator took a key.

@@ -94,17 +94,18 @@ func (s *strike) transfer() {
 	if w.rng.IntN(3) > 0 {
 		to = cs[w.rng.IntN(len(cs))]
 	}
-	began := w.now()
-	err = w.evictor.e.Transfer(ctx, s.election, to)
-	w.note("transfer of %s to %q: %v", s.election, to.Value, err)
-	switch {
-	case err == nil, errors.Is(err, leader.ErrNotCandidate), errors.Is(err, leader.ErrNoLeader), ctx.Err() != nil, w.violated():
+	e := oracle.Entry{Kind: oracle.Transfer, Proc: evictorName, From: w.now(), Election: s.election, Token: to.Token, Result: oracle.OK}
+	switch err = w.evictor.e.Transfer(ctx, s.election, to); {
+	case err == nil:
+	case errors.Is(err, leader.ErrNotCandidate), errors.Is(err, leader.ErrNoLeader):
+		e.Result, e.Err = oracle.Failed, err.Error()
 	default:
-		w.violate("error", "Transfer of %s: %v", s.election, err)
+		e.Result, e.Err = oracle.Unknown, err.Error()
+		if ctx.Err() == nil && !w.violated() {
+			w.violate("error", "Transfer of %s: %v", s.election, err)
+		}
 	}
-	// Requests that arrive late, or were not withdrawn, are there until their lease has expired, which a new leader of
-	// etcd prolongs.
-	w.record(oracle.Entry{Kind: oracle.Transfer, Proc: evictorName, From: began, Election: s.election, Until: w.now() + int64(time.Minute)})
+	w.record(e)
 }
 
 // A strike is one fault.

@@ -58,7 +58,6 @@ func (w *world) monitor() {
 			second = time.Now()
 			w.checkPace()
 		}
-		w.checkHealthy()
 		w.mu.Lock()
 		if w.calm.Load() && !w.over.Load() && len(w.result.Violations) == 0 {
 			w.monitorLocked(lasts)

@@ -544,9 +544,7 @@ type call struct {
 	terms       map[int64]*term // those that it won
 	stuck       bool            // its work does not end when its context does
 	inLead      bool            // the function that Run has called has not returned
-	leads       int64           // token of the term that it was called for
-	left        time.Time       // when it has returned, the last time
-	overdue     time.Duration   // what Hooks.Overdue was called with last in this term
+	overdue     bool            // Hooks.Overdue was called for it
 }
 
 // stops are what was told of the end of a campaign.
@@ -661,10 +659,7 @@ func (c *call) returned(cut bool) {
 	defer w.mu.Unlock()
 	c.el.current[c.election] = slices.DeleteFunc(c.el.current[c.election], func(o *call) bool { return o == c })
 	c.unhook()
-	c.checkOverdueLocked()
-	if h := c.el.healthLocked(c.election); h != nil {
-		h.lapsedLocked(c.el, c.election)
-	}
+	c.checkReturnedLocked()
 	switch {
 	case !c.campaigning:
 	case cut: // by the user's code, in the hook Campaigning

@@ -23,13 +23,11 @@ type term struct {
 	lease    int64
 
 	// Guarded by w.mu.
-	givenUp  bool      // by its holder
-	over     time.Time // when its context ended
-	resigned bool      // its holder has called Resign
-	ended    bool      // Hooks.Ended was called
-	told     bool      // it is in the history, since then
-	since    int64
-	expired  bool
+	givenUp bool // by its holder
+	ended   bool // Hooks.Ended was called
+	told    bool // it is in the history, since then
+	since   int64
+	expired bool
 	// proclaimed is the number of the last value that etcd has confirmed.
 	proclaimed int64
 	byContext  bool // its holder looks at the context alone, and never asks IsLeader
@@ -64,7 +62,7 @@ func (w *world) campaigning(el *elector, election string) {
 	}
 	c := currentCall()
 	if c != nil {
-		c.checkOverdueLocked()
+		c.checkReturnedLocked()
 	}
 	if c == nil || c.campaigning || c.leadsLocked() {
 		w.violateLocked("hooks", "%s: Campaigning was called, and %s campaigns or leads already", election, el.p.name)
@@ -122,7 +120,7 @@ func (w *world) elected(el *elector, election string, l *leader.Leader) {
 		w.violate("values", "%s: the context of a term has not the values of its campaign's", election)
 		return
 	}
-	deadline, over := l.Deadline(), l.Context().Err() != nil
+	deadline := l.Deadline()
 	w.mu.Lock()
 	if el.p.dead.Load() {
 		w.mu.Unlock()
@@ -148,17 +146,6 @@ func (w *world) elected(el *elector, election string, l *leader.Leader) {
 	others := slices.Clone(w.terms[election])
 	w.terms[election] = append(w.terms[election], t)
 	w.mu.Unlock()
-	context.AfterFunc(l.Context(), func() {
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		t.over = time.Now()
-		if errors.Is(context.Cause(l.Context()), leader.ErrUnhealthy) && !over {
-			w.checkUnhealthyLocked(t)
-		}
-		if cause := context.Cause(l.Context()); errors.Is(cause, leader.ErrTransferred) || errors.Is(cause, leader.ErrUnhealthy) {
-			t.resigningLocked()
-		}
-	})
 	w.checkDeadline(el.p, lease, deadline)
 	go func() {
 		w.checkFirst(t)
@@ -190,6 +177,9 @@ func (w *world) ended(el *elector, election string, l *leader.Leader, cause erro
 	}
 	if !t.told && c.run { // over before Run called the function
 		t.toldLocked(oracle.Entry{Value: oracle.ByRun, Until: int64(until.Sub(w.began))})
+		if errors.Is(cause, leader.ErrTransferred) || errors.Is(cause, leader.ErrUnhealthy) {
+			t.resigningLocked() // its key waits for nobody's work
+		}
 	}
 	t.ended = true
 	w.terms[election] = slices.DeleteFunc(w.terms[election], func(o *term) bool { return o == t })
@@ -201,16 +191,11 @@ func (w *world) ended(el *elector, election string, l *leader.Leader, cause erro
 		if !t.givenUp && !el.isClosed() {
 			w.violateLocked("cause", "%s: %s was told that it has resigned token %d, and has not", election, el.p.name, t.token)
 		}
-	case errors.Is(cause, leader.ErrUnhealthy):
-		e.Op = oracle.Resigned
-		t.resigningLocked()
-	case errors.Is(cause, leader.ErrTransferred):
-		e.Op = oracle.Resigned
+	case errors.Is(cause, leader.ErrUnhealthy): // the oracle knows whether it was
+		e.Op = oracle.Unhealthy
+	case errors.Is(cause, leader.ErrTransferred): // the oracle knows whether it was asked
+		e.Op = oracle.Transferred
 		w.result.Counts.Transferred++
-		if !w.asked[t.token] {
-			w.violateLocked("cause", "%s: %s was told that token %d was transferred, and nobody has asked that term to step back", election, el.p.name, t.token)
-		}
-		t.resigningLocked()
 	case errors.Is(cause, leader.ErrEvicted):
 		e.Op = oracle.Evicted
 		w.result.Counts.Evicted++

@@ -41,7 +41,6 @@ type truth struct {
 	lives  map[int64]*life    // by token
 	queues map[string][]*life // of each election, in the order of tokens
 	leases map[int64]ended    // those that are gone
-	asked  map[int64]bool     // to step back, by token
 	states map[string][]state // who was the first of each election, one after the other
 }
 
@@ -63,7 +62,6 @@ func newTruth() truth {
 		lives:  make(map[int64]*life),
 		queues: make(map[string][]*life),
 		leases: make(map[int64]ended),
-		asked:  make(map[int64]bool),
 		states: make(map[string][]state),
 	}
 }
@@ -117,8 +115,7 @@ func (w *world) committed(_ fake.Truth, c fake.Commit) {
 		if election, _, ok := electionOf(key); ok {
 			w.candidateChangedLocked(election, ev, how, c.Process)
 		} else if strings.HasSuffix(key, "/stepback") && ev.Type == mvccpb.Event_PUT {
-			token, _ := strconv.ParseInt(string(ev.Kv.Value), 10, 64)
-			w.asked[token] = true
+			w.recordLocked(oracle.Entry{Kind: oracle.Event, Proc: c.Process, Key: key, Rev: ev.Kv.ModRevision, Op: "put", Value: string(ev.Kv.Value), Token: ev.Kv.CreateRevision})
 		} else if strings.HasPrefix(key, dataRoot) && ev.Type == mvccpb.Event_PUT {
 			w.writtenLocked(key, ev.Kv)
 		}
@@ -159,7 +156,7 @@ func (w *world) candidateChangedLocked(election string, ev *mvccpb.Event, how fa
 		slices.SortFunc(w.queues[election], func(a, b *life) int { return cmp.Compare(a.token, b.token) })
 		if l.owner != nil {
 			l.owner.newest = l.token
-			if h := l.owner.el.healthLocked(election); h != nil && h.until.IsZero() {
+			if h := l.owner.el.healthLocked(election); h != nil && !h.succeeded {
 				w.violateLocked("health", "%s: %s has joined, and no check has succeeded", election, l.owner.value)
 			}
 		}
@@ -224,9 +221,6 @@ func (w *world) lostLocked(l *life) {
 		return
 	}
 	t := c.terms[l.token]
-	if l.fate == byRequest && t != nil {
-		w.checkKeptLocked(t)
-	}
 	switch {
 	case l.fate == byRequest && t != nil && t.expired && !c.p.m.Stopped() && !keptMargin(c.p, l.lease):
 		w.violateLocked("margin", "%s: the key of %s with token %d was deleted by a request of its own before the margin had passed", l.election, c.p.name, l.token)

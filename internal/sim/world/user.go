@@ -214,11 +214,7 @@ func (p *process) elected(ctx context.Context, el *elector, election string, try
 
 // resign ends a term, as users do: with patience, or without.
 func (p *process) resign(c *call, l *leader.Leader) {
-	if t := p.w.sees(c, l); t != nil {
-		p.w.mu.Lock()
-		t.resigned = true
-		p.w.mu.Unlock()
-	}
+	p.w.sees(c, l)
 	for i := range 3 {
 		within := 3 * time.Second
 		if i == 0 && p.rng.IntN(6) == 0 && !p.w.calm.Load() {
@@ -292,7 +288,7 @@ func (p *process) run(ctx context.Context, el *elector, election string) {
 
 // lead is what Run calls.
 func (p *process) lead(ctx context.Context, c *call, l *leader.Leader) error {
-	defer c.enter(l.Token())()
+	defer c.enter()()
 	defer p.leads(ctx, l, c)()
 	p.work(ctx, l, c)
 	if !l.IsLeader() && p.rng.IntN(4) == 0 {
