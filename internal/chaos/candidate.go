@@ -40,6 +40,7 @@ type worker struct {
 	Watches        string // the endpoint for watches, if it is a separate one
 	User, Password string
 	Resource       string   // unix socket
+	Ill            string   // file that says what the process suffers from
 	Shared         []string // elections to lead over one Elector
 	Own            []string // elections to lead with a lease for each term
 	Stock          []string // elections for concurrency.Election
@@ -187,6 +188,13 @@ func (c *candidate) options() []leader.Option {
 				Until: onClock(l.Deadline()),
 			})
 		},
+		Overdue: func(election string, l *leader.Leader, late time.Duration) {
+			e := oracle.Entry{T: now(), Kind: oracle.Overdue, Election: election, Token: l.Token()}
+			if late > 0 {
+				e.From = e.T - int64(late)
+			}
+			c.add(e)
+		},
 		Renewed: func(id clientv3.LeaseID, took time.Duration, deadline time.Time) {
 			at := now()
 			c.add(oracle.Entry{T: at, From: at - int64(took), Kind: oracle.Renewed, Lease: int64(id), Until: onClock(deadline)})
@@ -203,9 +211,44 @@ func (c *candidate) options() []leader.Option {
 		}
 	}
 	return []leader.Option{
-		leader.WithTTL(c.TTL), leader.WithMargin(c.Margin), leader.WithHooks(hooks),
+		leader.WithTTL(c.TTL), leader.WithMargin(c.Margin), leader.WithHooks(hooks), leader.WithHealth(c.check),
 		leader.WithLogger(slog.New(slog.NewTextHandler(os.Stderr, nil))),
 	}
+}
+
+// What a process suffers from.
+const (
+	fails  = "fails"  // its checks of health fail
+	stalls = "stalls" // its work hangs, and so ignores the end of its context
+	hangs  = "hangs"  // both hang
+)
+
+// ailment returns what the process suffers from, or "".
+func (c *candidate) ailment() string {
+	ill, _ := os.ReadFile(c.Ill) // it is not there while the process is well
+	return string(ill)
+}
+
+// hang blocks for as long as the process suffers from one of these.
+func (c *candidate) hang(ills ...string) {
+	for slices.Contains(ills, c.ailment()) {
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// check is the check of WithHealth.
+func (c *candidate) check(ctx context.Context, election string) error {
+	e := oracle.Entry{Kind: oracle.Checked, From: now(), Election: election, Result: oracle.OK}
+	c.hang(hangs)
+	err := ctx.Err()
+	if c.ailment() == fails {
+		err = errors.New("ill")
+	}
+	if err != nil {
+		e.Result, e.Err = oracle.Failed, err.Error()
+	}
+	c.add(e)
+	return err
 }
 
 // onClock converts a time to the clock of the history. It reads both clocks at almost the same moment.
@@ -228,6 +271,10 @@ func asEntry(leads leader.Candidate, e oracle.Entry) oracle.Entry {
 // causeOf returns the cause of a term's end that err matches, or "".
 func causeOf(err error) string {
 	switch {
+	case errors.Is(err, leader.ErrUnhealthy): // it may wrap another
+		return oracle.Unhealthy
+	case errors.Is(err, leader.ErrTransferred):
+		return oracle.Transferred
 	case errors.Is(err, leader.ErrResigned):
 		return oracle.Resigned
 	case errors.Is(err, leader.ErrExpired):
@@ -247,6 +294,8 @@ func failureOf(err error) string {
 		return oracle.Shut
 	case errors.Is(err, context.Canceled):
 		return oracle.GaveUp
+	case errors.Is(err, leader.ErrUnhealthy):
+		return oracle.Unhealthy
 	}
 	return ""
 }
@@ -274,6 +323,7 @@ func (c *candidate) share(ctx context.Context) {
 			wg.Wait() // an observer stays until the end, when all others have left
 		} else {
 			sleep(ctx, r, 3*c.TTL, 12*c.TTL)
+			c.hang(stalls, hangs) // as the work does
 		}
 		c.close(ctx, e)
 		wg.Wait()
@@ -359,14 +409,15 @@ func (c *candidate) lead(ctx context.Context, by ways, election string, r *rand.
 			})
 		}
 		cancel()
-		switch why := failureOf(err); {
+		why := failureOf(err)
+		switch {
 		case why == oracle.Shut && by.closable:
 			return
-		case err != nil && why != oracle.GaveUp && why != oracle.Held:
+		case err != nil && why != oracle.GaveUp && why != oracle.Held && why != oracle.Unhealthy:
 			c.fail("campaign in %s: %v", election, err)
 			return
 		}
-		if election != root+again && r.IntN(2) == 0 {
+		if why == oracle.Unhealthy || election != root+again && r.IntN(2) == 0 {
 			sleep(ctx, r, 0, 300*time.Millisecond)
 		}
 	}
@@ -561,6 +612,7 @@ type work struct {
 func (w *work) do(ctx context.Context) {
 	writes := w.rand.IntN(4) != 0 // who sends etcd no request believes the longest
 	for ctx.Err() == nil {
+		w.hang(stalls, hangs)
 		switch n := w.rand.IntN(8); {
 		case n == 0:
 			w.append(ctx)

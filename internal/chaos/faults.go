@@ -10,12 +10,14 @@ import (
 	"iter"
 	"math"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
 
+	"example.com/leader"
 	"example.com/leader/internal/etcdtest"
 	"example.com/leader/internal/oracle"
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -39,6 +41,7 @@ const (
 	onWorker target = iota
 	onMember        // one fault at a time: with two, etcd would lose its quorum, which is a fault of its own
 	onData          // what is in etcd
+	onHealth        // of a candidate
 	onAuth
 	onSpace
 )
@@ -74,6 +77,7 @@ func sorts() []sort {
 		{"link-flapping", onWorker, flapLinks},
 		{"endpoint-dark", onWorker, darkEndpoint},
 		{"endpoint-late", onWorker, holdRequests},
+		{"unhealthy", onHealth, fallIll},
 		{"kill-member", onMember, killMember},
 		{"stop-member", onMember, stopMember},
 		{"stop-raft-leader", onMember, stopRaftLeader},
@@ -88,6 +92,7 @@ func sorts() []sort {
 		{"operator-deletes-key", onData, deleteKey},
 		{"operator-deletes-two", onData, deleteTwo},
 		{"operator-revokes-lease", onData, revokeLease},
+		{"operator-transfers", onData, transfer},
 		{"no-space", onSpace, noSpace},
 		{"auth", onAuth, enableAuth},
 	}
@@ -128,18 +133,16 @@ func (f *fault) processOf(candidate oracle.Entry) *process {
 // queue returns the candidates of an election in their order, at least one.
 func (s *system) queue(ctx context.Context, election string) (queue []oracle.Entry, err error) {
 	err = s.ask(ctx, func(ctx context.Context) error {
-		resp, err := s.root.Get(ctx, root+election+"/", clientv3.WithPrefix(), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
+		all, err := s.operator.Candidates(ctx, election)
 		if err != nil {
 			return err
 		}
-		if len(resp.Kvs) == 0 {
+		if len(all) == 0 {
 			return fmt.Errorf("%s has no candidate", election)
 		}
 		queue = nil
-		for _, kv := range resp.Kvs {
-			queue = append(queue, oracle.Entry{
-				Election: root + election, Token: kv.CreateRevision, Key: string(kv.Key), Lease: kv.Lease, Value: string(kv.Value),
-			})
+		for _, candidate := range all {
+			queue = append(queue, asEntry(candidate, oracle.Entry{Election: root + election}))
 		}
 		return nil
 	})
@@ -267,6 +270,17 @@ func holdRequests(ctx context.Context, f *fault) error {
 	}
 	f.hold(ctx, 0.1, 0.5)
 	return nil
+}
+
+// fallIll makes the checks of a worker fail, or its work hang, or both hang.
+func fallIll(ctx context.Context, f *fault) error {
+	how := []string{fails, stalls, hangs}[f.rand.IntN(3)]
+	f.victim += " " + how
+	if err := os.WriteFile(f.ill(f.worker), []byte(how), 0o600); err != nil {
+		return err
+	}
+	f.hold(ctx, 0.5, 3)
+	return os.Remove(f.ill(f.worker))
 }
 
 // anyMember chooses a member.
@@ -657,6 +671,35 @@ func (s *system) revoke(ctx context.Context, lease int64) (rev int64, err error)
 	return resp.Header.Revision, errGone
 }
 
+// transfer hands an election over to a candidate, or to whoever is next.
+func transfer(ctx context.Context, f *fault) error {
+	election := elections[f.rand.IntN(len(elections))]
+	all, err := f.operator.Candidates(ctx, election)
+	if err != nil {
+		return err
+	}
+	var to leader.Candidate
+	if f.rand.IntN(3) > 0 && len(all) > 0 {
+		to = all[f.rand.IntN(len(all))]
+	}
+	f.victim = election + " to " + cmp.Or(to.Value, "the next")
+	tctx, cancel := context.WithTimeout(ctx, between(f.rand, f.p.TTL/3, 3*f.p.TTL))
+	defer cancel()
+	e := oracle.Entry{Kind: oracle.Transfer, From: now(), Election: root + election, Token: to.Token, Result: oracle.OK}
+	switch err = f.operator.Transfer(tctx, election, to); {
+	case err == nil:
+	case errors.Is(err, leader.ErrNotCandidate), errors.Is(err, leader.ErrNoLeader):
+		e.Result, e.Err = oracle.Failed, err.Error()
+	default:
+		e.Result, e.Err = oracle.Unknown, err.Error()
+		if tctx.Err() == nil {
+			f.add(oracle.Entry{Kind: oracle.Failure, Err: err.Error()})
+		}
+	}
+	f.add(e)
+	return nil
+}
+
 // compactAndDefragment compacts the whole history, and then blocks a member for a moment.
 func compactAndDefragment(ctx context.Context, f *fault) error {
 	err := f.ask(ctx, func(ctx context.Context) error {
@@ -756,12 +799,13 @@ func (s *schedule) round() []*fault {
 func (s *schedule) strike(ctx context.Context, f *fault) {
 	e := oracle.Entry{Kind: oracle.Fault, Op: f.sort.name, From: now()}
 	var err error
-	if f.sort.on == onWorker {
+	if f.sort.on == onWorker || f.sort.on == onHealth {
 		var leads []string
 		if f.rand.IntN(3) != 0 {
 			leads = append(leads, elections[f.rand.IntN(len(elections))])
 		}
-		if f.worker = f.pick(ctx, func(*process) bool { return true }, leads...); f.worker == nil {
+		suits := func(p *process) bool { return f.sort.on == onWorker || p.sort == sortCandidate }
+		if f.worker = f.pick(ctx, suits, leads...); f.worker == nil {
 			err = errors.New("no worker is left to strike")
 		} else {
 			f.victim = f.worker.name
@@ -800,14 +844,14 @@ func (f *fault) pick(ctx context.Context, suits func(*process) bool, leads ...st
 	return p
 }
 
-// calm lets everything recover, and then makes an operator take keys. In a calm system their leaders must learn of it
-// at once, and others must soon lead.
+// calm lets everything recover. Then an operator takes keys and transfers elections, and a candidate becomes unhealthy.
+// In a calm system their leaders must learn of it at once, and others must soon lead.
 func (s *schedule) calm(ctx context.Context) {
 	s.clean(ctx)
 	began := now()
 	sleep(ctx, s.rand, s.p.TTL+oracle.RecoverTime, s.p.TTL+oracle.RecoverTime)
 	for _, sort := range s.sorts {
-		if sort.on == onData && ctx.Err() == nil {
+		if (sort.on == onData || sort.on == onHealth) && ctx.Err() == nil {
 			s.strike(ctx, &fault{schedule: s, sort: sort, rand: rand.New(rand.NewPCG(s.rand.Uint64(), 0))})
 			sleep(ctx, s.rand, time.Second, time.Second)
 		}

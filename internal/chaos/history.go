@@ -41,7 +41,7 @@ func (p Parameters) options() oracle.Options {
 	o.TTL, o.Margin, o.Elections = p.TTL, p.Margin, p.Elections
 	o.Require = []oracle.Kind{
 		oracle.Run, oracle.Fault, oracle.Calm, oracle.CampaignFailed, oracle.Changed, oracle.Resigning, oracle.Renewed,
-		oracle.Tried, oracle.Proclaimed, oracle.Read, oracle.Append, oracle.Observed, oracle.ObserveEnded, oracle.Current, oracle.Candidates, oracle.Closed,
+		oracle.Tried, oracle.Checked, oracle.Proclaimed, oracle.Read, oracle.Append, oracle.Observed, oracle.ObserveEnded, oracle.Current, oracle.Candidates, oracle.Closed,
 	}
 	o.DeposedAfter = electionTimeout * 4 / 5 // less than the whole, because the last heartbeat came before the pause
 	return o

@@ -289,7 +289,7 @@ func (s *system) end(ctx context.Context) error {
 				if err != nil {
 					return err
 				}
-				if ttl.GrantedTTL == int64(s.p.TTL/time.Second) { // the leases of etcdctl have another TTL
+				if ttl.GrantedTTL != int64(etcdctlTTL/time.Second) {
 					leases = append(leases, fmt.Sprintf("%x", int64(l.ID)))
 				}
 			}

@@ -15,8 +15,11 @@ import (
 	"example.com/leader/internal/oracle"
 )
 
-// sortMember is the kind of a process that is a member of etcd.
-const sortMember = "member"
+// Kinds of processes: members of etcd, and candidates that use this package.
+const (
+	sortMember    = "member"
+	sortCandidate = "candidate"
+)
 
 // A process is a process of the system under test. It can be started again after it has ended.
 type process struct {

@@ -20,6 +20,7 @@ import (
 	"syscall"
 	"time"
 
+	"example.com/leader"
 	"example.com/leader/internal/etcdtest"
 	"example.com/leader/internal/oracle"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -56,6 +57,7 @@ type system struct {
 	binary   string // the program of the workers
 	auth     bool   // workers have a user
 	root     *clientv3.Client
+	operator *leader.Elector // over root
 	members  []*member
 	workers  []*process // that take part in elections
 	faulty   []*process // workers that faults strike
@@ -268,9 +270,11 @@ func (s *system) newRootClient(members ...*member) (*clientv3.Client, error) {
 
 func (s *system) dialRoot() (err error) {
 	s.root, err = s.newRootClient(s.members...)
-	if err == nil {
-		s.closers = append(s.closers, func() { s.root.Close() })
+	if err != nil {
+		return err
 	}
+	s.closers = append(s.closers, func() { s.root.Close() })
+	s.operator, err = leader.New(s.root, leader.WithPrefix(root))
 	return err
 }
 
@@ -448,7 +452,7 @@ func (s *system) startWorkers() error {
 		if w.Watches == "" {
 			s.links[p] = links[:p.asks]
 		}
-		w.Dir, w.Resource, w.TTL, w.Margin = s.dir, socket, s.p.TTL, s.p.Margin
+		w.Dir, w.Resource, w.Ill, w.TTL, w.Margin = s.dir, socket, s.ill(p), s.p.TTL, s.p.Margin
 		if s.auth {
 			w.User, w.Password = user, password
 		}
@@ -485,7 +489,7 @@ func (s *system) startWorkers() error {
 			w.Shared, w.Own, w.Changes = elections[1:2], elections[2:3], true
 			knows = func(w *worker, endpoints []string) { w.Endpoints = endpoints[:1] }
 		}
-		p, err := add("candidate", w, knows)
+		p, err := add(sortCandidate, w, knows)
 		if err != nil {
 			return err
 		}
@@ -503,6 +507,9 @@ func (s *system) startWorkers() error {
 	s.watchers, s.faulty = append(s.watchers, observer), append(s.faulty, observer)
 	return nil
 }
+
+// ill is the file that says what a worker suffers from.
+func (s *system) ill(p *process) string { return filepath.Join(s.tmp, p.name+".ill") }
 
 // etcdctlTTL is the TTL of the lease of etcdctl elect.
 const etcdctlTTL = time.Minute

@@ -96,7 +96,7 @@ var changes = map[string]struct {
 		find(c.by[Ended], func(e *Entry) bool { return e.Op == Expired && c.how(c.lives[idOf(e)]) == expired }).Op = Evicted
 		return h
 	}},
-	"transferred, and not asked": {RuleEnded, "though nobody had asked that term", func(c *checker, h []Entry) []Entry {
+	"transferred, and not asked": {RuleEnded, "though nobody had asked that term", func(_ *checker, h []Entry) []Entry {
 		return slices.DeleteFunc(h, func(e Entry) bool { return strings.HasSuffix(e.Key, "/stepback") })
 	}},
 	"transferred, and another term was asked": {RuleEnded, "though nobody had asked that term", func(c *checker, h []Entry) []Entry {

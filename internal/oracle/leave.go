@@ -4,7 +4,11 @@ import (
 	"cmp"
 	"slices"
 	"strings"
+	"time"
 )
+
+// overdueIn is how late a call of Overdue may be.
+const overdueIn = time.Second
 
 // A check is a check of health that has succeeded.
 type check struct {
@@ -51,8 +55,13 @@ func (c *checker) readChecks() {
 // sick reports whether the owner of a key may have lost its health since it has put the key, and by the given time. It
 // has put the key only after a check had succeeded.
 func (c *checker) sick(l *life, by int64) bool {
-	healthy, checks := c.healthy[place{l.owner, l.election}]
-	return checks && slices.ContainsFunc(gaps(span{l.since.to, by}, healthy), func(s span) bool { return s.from < s.to })
+	return c.unwell(place{l.owner, l.election}, span{l.since.to, by})
+}
+
+// unwell reports whether a process that has checks may not have been healthy at some time.
+func (c *checker) unwell(at place, in span) bool {
+	healthy, checks := c.healthy[at]
+	return checks && slices.ContainsFunc(gaps(in, healthy), func(s span) bool { return s.from < s.to })
 }
 
 // checked reports whether a check has succeeded in a campaign, long before its end.
@@ -144,14 +153,15 @@ func (c *checker) checkOverdue() {
 				wrong(e, "the function was called overdue before the margin had passed")
 			case slices.ContainsFunc(t.pieces, func(p *piece) bool { return p.Op == ByRun && p.T > e.From+c.slack(clockLag) }):
 				wrong(e, "the function was called overdue, and its context had not ended then")
-			case e.T > c.within(t.proc(), returned, RecoverTime):
+			case e.T > c.within(t.proc(), returned, overdueIn):
 				wrong(e, "the function was called overdue when it had returned")
 			}
 		}
 		if n := len(t.overdue); n > 0 && !told && t.resigning != nil && !t.cutShort(c.within(t.proc(), returned, tellTime)) {
 			wrong(t.overdue[n-1], "the function was called overdue, and its return was not told")
 		}
-		if len(t.ended) > 0 && len(t.overdue) == 0 && t.resigning != nil && returned > c.within(t.proc(), t.ended[0].T, c.Margin+RecoverTime) {
+		if len(t.ended) > 0 && len(t.overdue) == 0 && t.resigning != nil &&
+			returned > c.within(t.proc(), t.ended[0].T, c.Margin+overdueIn) {
 			wrong(t.ended[0], "the function has not returned in time, and was not called overdue")
 		}
 	}

@@ -291,7 +291,8 @@ func (c *checker) checkJoins(at place) {
 				break
 			}
 			from := max(s.from, e.From+int64(c.TTL))
-			if to := min(s.to, e.T); to > c.within(at.proc, from, RecoverTime) {
+			to := min(s.to, e.T)
+			if to > c.within(at.proc, from, RecoverTime) && !c.unwell(at, span{from, to}) {
 				c.violate(RuleCampaign, []*Entry{e}, "%s campaigned in %s without a key from %s to %s", at.proc, at.election, c.at(from), c.at(to))
 				return
 			}
