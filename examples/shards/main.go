@@ -1,12 +1,13 @@
 //go:build unix
 
-// Shards shows three processes that share a hundred shards. Each shard has an election, and its leader holds the shard.
-// So at most one process holds a shard at a time. One process is killed, and the others take over its shards.
+// Shards shows processes that share a hundred shards evenly. Each shard has an election, and its leader does the
+// shard's work. So at most one process works on a shard at a time. A process joins, one is killed, and one is asked to
+// stop. Each time, shards are transferred until no process leads more than its share again.
 //
 //	go run ./examples/shards
 //
-// It starts an etcd of its own in this process, unless -endpoints names another. It exits with status 1 if a shard had
-// two holders at a time, or if the shards were not shared evenly.
+// It starts an etcd of its own in this process, unless -endpoints names another. It exits with status 1 if two
+// processes worked on a shard at a time, or if the shards were not shared evenly.
 package main
 
 import (
@@ -16,7 +17,6 @@ import (
 	"flag"
 	"fmt"
 	"maps"
-	"math/rand/v2"
 	"os"
 	"os/signal"
 	"slices"
@@ -32,16 +32,18 @@ import (
 func main() {
 	var c config
 	flag.StringVar(&c.endpoints, "endpoints", "", "etcd `host:port,…`; if empty, starts an etcd of its own")
-	flag.DurationVar(&c.ttl, "ttl", 3*time.Second, "time to live of a process's lease")
-	flag.IntVar(&c.shards, "shards", 100, "`number` of shards, at least 1")
-	flag.IntVar(&c.processes, "processes", 3, "`number` of processes, 2 to 9")
-	name := flag.String("process", "", "run as the process of this `name`; the demonstration starts its processes with it")
+	flag.DurationVar(&c.ttl, "ttl", 3*time.Second, "time to live of a process's lease, 1s to 15s")
+	flag.IntVar(&c.shards, "shards", 100, "`number` of shards, 1 to 500")
+	flag.IntVar(&c.processes, "processes", 3, "`number` of processes at first, 2 to 8")
+	name := flag.String("process", "", "run as the process of this `name`, for the demonstration")
 	flag.Parse()
 
-	var err error
-	if *name != "" {
+	err := c.check(flag.Args())
+	switch {
+	case err != nil:
+	case *name != "":
 		err = serve(*name, c)
-	} else {
+	default:
 		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 		err = demonstrate(ctx, c)
 		stop()
@@ -60,6 +62,20 @@ type config struct {
 	processes int
 }
 
+func (c config) check(args []string) error {
+	switch {
+	case len(args) > 0:
+		return fmt.Errorf("%q: takes flags only", args[0])
+	case c.ttl < time.Second || c.ttl > 15*time.Second:
+		return fmt.Errorf("-ttl %v: must be 1s to 15s", c.ttl)
+	case c.shards < 1 || c.shards > 500:
+		return fmt.Errorf("-shards %d: must be 1 to 500", c.shards)
+	case c.processes < 2 || c.processes > 8:
+		return fmt.Errorf("-processes %d: must be 2 to 8", c.processes)
+	}
+	return nil
+}
+
 func (c config) client() (*clientv3.Client, error) {
 	return clientv3.New(clientv3.Config{
 		Endpoints:            strings.Split(c.endpoints, ","),
@@ -70,15 +86,6 @@ func (c config) client() (*clientv3.Client, error) {
 }
 
 func demonstrate(ctx context.Context, c config) error {
-	if c.shards < 1 {
-		return fmt.Errorf("-shards %d: must be at least 1", c.shards)
-	}
-	if c.ttl < time.Second || c.ttl > 5*time.Second {
-		return fmt.Errorf("-ttl %v: must be 1s to 5s, so that the demonstration ends soon", c.ttl)
-	}
-	if c.processes < 2 || c.processes > 9 {
-		return fmt.Errorf("-processes %d: must be 2 to 9", c.processes)
-	}
 	if c.endpoints == "" {
 		endpoint, stop, err := demo.StartEtcd(demo.AnyPort)
 		if err != nil {
@@ -88,23 +95,18 @@ func demonstrate(ctx context.Context, c config) error {
 		c.endpoints = endpoint
 		fmt.Printf("embedded etcd on %s\n", endpoint)
 	}
+	fmt.Println("Each digit is a shard: the number of the process that leads it.")
+	fmt.Println("A move gives a shard a new leader.")
 	s := newShards(c)
 	defer s.stopAll()
-	fmt.Printf("each column is a shard, and shows which process holds it\n\n")
-	for i := range c.processes {
-		if err := s.start(fmt.Sprint(i + 1)); err != nil {
+	for _, act := range []func() error{s.startFirst, s.join, s.kill, s.leave} {
+		fmt.Println()
+		if err := act(); err != nil {
 			return err
 		}
-	}
-	if err := s.settle(ctx); err != nil {
-		return err
-	}
-	victim := slices.Collect(maps.Keys(s.procs))[rand.IntN(c.processes)]
-	if err := s.kill(victim); err != nil {
-		return err
-	}
-	if err := s.settle(ctx); err != nil {
-		return err
+		if _, _, err := s.settle(ctx); err != nil {
+			return err
+		}
 	}
 	s.stopAll()
 	return s.check()
@@ -115,12 +117,14 @@ type shards struct {
 	config
 	began  time.Time
 	events chan event
+	joined int // processes so far
 	procs  map[string]*demo.Process[event]
-	terms  [][]*term // by shard
-	shown  string    // the last line
+	terms  [][]*term      // by shard
+	moves  int            // since the shards were last shared evenly
+	before map[string]int // how many shards each process led then
 }
 
-// A term is the time in which a process believed that it held a shard.
+// A term is the time in which a process worked on a shard.
 type term struct {
 	process    string
 	token      int64
@@ -138,114 +142,38 @@ func (s *shards) say(format string, args ...any) {
 	fmt.Printf("%7.3fs  %s\n", time.Since(s.began).Seconds(), fmt.Sprintf(format, args...))
 }
 
-func (s *shards) start(name string) error {
-	p, err := demo.Start(s.events, "-process", name, "-endpoints", s.endpoints, "-ttl", s.ttl.String(), "-shards", fmt.Sprint(s.shards))
+func (s *shards) startFirst() error {
+	for range s.processes {
+		if err := s.join(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// join starts another process.
+func (s *shards) join() error {
+	s.joined++
+	name := fmt.Sprint(s.joined)
+	p, err := demo.Start(s.events, "-process", name, "-endpoints", s.endpoints,
+		"-ttl", s.ttl.String(), "-shards", fmt.Sprint(s.shards))
 	if err != nil {
 		return err
 	}
 	s.procs[name] = p
-	s.say("%s started, pid %d", name, p.PID())
+	s.say("%s joins, pid %d", name, p.PID())
 	return nil
-}
-
-func (s *shards) handle(e event) {
-	if e.Held {
-		s.terms[e.Shard] = append(s.terms[e.Shard], &term{process: e.Process, token: e.Token, begin: e.At})
-		return
-	}
-	for _, t := range s.terms[e.Shard] {
-		if t.token == e.Token {
-			t.end = e.At
-		}
-	}
-}
-
-// holders returns which processes hold a shard: one or none, or more if something is wrong.
-func (s *shards) holders(shard int) []string {
-	var names []string
-	for _, t := range s.terms[shard] {
-		if t.end.IsZero() {
-			names = append(names, t.process)
-		}
-	}
-	return names
-}
-
-// settle waits until every shard has one holder and no process holds more than its share.
-func (s *shards) settle(ctx context.Context) error {
-	timeout := time.NewTimer(3*s.ttl + 30*time.Second)
-	defer timeout.Stop()
-	line := time.NewTicker(200 * time.Millisecond)
-	defer line.Stop()
-	for !s.settled() {
-		select {
-		case e := <-s.events:
-			s.handle(e)
-		case <-line.C:
-			s.print()
-		case <-ctx.Done():
-			return fmt.Errorf("interrupted: %w", context.Cause(ctx))
-		case <-timeout.C:
-			return errors.New("timed out while waiting for the shards to be shared evenly")
-		}
-	}
-	s.print()
-	s.say("every shard has a holder, and no process holds more than %d", share(s.shards, len(s.procs)))
-	return nil
-}
-
-func (s *shards) settled() bool {
-	held := make(map[string]int)
-	for shard := range s.terms {
-		names := s.holders(shard)
-		if len(names) != 1 {
-			return false
-		}
-		held[names[0]]++
-	}
-	for _, n := range held {
-		if n > share(s.shards, len(s.procs)) {
-			return false
-		}
-	}
-	return true
-}
-
-// print prints who holds what, if that has changed.
-func (s *shards) print() {
-	var row strings.Builder
-	held := make(map[string]int)
-	for shard := range s.terms {
-		names := s.holders(shard)
-		switch len(names) {
-		case 0:
-			row.WriteString(".")
-		case 1:
-			row.WriteString(names[0])
-			held[names[0]]++
-		default:
-			row.WriteString("?") // the report of the previous holder has not arrived yet
-		}
-	}
-	for _, name := range slices.Sorted(maps.Keys(s.procs)) {
-		fmt.Fprintf(&row, "  %s: %d", name, held[name])
-	}
-	if row.String() != s.shown {
-		s.shown = row.String()
-		s.say("%s", s.shown)
-	}
 }
 
 // kill ends a process without a chance to resign, so its lease has to expire.
-func (s *shards) kill(name string) error {
-	p := s.procs[name]
+func (s *shards) kill() error {
+	name, p := s.any()
 	killed := time.Now()
 	if err := p.Signal(syscall.SIGKILL); err != nil {
 		return err
 	}
-	s.say("%s gets SIGKILL", name)
-	p.Reap(s.handle)
-	delete(s.procs, name)
+	s.say("%s is killed: its shards wait until its lease has expired", name)
+	s.reap(name)
 	for _, terms := range s.terms {
 		for _, t := range terms {
 			if t.process == name && t.end.IsZero() {
@@ -256,18 +184,110 @@ func (s *shards) kill(name string) error {
 	return nil
 }
 
+// leave asks a process to stop.
+func (s *shards) leave() error {
+	name, p := s.any()
+	p.Stop()
+	s.say("%s is asked to stop, and resigns", name)
+	s.reap(name)
+	return nil
+}
+
+// any returns one of the processes.
+func (s *shards) any() (name string, p *demo.Process[event]) {
+	for name, p = range s.procs { // in random order
+		break
+	}
+	return name, p
+}
+
+// reap waits for a process that was told to end, and handles what is still reported.
+func (s *shards) reap(name string) {
+	s.procs[name].Reap(s.handle)
+	delete(s.procs, name)
+}
+
 // stopAll ends the processes.
 func (s *shards) stopAll() {
 	for _, p := range s.procs {
 		p.Stop()
 	}
-	for name, p := range s.procs {
-		p.Reap(s.handle)
-		delete(s.procs, name)
+	for name := range s.procs {
+		s.reap(name)
 	}
 }
 
-// check checks that no shard had two holders at a time.
+func (s *shards) handle(e event) {
+	if e.Leads {
+		s.moves++
+		s.terms[e.Shard] = append(s.terms[e.Shard], &term{process: e.Process, token: e.Token, begin: e.At})
+		return
+	}
+	for _, t := range s.terms[e.Shard] {
+		if t.token == e.Token {
+			t.end = e.At
+		}
+	}
+}
+
+// settle waits until every shard has one leader and no process leads more than its share. It returns how many moves
+// that took, and how many it takes at least.
+func (s *shards) settle(ctx context.Context) (moves, least int, err error) {
+	timeout := time.NewTimer(3*s.ttl + 30*time.Second)
+	defer timeout.Stop()
+	row, led := s.leaders()
+	most := share(s.shards, len(s.procs))
+	for strings.ContainsAny(row, ".?") || slices.Max(slices.Collect(maps.Values(led))) > most {
+		select {
+		case e := <-s.events:
+			s.handle(e)
+		case <-ctx.Done():
+			return 0, 0, fmt.Errorf("interrupted: %w", context.Cause(ctx))
+		case <-timeout.C:
+			return 0, 0, fmt.Errorf("timed out: not shared evenly; does etcd answer at %s?", s.endpoints)
+		}
+		row, led = s.leaders()
+	}
+	moves, least = s.moves, s.shards
+	for name := range s.procs {
+		least -= min(s.before[name], most) // it keeps these
+	}
+	s.moves, s.before = 0, led
+
+	s.say("shared evenly; moves: %d, least possible: %d", moves, least)
+	for digits := range slices.Chunk([]byte(row), 50) {
+		fmt.Printf("%10s%s\n", "", digits)
+	}
+	fmt.Printf("%8s", "")
+	for _, name := range slices.Sorted(maps.Keys(led)) {
+		fmt.Printf("  %s: %d", name, led[name])
+	}
+	fmt.Println()
+	return moves, least, nil
+}
+
+// leaders returns who leads each shard, as a row of digits, and how many shards each process leads. The row has a dot
+// for a shard that nobody leads, and a question mark while the reports of two processes contradict each other.
+func (s *shards) leaders() (row string, led map[string]int) {
+	led = make(map[string]int)
+	for _, terms := range s.terms {
+		leader := "."
+		for _, t := range terms {
+			switch {
+			case !t.end.IsZero() || s.procs[t.process] == nil:
+			case leader == ".":
+				leader = t.process
+			default:
+				leader = "?"
+			}
+		}
+		row += leader
+		led[leader]++
+	}
+	return row, led
+}
+
+// check checks that no two processes worked on a shard at a time.
 func (s *shards) check() error {
 	var errs []error
 	count := 0
