@@ -189,7 +189,7 @@ func (c *crowd) grow(ctx context.Context, size int) error {
 	}
 	c.size = size
 	c.joins[size] = float64(more) / time.Since(began).Seconds()
-	c.meter.settle(ctx)
+	c.meter.settle(ctx, time.Second)
 	_, _, nowEvents := c.traffic()
 	c.joinEvents[size] = float64(nowEvents-events) / float64(more)
 	if c.leader != nil {

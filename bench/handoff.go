@@ -11,6 +11,7 @@ import (
 	"example.com/leader"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/concurrency"
+	"google.golang.org/grpc"
 )
 
 // longTTL is for rows in which no lease expires. Stock sessions have it by default.
@@ -69,19 +70,27 @@ func (s stage) clients(trial int) (from, to *clientv3.Client) {
 	return s.from[trial%n], s.to[trial/n%n]
 }
 
+func newStage(ctx context.Context, r *run, endpoints []string, opts ...grpc.DialOption) (*stage, error) {
+	st := &stage{}
+	for _, endpoint := range endpoints {
+		clients, err := r.clients(ctx, 2, []string{endpoint}, opts...)
+		if err != nil {
+			return nil, err
+		}
+		st.from, st.to = append(st.from, clients[0]), append(st.to, clients[1])
+	}
+	return st, nil
+}
+
 // start runs the setting's etcd and its writers.
 func (s setting) start(ctx context.Context, r *run) (*stage, error) {
 	endpoints, err := r.cluster(s.members)
 	if err != nil {
 		return nil, err
 	}
-	st := &stage{}
-	for _, endpoint := range endpoints {
-		clients, err := r.clients(ctx, 2, []string{endpoint})
-		if err != nil {
-			return nil, err
-		}
-		st.from, st.to = append(st.from, clients[0]), append(st.to, clients[1])
+	st, err := newStage(ctx, r, endpoints)
+	if err != nil {
+		return nil, err
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	var writers sync.WaitGroup

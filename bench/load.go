@@ -170,7 +170,7 @@ func loadCandidates(ctx context.Context, t task) (any, error) {
 		if err == nil {
 			err = queued(ctx, client, t.Election+"/", to)
 		}
-		m.settle(ctx)
+		m.settle(ctx, time.Second)
 		return err
 	}
 	// First one that leads and one that waits, so that what all share is not counted.

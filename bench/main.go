@@ -1,6 +1,6 @@
 // Bench measures this library and its peers on the same etcd.
 //
-//	go run .                   # every row, about 25 minutes
+//	go run .                   # every row, about 35 minutes
 //	go run . -quick -o /tmp    # every row with few trials; elsewhere, since its figures are rough
 //	go run . -only 1,2         # some rows
 //
@@ -48,6 +48,7 @@ var rows = []row{
 	{11, "renewal", measureRenewal},
 	{12, "importer", measureImporter},
 	{13, "passwords", measurePasswords},
+	{14, "transfer", measureTransfer},
 }
 
 func main() {

@@ -109,19 +109,19 @@ func (m *meter) renewed(ctx context.Context) {
 	for ctx.Err() == nil && m.of(keepAlive) == 0 {
 		sleep(ctx, 10*time.Millisecond)
 	}
-	m.settle(ctx)
+	m.settle(ctx, time.Second)
 }
 
-// settle blocks until nothing but renewals has been sent for a second: a client opens one watch at a
+// settle blocks until nothing but renewals has been sent for so long: a client opens one watch at a
 // time, so that many take a while.
-func (m *meter) settle(ctx context.Context) {
+func (m *meter) settle(ctx context.Context, quiet time.Duration) {
 	for last := -1; ctx.Err() == nil; {
 		now := m.count(keepAlive, renewalRead)
 		if now == last {
 			return
 		}
 		last = now
-		sleep(ctx, time.Second)
+		sleep(ctx, quiet)
 	}
 }
 
