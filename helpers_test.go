@@ -668,24 +668,14 @@ type stockBetween struct {
 	l      *leader.Leader
 	next   <-chan outcome // of the last
 	cs     []leader.Candidate
-	giveUp context.CancelFunc
-	over   <-chan error // of the stock candidate
-	stock  *concurrency.Session
+	leaves func() // the stock candidate
 }
 
 func newStockBetween(t *testing.T) *stockBetween {
 	t.Helper()
 	_, client := start(t)
 	q := &stockBetween{client: client, l: lead(t, newElector(t, client, long), "jobs", "leads")}
-	var err error
-	if q.stock, err = concurrency.NewSession(client, concurrency.WithTTL(60)); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = q.stock.Close() })
-	ctx, cancel := context.WithCancel(t.Context())
-	over := make(chan error, 1)
-	q.giveUp, q.over = cancel, over
-	go func() { over <- concurrency.NewElection(q.stock, "jobs").Campaign(ctx, "stock") }()
+	q.leaves = standStock(t, nil, client)
 	awaitQueue(t, client, "jobs", queued(2))
 	q.next = campaign(t.Context(), newElector(t, client, long), "jobs", "waits")
 	q.cs = awaitQueue(t, client, "jobs", queued(3))
@@ -703,18 +693,10 @@ func (q *stockBetween) transfer(ctx context.Context, t *testing.T, e *leader.Ele
 	return transferred
 }
 
-// stockLeaves lets the stock candidate leave the queue.
-func (q *stockBetween) stockLeaves(t *testing.T) {
-	t.Helper()
-	q.giveUp()
-	_ = etcdtest.Await(t, "the stock candidate", q.over)
-	_ = q.stock.Close()
-}
-
 // end lets everybody leave, one after another.
 func (q *stockBetween) end(t *testing.T) {
 	t.Helper()
-	q.stockLeaves(t)
+	q.leaves()
 	awaitQueue(t, q.client, "jobs", queued(2))
 	resign(t, q.l)
 	resign(t, awaitLeader(t, q.next))

@@ -361,6 +361,10 @@ func TestBadInputIsRefusedAndNothingIsWritten(t *testing.T) {
 		{what: "closed Elector", err: errOf(closed.Candidates(t.Context(), "jobs")), is: leader.ErrClosed},
 		{what: "closed Elector", err: closed.Evict(t.Context(), "jobs"), is: leader.ErrClosed},
 		{what: "closed Elector", err: observed(closed, "jobs"), is: leader.ErrClosed},
+		{what: "nil check", err: errOf(leader.New(client, leader.WithHealth(nil))), says: "WithHealth(nil)"},
+		{what: "empty name", err: e.Transfer(t.Context(), "", leader.Candidate{}), is: leader.ErrInvalidName},
+		{what: "name with a slash", err: e.Transfer(t.Context(), "jobs/", leader.Candidate{}), is: leader.ErrInvalidName},
+		{what: "closed Elector", err: closed.Transfer(t.Context(), "jobs", leader.Candidate{}), is: leader.ErrClosed},
 	} {
 		if test.err == nil || test.is != nil && !errors.Is(test.err, test.is) {
 			t.Errorf("%s: error is %v, want %v", test.what, test.err, test.is)
@@ -418,24 +422,9 @@ func TestCompetesWithStockElections(t *testing.T) {
 }
 
 func TestCompetesWithEtcdctlElect(t *testing.T) {
-	etcdctl, err := exec.LookPath("etcdctl")
-	if err != nil {
-		t.Skip("etcdctl is not installed (Debian: apt-get install etcd-client); interop with it is not tested")
-	}
 	m, client := start(t)
 	first := lead(t, newElector(t, client), "jobs", "ours")
-	cmd := exec.Command(etcdctl, "--endpoints", m.Endpoint, "elect", "jobs", "theirs")
-	cmd.Env = append(cmd.Environ(), "ETCDCTL_API=3") // the default since 3.4, but not in all packages
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	exited := make(chan struct{})
-	go func() {
-		defer close(exited)
-		_ = cmd.Wait() // its status is the signal's
-	}()
-	defer func() { _ = cmd.Process.Kill(); <-exited }()
-	id := awaitQueue(t, client, "jobs", queued(2))[1].Lease
+	theirsLeaves := etcdctlElect(t, m, client, "jobs", "theirs")
 	next := campaign(t.Context(), newElector(t, client), "jobs", "ours again")
 	awaitQueue(t, client, "jobs", queued(3))
 	resign(t, first)
@@ -448,13 +437,38 @@ func TestCompetesWithEtcdctlElect(t *testing.T) {
 		t.Fatalf("elected beside etcdctl: %v", o.err)
 	case <-time.After(100 * time.Millisecond):
 	}
-	if err := cmd.Process.Signal(os.Interrupt); err != nil { // it resigns
+	theirsLeaves()
+	awaitLeader(t, next)
+}
+
+// etcdctlElect joins the queue by the command of that name. leaves ends it.
+func etcdctlElect(t *testing.T, m *etcdtest.Member, client *clientv3.Client, name, value string) (leaves func()) {
+	t.Helper()
+	etcdctl, err := exec.LookPath("etcdctl")
+	if err != nil {
+		t.Skip("etcdctl is not installed (Debian: apt-get install etcd-client); interop with it is not tested")
+	}
+	cmd := exec.Command(etcdctl, "--endpoints", m.Endpoint, "elect", name, value)
+	cmd.Env = append(cmd.Environ(), "ETCDCTL_API=3") // the default since 3.4, but not in all packages
+	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	awaitLeader(t, next)
-	etcdtest.Await(t, "etcdctl's end", exited)
-	if _, err := client.Revoke(t.Context(), id); err != nil { // and leaves its lease behind
-		t.Fatal(err)
+	exited := make(chan struct{})
+	go func() {
+		defer close(exited)
+		_ = cmd.Wait() // its status is the signal's
+	}()
+	t.Cleanup(func() { _ = cmd.Process.Kill(); <-exited })
+	joined := func(cs []leader.Candidate) bool { return len(cs) > 0 && cs[len(cs)-1].Value == value }
+	cs := awaitQueue(t, client, name, joined)
+	return func() {
+		if err := cmd.Process.Signal(os.Interrupt); err != nil { // it resigns
+			t.Error(err)
+		}
+		etcdtest.Await(t, "etcdctl's end", exited)
+		if _, err := client.Revoke(t.Context(), cs[len(cs)-1].Lease); err != nil { // and leaves its lease behind
+			t.Error(err)
+		}
 	}
 }
 

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -12,43 +14,124 @@ import (
 	"example.com/leader"
 	"example.com/leader/internal/etcdtest"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/client/v3/concurrency"
 	"go.etcd.io/etcd/client/v3/namespace"
 )
 
-func TestTransferHandsOverToWhomItNamesPastThoseBetween(t *testing.T) {
+// How the leader campaigns, how many wait before the target, and whether it is named or just the next.
+func TestTransferHandsOverWithoutAnOverlap(t *testing.T) {
 	_, client := start(t)
-	first := lead(t, newElector(t, client), "jobs", "first")
-	var next []<-chan outcome
-	for _, value := range []string{"second", "third", "fourth"} {
-		next = append(next, campaign(t.Context(), newElector(t, client), "jobs", value))
-		awaitQueue(t, client, "jobs", queued(len(next)+1))
+	for _, by := range []string{"Campaign", "TryCampaign", "Run"} {
+		for _, between := range []int{0, 1, 10} {
+			for _, named := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s, %d between, named %v", by, between, named), func(t *testing.T) {
+					name := t.Name()
+					ctx, stop := context.WithCancel(t.Context())
+					defer stop()
+					first, ran := leadBy(ctx, t, newElector(t, client, long, leader.WithMargin(50*time.Millisecond)), by, name)
+					var next []<-chan outcome
+					for i := range between + 2 {
+						next = append(next, campaign(ctx, newElector(t, client, long), name, fmt.Sprint("waits-", i)))
+						awaitQueue(t, client, name, queued(i+2))
+					}
+					cs := awaitQueue(t, client, name, queued(between+3))
+					to, want := leader.Candidate{}, 0
+					if named {
+						to, want = cs[between+1], between
+					}
+					tctx, cancel := context.WithTimeout(ctx, patience)
+					defer cancel()
+					if err := newElector(t, client).Transfer(tctx, name, to); err != nil {
+						t.Fatalf("Transfer: %v", err)
+					}
+					if cause := context.Cause(first.Context()); !errors.Is(cause, leader.ErrTransferred) {
+						t.Errorf("the term ended with %v", cause)
+					}
+					if l := awaitLeader(t, next[want]); l.Token() != cs[want+1].Token {
+						t.Errorf("token %d leads, want %d", l.Token(), cs[want+1].Token)
+					} else {
+						next[want] = won(l)
+					}
+					stay := between + 2 // those between join again; a leader does under Run
+					if by == "Run" {
+						stay++
+					}
+					// Those behind the target keep their order, before all who have joined again.
+					behind := cs[want+2:]
+					cs = awaitQueue(t, client, name, queued(stay))
+					for i, c := range behind {
+						if cs[i+1].Token != c.Token {
+							t.Errorf("%q is not next %d behind the leader: %+v", c.Value, i+1, cs)
+						}
+					}
+					wantNoRequest(t, client, name)
+					stop()
+					leave(t, next)
+					_ = etcdtest.Await(t, "Run", ran)
+					awaitQueue(t, client, name, queued(0))
+				})
+			}
+		}
 	}
-	ops := newElector(t, client)
-	cs, err := ops.Candidates(t.Context(), "jobs")
+}
+
+// leadBy leads until ctx ends, by Campaign, TryCampaign or Run. ran receives when that is over.
+func leadBy(ctx context.Context, t *testing.T, e *leader.Elector, by, name string) (l *leader.Leader, ran <-chan error) {
+	t.Helper()
+	returned := make(chan error, 1)
+	var err error
+	switch by {
+	case "Run":
+		terms := make(chan *leader.Leader, 10)
+		go func() {
+			returned <- e.Run(ctx, name, "leads", func(ctx context.Context, l *leader.Leader) error {
+				terms <- l
+				<-ctx.Done()
+				return nil
+			})
+		}()
+		return etcdtest.Await(t, "the term", terms), returned
+	case "TryCampaign":
+		l, err = e.TryCampaign(ctx, name, "leads")
+	default:
+		l, err = e.Campaign(ctx, name, "leads")
+	}
+	if err != nil {
+		t.Fatalf("%s: %v", by, err)
+	}
+	close(returned)
+	return l, returned
+}
+
+// won is a campaign that has returned l.
+func won(l *leader.Leader) <-chan outcome {
+	c := make(chan outcome, 1)
+	c <- outcome{l: l}
+	return c
+}
+
+// leave awaits campaigns whose context has ended, and resigns what they have won.
+func leave(t *testing.T, campaigns []<-chan outcome) {
+	t.Helper()
+	for _, c := range campaigns {
+		if o := etcdtest.Await(t, "the end of a campaign", c); o.err == nil {
+			resign(t, o.l)
+		}
+	}
+}
+
+// wantNoRequest checks that nobody is asked to step back in the election.
+func wantNoRequest(t *testing.T, client *clientv3.Client, name string) {
+	t.Helper()
+	resp, err := client.Get(t.Context(), name+"/", clientv3.WithPrefix())
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	began := time.Now()
-	if err := ops.Transfer(ctx, "jobs", cs[3]); err != nil {
-		t.Fatalf("Transfer: %v", err)
+	for _, kv := range resp.Kvs {
+		if strings.HasSuffix(string(kv.Key), "/stepback") {
+			t.Errorf("a request is left: %q", kv.Key)
+		}
 	}
-	t.Logf("took %v", time.Since(began))
-	etcdtest.Await(t, "the end of the term", first.Context().Done())
-	if cause := context.Cause(first.Context()); !errors.Is(cause, leader.ErrTransferred) {
-		t.Errorf("the term ended with %v", cause)
-	}
-	l := awaitLeader(t, next[2])
-	if l.Token() != cs[3].Token {
-		t.Errorf("token %d leads, want %d", l.Token(), cs[3].Token)
-	}
-	cs = awaitQueue(t, client, "jobs", queued(3))
-	if cs[0].Value != "fourth" {
-		t.Errorf("the queue is %+v", cs)
-	}
-	resign(t, l)
-	resignInAnyOrder(t, next[:2])
 }
 
 // resignInAnyOrder awaits the terms of candidates that were sent to the end of the queue, which come in any order, and resigns.
@@ -123,44 +206,53 @@ func transferCase(t *testing.T, waiting int, opts ...leader.Option) (client *cli
 	return client, l, next, ops, cs
 }
 
-func TestTransferThatCannotBeSaysWhyAndLeavesNothing(t *testing.T) {
+func TestTransferThatCannotBeSaysWhyAndWritesNothing(t *testing.T) {
 	client, l, next, ops, cs := transferCase(t, 1)
-	if err := ops.Transfer(t.Context(), "nobody", leader.Candidate{}); !errors.Is(err, leader.ErrNoLeader) {
-		t.Errorf("Transfer of an election without a leader: %v", err)
-	}
-	if err := ops.Transfer(t.Context(), "jobs", cs[0]); err != nil {
-		t.Errorf("Transfer to the leader: %v", err)
-	}
-	for what, to := range map[string]leader.Candidate{
-		"a key that is not there": {Key: "jobs/1", Token: 1},
-		"another token":           {Key: cs[1].Key, Token: cs[1].Token + 1},
+	other := lead(t, newElector(t, client), "other", "")
+	revision, leases := footprint(t, client)
+	for _, test := range []struct {
+		what, name string
+		to         leader.Candidate
+		want       error
+	}{
+		{"nobody leads", "nobody", leader.Candidate{}, leader.ErrNoLeader},
+		{"nobody leads, but it names one", "nobody", cs[1], leader.ErrNoLeader},
+		{"the target leads already", "jobs", cs[0], nil},
+		{"no such key", "jobs", leader.Candidate{Key: "jobs/1", Token: cs[1].Token}, leader.ErrNotCandidate},
+		{"another token", "jobs", leader.Candidate{Key: cs[1].Key, Token: cs[1].Token + 1}, leader.ErrNotCandidate},
+		{"no token", "jobs", leader.Candidate{Key: cs[1].Key}, leader.ErrNotCandidate},
+		{"no key", "jobs", leader.Candidate{Value: cs[1].Value}, leader.ErrNotCandidate},
+		{"that of another election", "jobs", leader.Candidate{Key: other.Key(), Token: other.Token()}, leader.ErrNotCandidate},
+		{"nobody waits", "other", leader.Candidate{}, leader.ErrNotCandidate},
 	} {
-		if err := ops.Transfer(t.Context(), "jobs", to); !errors.Is(err, leader.ErrNotCandidate) {
-			t.Errorf("Transfer to %s: %v", what, err)
+		err := ops.Transfer(t.Context(), test.name, test.to)
+		if !errors.Is(err, test.want) || err != nil && !strings.HasPrefix(err.Error(), "leader: ") {
+			t.Errorf("%s: %v, want %v", test.what, err, test.want)
 		}
 	}
-	if err := ops.Transfer(t.Context(), "jobs/", cs[1]); !errors.Is(err, leader.ErrInvalidName) {
-		t.Errorf("Transfer of a bad name: %v", err)
+	if now, n := footprint(t, client); now != revision || n != leases {
+		t.Errorf("etcd's revision was %d and is %d, with %d leases and now %d", revision, now, leases, n)
 	}
-	if !l.IsLeader() {
-		t.Fatal("a Transfer that could not be has ended the term")
+	if !l.IsLeader() || !other.IsLeader() {
+		t.Error("a Transfer that could not be has ended a term")
 	}
+	resign(t, other)
 	resign(t, l)
-	last := awaitLeader(t, next[0])
-	if err := ops.Transfer(t.Context(), "jobs", leader.Candidate{}); !errors.Is(err, leader.ErrNotCandidate) {
-		t.Errorf("Transfer when nobody waits: %v", err)
+	resign(t, awaitLeader(t, next[0]))
+}
+
+// footprint is what a write changes in etcd: its revision, and how many leases there are.
+func footprint(t *testing.T, client *clientv3.Client) (revision int64, leases int) {
+	t.Helper()
+	resp, err := client.Leases(t.Context())
+	if err != nil {
+		t.Fatal(err)
 	}
-	resign(t, last)
-	if err := ops.Close(t.Context()); err != nil {
-		t.Errorf("Close: %v", err)
+	read, err := client.Get(t.Context(), "x")
+	if err != nil {
+		t.Fatal(err)
 	}
-	if err := ops.Transfer(t.Context(), "jobs", leader.Candidate{}); !errors.Is(err, leader.ErrClosed) {
-		t.Errorf("Transfer of a closed Elector: %v", err)
-	}
-	keys, err := client.Get(t.Context(), "jobs/", clientv3.WithPrefix())
-	if err != nil || keys.Count != 0 {
-		t.Errorf("keys left: %v, %v", keys, err)
-	}
+	return read.Header.Revision, len(resp.Leases)
 }
 
 // Guard and token hold while the work winds down, and nobody else is elected.
@@ -192,18 +284,88 @@ func TestTransferredTermOfCampaignKeepsItsKeyForTheMarginOrUntilResign(t *testin
 }
 
 // A stock candidate never steps back, and its key must not be deleted for it: it would be elected as a phantom.
-func TestTransferAsksNobodyPastAStockCandidate(t *testing.T) {
-	q := newStockBetween(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
-	defer cancel()
-	err := newElector(t, q.client).Transfer(ctx, "jobs", q.cs[2])
-	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), `"stock"`) {
-		t.Errorf("Transfer past a stock candidate: %v", err)
+func TestTransferPastToAndFromAStockCandidate(t *testing.T) {
+	for kind, stand := range map[string]func(t *testing.T, m *etcdtest.Member, client *clientv3.Client) (leave func()){
+		"concurrency.Election": standStock,
+		"etcdctl elect": func(t *testing.T, m *etcdtest.Member, client *clientv3.Client) func() {
+			return etcdctlElect(t, m, client, "jobs", "stock")
+		},
+	} {
+		for place, test := range map[string]struct {
+			stock, to int // places in the queue
+			first     string
+		}{
+			"it leads":            {stock: 0, to: 1},
+			"it waits between":    {stock: 1, to: 2},
+			"it is to lead":       {stock: 1, to: 1, first: "stock"},
+			"it waits behind":     {stock: 2, to: 1, first: "ours-1"},
+			"it waits behind two": {stock: 3, to: 2, first: "ours-2"},
+		} {
+			t.Run(kind+", "+place, func(t *testing.T) {
+				m, client := start(t)
+				ctx, stop := context.WithCancel(t.Context())
+				defer stop()
+				var ours []<-chan outcome
+				var stockLeaves func()
+				for i := range 4 {
+					if i == test.stock {
+						stockLeaves = stand(t, m, client)
+					} else {
+						e := newElector(t, client, long, leader.WithMargin(50*time.Millisecond))
+						ours = append(ours, campaign(ctx, e, "jobs", fmt.Sprint("ours-", i)))
+					}
+					awaitQueue(t, client, "jobs", queued(i+1))
+				}
+				cs := awaitQueue(t, client, "jobs", queued(4))
+				tctx, cancel := context.WithCancel(ctx)
+				defer cancel()
+				transferred := transfer(tctx, newElector(t, client), "jobs", cs[test.to])
+				if test.first == "" { // it is asked in vain
+					etcdtest.Await(t, "the request", client.Watch(ctx, cs[test.stock].Key+"/stepback", clientv3.WithRev(1)))
+					time.Sleep(200 * time.Millisecond) // the leader must not be asked next, and it would leave within its margin
+					cancel()
+					if err := etcdtest.Await(t, "Transfer", transferred); !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), `"stock"`) {
+						t.Errorf("Transfer: %v", err)
+					}
+					if now := awaitQueue(t, client, "jobs", queued(4)); now[0].Token != cs[0].Token {
+						t.Errorf("the leader has stepped back: %+v", now)
+					}
+				} else {
+					if err := etcdtest.Await(t, "Transfer", transferred); err != nil {
+						t.Errorf("Transfer: %v", err)
+					}
+					now := awaitQueue(t, client, "jobs", queued(3))
+					if now[0].Value != test.first || !slices.ContainsFunc(now, func(c leader.Candidate) bool { return c.Token == cs[test.stock].Token }) {
+						t.Errorf("%q leads, want %q; stock must stay: %+v", now[0].Value, test.first, now)
+					}
+				}
+				wantNoRequest(t, client, "jobs")
+				stockLeaves()
+				stop()
+				leave(t, ours)
+				awaitQueue(t, client, "jobs", queued(0))
+			})
+		}
 	}
-	if !q.l.IsLeader() {
-		t.Error("the leader was asked")
+}
+
+// standStock is a candidate of concurrency.Election until leave is called, at the latest with the end of the test.
+func standStock(t *testing.T, _ *etcdtest.Member, client *clientv3.Client) (leave func()) {
+	t.Helper()
+	session, err := concurrency.NewSession(client, concurrency.WithTTL(60))
+	if err != nil {
+		t.Fatal(err)
 	}
-	q.end(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	over := make(chan error, 1)
+	go func() { over <- concurrency.NewElection(session, "jobs").Campaign(ctx, "stock") }()
+	leave = sync.OnceFunc(func() {
+		cancel()
+		_ = etcdtest.Await(t, "the stock candidate", over)
+		_ = session.Close() // an error says that the lease is gone already
+	})
+	t.Cleanup(leave)
+	return leave
 }
 
 // The leader dies when it was asked, and is back under the same key: the request is not about the new term.
@@ -232,21 +394,108 @@ func TestRequestOfAnEarlierTermIsIgnored(t *testing.T) {
 	}
 	etcdtest.Await(t, "the end of the term", l.Context().Done())
 	resign(t, l)
+	wantNoRequest(t, client, "jobs") // it has gone with the key, though its lease lives
 }
 
-// Both ask the same ones, and neither's requests are needed when the other's are there.
+// Both ask the same ones, and one may ask whom the other one names. The one that names the last of them always succeeds.
 func TestTwoTransfersAtOnceBothEnd(t *testing.T) {
-	_, _, next, ops, cs := transferCase(t, 3)
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	second := transfer(ctx, ops, "jobs", cs[3])
-	if err := ops.Transfer(ctx, "jobs", cs[3]); err != nil {
-		t.Errorf("the first Transfer: %v", err)
+	for target, place := range map[string]int{"whoever is next": 0, "the next": 1, "another one": 2, "the same": 3} {
+		t.Run(target, func(t *testing.T) {
+			client, _, next, ops, cs := transferCase(t, 3, leader.WithMargin(50*time.Millisecond))
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			to := cs[place]
+			if place == 0 {
+				to = leader.Candidate{}
+			}
+			other := transfer(ctx, newElector(t, client), "jobs", to)
+			if err := ops.Transfer(ctx, "jobs", cs[3]); err != nil {
+				t.Errorf("the Transfer to the last: %v", err)
+			}
+			if err := etcdtest.Await(t, "the other Transfer", other); err != nil && !errors.Is(err, leader.ErrNotCandidate) {
+				t.Errorf("the other Transfer: %v", err)
+			}
+			wantNoRequest(t, client, "jobs")
+			if l := awaitLeader(t, next[2]); l.Token() != cs[3].Token {
+				t.Errorf("token %d leads, want %d", l.Token(), cs[3].Token)
+			} else {
+				next[2] = won(l)
+			}
+			resignInAnyOrder(t, next)
+		})
 	}
-	if err := etcdtest.Await(t, "the second Transfer", second); err != nil {
-		t.Errorf("the second Transfer: %v", err)
+}
+
+// An Elector may ask for the leadership for itself, or give its own away.
+func TestTransferByAnElectorThatTakesPart(t *testing.T) {
+	for asker := range 4 {
+		t.Run([]string{"the leader", "one between", "the target", "one behind"}[asker], func(t *testing.T) {
+			_, client := start(t)
+			ctx, stop := context.WithCancel(t.Context())
+			defer stop()
+			var es []*leader.Elector
+			var terms []<-chan outcome
+			for i := range 4 {
+				es = append(es, newElector(t, client, long, leader.WithMargin(50*time.Millisecond)))
+				terms = append(terms, campaign(ctx, es[i], "jobs", ""))
+				awaitQueue(t, client, "jobs", queued(i+1))
+			}
+			cs := awaitQueue(t, client, "jobs", queued(4))
+			tctx, cancel := context.WithTimeout(ctx, patience)
+			defer cancel()
+			if err := es[asker].Transfer(tctx, "jobs", cs[2]); err != nil {
+				t.Errorf("Transfer: %v", err)
+			}
+			if l := awaitLeader(t, terms[2]); l.Token() != cs[2].Token {
+				t.Errorf("token %d leads, want %d", l.Token(), cs[2].Token)
+			} else {
+				terms[2] = won(l)
+			}
+			stop()
+			leave(t, terms)
+		})
 	}
-	resignInAnyOrder(t, next)
+}
+
+// In "a", "a/b" is no candidate, though its name is hex; and in "a/b" nobody of "a" is asked.
+func TestTransferInElectionsWhoseNamesNest(t *testing.T) {
+	_, client := start(t)
+	names := []string{"a", "a/b"}
+	for _, name := range names {
+		t.Run(name, func(t *testing.T) {
+			ctx, stop := context.WithCancel(t.Context())
+			defer stop()
+			queues := make(map[string][]leader.Candidate)
+			var terms []<-chan outcome
+			for i := range 3 { // in turns, so that each stands between those of the other
+				for _, n := range names {
+					e := newElector(t, client, long, leader.WithPrefix("svc"), leader.WithMargin(50*time.Millisecond))
+					terms = append(terms, campaign(ctx, e, n, fmt.Sprint(n, " ", i)))
+					queues[n] = awaitQueue(t, client, "svc/"+n, queued(i+1))
+				}
+			}
+			tctx, cancel := context.WithTimeout(ctx, patience)
+			defer cancel()
+			if err := newElector(t, client, leader.WithPrefix("svc")).Transfer(tctx, name, queues[name][2]); err != nil {
+				t.Errorf("Transfer: %v", err)
+			}
+			for _, n := range names {
+				want := queues[n]
+				if n == name {
+					want = []leader.Candidate{want[2], want[1]} // which has joined again
+				}
+				now := awaitQueue(t, client, "svc/"+n, queued(len(want)))
+				for i, c := range now {
+					if c.Value != want[i].Value || n != name && c.Token != want[i].Token {
+						t.Errorf("after a Transfer in %q the queue of %q is %+v", name, n, now)
+					}
+				}
+			}
+			wantNoRequest(t, client, "svc")
+			stop()
+			leave(t, terms)
+		})
+	}
 }
 
 // Whoever deletes all that lies below the name must not make a Transfer wait for ever.
@@ -301,24 +550,6 @@ func TestTransferNeedsNoMoreThanCandidatesDo(t *testing.T) {
 	}
 	resign(t, awaitLeader(t, next))
 	resign(t, awaitLeader(t, between))
-}
-
-// The asker dies: its requests are gone after their lease, and whoever has not seen them stays.
-func TestTransferThatIsGivenUpLeavesNoRequestAndTheLeaderWhereItWasNotAsked(t *testing.T) {
-	q := newStockBetween(t)
-	e := newElector(t, q.client)
-	transferred := q.transfer(t.Context(), t, e)
-	if err := e.Close(t.Context()); err != nil {
-		t.Errorf("Close: %v", err)
-	}
-	if err := etcdtest.Await(t, "Transfer", transferred); !errors.Is(err, leader.ErrClosed) {
-		t.Errorf("Transfer of an Elector that is closed: %v", err)
-	}
-	q.wantNoRequest(t)
-	if !q.l.IsLeader() {
-		t.Error("the leader has stepped back, and was not asked")
-	}
-	q.end(t)
 }
 
 // Somebody else's Resign has no answer, and holds the election, for longer than Run resigns.
@@ -475,7 +706,7 @@ func TestTransferDeletesNoRequestOfAnother(t *testing.T) {
 	_ = etcdtest.Await(t, "Transfer", over)
 	cancel()
 	_ = etcdtest.Await(t, "Transfer", transferred)
-	q.stockLeaves(t)
+	q.leaves()
 	resign(t, q.l)
 	resignInAnyOrder(t, []<-chan outcome{q.next, own, tail})
 }
@@ -545,7 +776,7 @@ func TestTransferWhoseLeaseIsGoneAsksTheNextOneWithAnother(t *testing.T) {
 	defer cancel()
 	transferred := q.transfer(ctx, t, newElector(t, q.client))
 	q.revokeRequest(t)
-	q.stockLeaves(t)
+	q.leaves()
 	select {
 	case <-q.l.Context().Done():
 	case err := <-transferred:
