@@ -156,14 +156,14 @@ func (e *Elector) Run(ctx context.Context, name, value string, lead func(ctx con
 			return err
 		}
 		_ = retry.Wait(ctx, l.claim.released) // another Resign of a term that winds down may be under way
-		if transferred(context.Cause(l.ctx)) {
-			continue // to the end of the queue
-		}
 		log := e.log(l.claim.election).With("token", l.token)
 		if err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.Cause(l.ctx)) {
 			log.Info("campaigning again after a lost term")
 		} else {
 			log.Warn("campaigning again after a lost term", "error", err)
+		}
+		if transferred(context.Cause(l.ctx)) {
+			continue // to the end of the queue, which is pause enough
 		}
 		if time.Since(elected) > e.opts.ttl {
 			backoff.Reset() // a term of that length ends the streak of short ones

@@ -101,13 +101,18 @@ func TestRunCampaignsAgainAfterALostTerm(t *testing.T) {
 
 // What lead returns after its term was lost is not returned by Run. It is nothing new if its context was cancelled.
 func TestErrorOfLeadAfterALostTermIsAWarning(t *testing.T) {
+	evict := func(e *leader.Elector) error { return e.Evict(t.Context(), "jobs") }
+	handOver := func(e *leader.Elector) error { return e.Transfer(t.Context(), "jobs", leader.Candidate{}) }
 	for name, test := range map[string]struct {
 		err  error
+		ends func(e *leader.Elector) error
 		want string
 	}{
-		"of its own":    {errors.New("broken"), "WARN"},
-		"none":          {nil, "INFO"},
-		"its context's": {context.Canceled, "INFO"},
+		"of its own":                   {errors.New("broken"), evict, "WARN"},
+		"none":                         {nil, evict, "INFO"},
+		"its context's":                {context.Canceled, evict, "INFO"},
+		"of its own, after a transfer": {errors.New("broken"), handOver, "WARN"},
+		"none, after a transfer":       {nil, handOver, "INFO"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, client := start(t)
@@ -124,10 +129,13 @@ func TestErrorOfLeadAfterALostTermIsAWarning(t *testing.T) {
 				})}
 			}()
 			etcdtest.Await(t, "the term", terms)
-			if err := e.Evict(t.Context(), "jobs"); err != nil {
+			next := campaign(t.Context(), newElector(t, client, long), "jobs", "")
+			awaitQueue(t, client, "jobs", queued(2))
+			if err := test.ends(e); err != nil {
 				t.Fatal(err)
 			}
 			r := awaitRecord(t, log, "campaigning again after a lost term", ran)
+			resign(t, awaitLeader(t, next))
 			if got := attr(r, "error"); r.Level.String() != test.want || (got != "") != (test.want == "WARN") {
 				t.Errorf("logged at %v with error %q, want %s", r.Level, got, test.want)
 			}
