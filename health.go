@@ -24,12 +24,13 @@ type health struct {
 	next    *time.Timer   // begins the next check; not set while one is under way
 	expiry  *time.Timer   // fires at until
 	began   time.Time     // when the check that is under way has begun; zero if none is
+	cancel  func()        // ends its context
 	stopped bool
 }
 
 // newHealth begins to check. lost is called each time when the Elector is not healthy any more.
 func (e *Elector) newHealth(election string, lost func(error)) *health {
-	h := &health{e: e, election: election, lost: lost, holds: make(chan struct{})}
+	h := &health{e: e, election: election, lost: lost, holds: make(chan struct{}), cancel: func() {}}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.next = time.AfterFunc(0, h.check)
@@ -66,14 +67,15 @@ func (h *health) check() {
 		return
 	}
 	h.began = began
-	h.e.watching.Go(func() { h.call(began) })
+	// Not with e.ctx: the function of a Run has its term, and so its checks, for as long as Close waits for it.
+	var ctx context.Context
+	ctx, h.cancel = context.WithTimeout(context.Background(), h.period())
+	h.e.watching.Go(func() { h.call(ctx, began) })
 }
 
-func (h *health) call(began time.Time) {
+func (h *health) call(ctx context.Context, began time.Time) {
 	err := errors.New("the check has ended its goroutine")
 	defer func() { h.checked(began, err) }()
-	ctx, cancel := context.WithTimeout(h.e.ctx, h.period())
-	defer cancel()
 	err = h.e.opts.health(ctx, h.election)
 	if err == nil && ctx.Err() != nil {
 		err = fmt.Errorf("the check took %v: %w", time.Since(began).Round(time.Millisecond), ctx.Err())
@@ -87,12 +89,17 @@ func (h *health) checked(began time.Time, err error) {
 	h.e.mu.Unlock()
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.cancel()
 	h.began = time.Time{}
 	if h.stopped {
 		return
 	}
-	pause := h.period() - time.Since(began)
-	h.next.Reset(max(pause-rand.N(h.period()/8+1), h.period()/8)) // spread, as there may be thousands of elections
+	least := h.period() / 8
+	pause := max(h.period()-time.Since(began)-rand.N(least+1), least)
+	if h.failure == nil && h.until.IsZero() { // the first: spread, as thousands of elections may have begun together
+		pause = least + rand.N(h.period()-least)
+	}
+	h.next.Reset(pause)
 	if err != nil {
 		h.failure = err
 		return
@@ -171,11 +178,12 @@ func (h *health) wait(ctx context.Context, once bool, tell func(error)) error {
 	}
 }
 
-// stop ends the checks. One that is under way is waited for by Close.
+// stop ends the checks. One that is under way is told by its context, and waited for by Close.
 func (h *health) stop() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.stopped = true
+	h.cancel()
 	h.next.Stop()
 	h.expiry.Stop()
 }

@@ -116,9 +116,9 @@ func WithLogger(log *slog.Logger) Option {
 //
 // check is called for each election in which the Elector campaigns or leads, about every TTL/3, or more often if the
 // margin is more than a fifth of the TTL, so that one failure loses nothing. It is also called during outages of etcd,
-// and never twice at a time for an election. Its context ends before the next call is due. A check that has not
-// returned then is not called again before it has. An error, or a check that takes longer, does not count. A panic ends
-// the program.
+// and never twice at a time for an election. Its context ends before the next call is due, and when the campaign or the
+// term is over. A check that has not returned then is not called again before it has. An error, or a check that takes
+// longer, does not count. A panic ends the program.
 //
 //   - A leader that is not healthy any more loses its term: the cause is [ErrUnhealthy], and wraps the last failure.
 //     Its key goes when the function of Run has returned or Resign is called, or a margin later, whichever is first. So
