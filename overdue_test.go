@@ -9,6 +9,8 @@ import (
 
 	"example.com/leader"
 	"example.com/leader/internal/etcdtest"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
 // A call is one of Hooks.Overdue.
@@ -131,32 +133,140 @@ func TestOverdueHookThatBlocksOrExitsHoldsUpNoKey(t *testing.T) {
 
 func TestLeadingIsTheTermThatHoldsNow(t *testing.T) {
 	_, client := start(t)
-	e := newElector(t, client, leader.WithPrefix("svc"))
-	if l, ok := e.Leading("jobs"); ok || l != nil {
-		t.Errorf("Leading() = %v, %v before a campaign", l, ok)
-	}
-	for _, bad := range []string{"", "jobs/"} {
-		if l, ok := e.Leading(bad); ok || l != nil {
-			t.Errorf("Leading(%q) = %v, %v", bad, l, ok)
+	e := newElector(t, client, long, leader.WithPrefix("svc"))
+	wantNone := func(when, name string) {
+		t.Helper()
+		if l, ok := e.Leading(name); ok || l != nil {
+			t.Errorf("Leading(%q) = %v, %v %s", name, l, ok, when)
 		}
 	}
-	l := lead(t, e, "jobs", "")
+	wantNone("before a campaign", "jobs")
+	for _, bad := range []string{"", "jobs/"} {
+		wantNone("for a bad name", bad)
+	}
+	first := lead(t, newElector(t, client, long, leader.WithPrefix("svc")), "jobs", "")
+	next := campaign(t.Context(), e, "jobs", "")
+	awaitQueue(t, client, "svc/jobs", queued(2))
+	wantNone("while it waits", "jobs")
+	resign(t, first)
+	l := awaitLeader(t, next)
 	if got, ok := e.Leading("jobs"); !ok || got != l {
 		t.Errorf("Leading() = %v, %v, want %v", got, ok, l)
 	}
-	if got, ok := e.Leading("other"); ok {
-		t.Errorf("Leading(another election) = %v", got)
+	wantNone("of another election", "other")
+	wantNone("of the name with the prefix", "svc/jobs")
+	resign(t, l)
+	l = lead(t, e, "jobs", "")
+	if got, ok := e.Leading("jobs"); !ok || got != l {
+		t.Errorf("Leading() = %v, %v in the next term, want %v", got, ok, l)
 	}
-	second := campaign(t.Context(), newElector(t, client, leader.WithPrefix("svc")), "jobs", "")
-	awaitQueue(t, client, "svc/jobs", queued(2))
-	if err := e.Evict(t.Context(), "jobs"); err != nil {
-		t.Fatal(err)
+}
+
+// Whatever ends the term, and though its key may still be there while the work winds down.
+func TestLeadingIsOverWithTheTerm(t *testing.T) {
+	for _, end := range []string{"resigned", "evicted", "transferred", "unhealthy", "expired", "closed"} {
+		t.Run(end, func(t *testing.T) {
+			_, client := start(t)
+			var p patient
+			broken, lease := wrapped(client), &brokenLease{Lease: client.Lease}
+			broken.Lease = lease
+			e := newElector(t, broken, leader.WithMargin(ttl/2), leader.WithHealth(p.check))
+			l := lead(t, e, "jobs", "")
+			next := campaign(t.Context(), newElector(t, client, long), "jobs", "")
+			awaitQueue(t, client, "jobs", queued(2))
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			var err error
+			switch end {
+			case "resigned":
+				err = l.Resign(ctx)
+			case "evicted":
+				err = e.Evict(ctx, "jobs")
+			case "transferred":
+				transfer(ctx, e, "jobs", leader.Candidate{})
+			case "unhealthy":
+				p.fail(errSick)
+			case "expired":
+				fail := func(context.Context) (*clientv3.LeaseKeepAliveResponse, error) { return nil, rpctypes.ErrNoLeader }
+				lease.keepAlive.Store(&fail)
+			case "closed":
+				err = e.Close(ctx)
+			}
+			if err != nil {
+				t.Errorf("%s: %v", end, err)
+			}
+			etcdtest.Await(t, "the end of the term", l.Context().Done())
+			if got, ok := e.Leading("jobs"); ok || got != nil {
+				t.Errorf("Leading() = %v, %v when the term has ended", got, ok)
+			}
+			resign(t, awaitLeader(t, next))
+			if got, ok := e.Leading("jobs"); ok || got != nil {
+				t.Errorf("Leading() = %v, %v when another one has led", got, ok)
+			}
+		})
 	}
-	etcdtest.Await(t, "the end of the term", l.Context().Done())
-	if got, ok := e.Leading("jobs"); ok {
-		t.Errorf("Leading() = %v after the term", got)
+}
+
+// Whatever has ended the function's context, and however the function ends.
+func TestOverdueIsReportedWhateverEndsContextAndFunction(t *testing.T) {
+	for _, test := range []struct{ context, function string }{
+		{"transferred", "return"}, {"closed", "return"}, {"evicted", "panic"}, {"evicted", "Goexit"},
+	} {
+		t.Run(test.context+", "+test.function, func(t *testing.T) {
+			_, client := start(t)
+			calls, release := make(chan overdueCall, 100), make(chan struct{})
+			e := newElector(t, client, leader.WithMargin(100*time.Millisecond), leader.WithHooks(leader.Hooks{
+				Overdue: func(_ string, l *leader.Leader, late time.Duration) { calls <- overdueCall{l, late} },
+			}))
+			ctx, stop := context.WithCancel(t.Context())
+			defer stop()
+			terms := make(chan *leader.Leader, 10)
+			ended := ending(func() {
+				_ = e.Run(ctx, "jobs", "", func(_ context.Context, l *leader.Leader) error {
+					terms <- l
+					<-release
+					switch test.function {
+					case "panic":
+						panic("panic")
+					case "Goexit":
+						runtime.Goexit()
+					}
+					return nil
+				})
+			})
+			l := etcdtest.Await(t, "the term", terms)
+			ops := newElector(t, client)
+			next := campaign(ctx, newElector(t, client, long), "jobs", "")
+			awaitQueue(t, client, "jobs", queued(2))
+			closed := make(chan error, 1)
+			switch test.context {
+			case "transferred":
+				transfer(ctx, ops, "jobs", leader.Candidate{})
+			case "closed":
+				go func() { closed <- e.Close(t.Context()) }()
+			case "evicted":
+				if err := ops.Evict(ctx, "jobs"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if call := etcdtest.Await(t, "the report", calls); call.l != l || call.late < 100*time.Millisecond {
+				t.Errorf("reported %v late", call.late)
+			}
+			close(release)
+			awaitThat(t, "the last report", calls, func(call overdueCall) bool { return call.late == 0 })
+			if test.context == "closed" {
+				if err := etcdtest.Await(t, "Close", closed); err != nil {
+					t.Errorf("Close: %v", err)
+				}
+			}
+			second := awaitLeader(t, next)
+			stop()
+			if how := etcdtest.Await(t, "the end of Run", ended); how != test.function {
+				t.Errorf("Run has ended by %v, want %v", how, test.function)
+			}
+			resign(t, second)
+		})
 	}
-	resign(t, awaitLeader(t, second))
 }
 
 // An exit in a hook loses nothing.
