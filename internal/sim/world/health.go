@@ -160,9 +160,12 @@ func (w *world) overdue(el *elector, election string, l *leader.Leader, late tim
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.tellLocked(el, e)
-	if c, ok := l.Context().Value(callKey{}).(*call); ok {
+	c, ok := l.Context().Value(callKey{}).(*call)
+	if ok {
 		c.overdue = true
+	}
+	if !ok || !c.resigns { // else it is resigning, and the history does not say when that has returned
+		w.tellLocked(el, e)
 	}
 }
 
@@ -172,6 +175,9 @@ func (c *call) enter() (leave func()) {
 		c.p.w.mu.Lock()
 		defer c.p.w.mu.Unlock()
 		c.inLead, c.overdue = yes, false
+		if yes {
+			c.resigns = false
+		}
 	}
 	in(true)
 	return func() { in(false) }

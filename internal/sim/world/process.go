@@ -545,6 +545,7 @@ type call struct {
 	stuck       bool            // its work does not end when its context does
 	inLead      bool            // the function that Run has called has not returned
 	overdue     bool            // Hooks.Overdue was called for it
+	resigns     bool            // it resigns itself
 }
 
 // stops are what was told of the end of a campaign.
