@@ -153,7 +153,7 @@ func (c *checker) checkOverdue() {
 				wrong(e, "the function was called overdue before the margin had passed")
 			case slices.ContainsFunc(t.pieces, func(p *piece) bool { return p.Op == ByRun && p.T > e.From+c.slack(clockLag) }):
 				wrong(e, "the function was called overdue, and its context had not ended then")
-			case e.T > c.within(t.proc(), returned, overdueIn):
+			case t.resigning != nil && e.T > c.within(t.proc(), returned, overdueIn):
 				wrong(e, "the function was called overdue when it had returned")
 			}
 		}

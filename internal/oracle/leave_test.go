@@ -171,6 +171,8 @@ func TestOverdueFunctionsAreReported(t *testing.T) {
 		"its return is not told":             {expires(6100, overdue(6050, 5600)), wrong},
 		"its return is not told, as it was killed": {expires(6100, overdue(6050, 5600),
 			Entry{T: 6200, Proc: "c1", Kind: Exit, Result: OK, Err: "killed"}), good},
+		"it has not returned when it is killed": {scene{gone: 6000, cause: Expired, extra: join(ofRun, overdue(6050, 5600),
+			Entry{T: 6200, Proc: "c1", Kind: Exit, Result: OK, Err: "killed"})}, good},
 		"its return is told twice":               {expires(9500, overdue(6000, 5600), overdue(9501, 0), overdue(9502, 0)), wrong},
 		"its return is told before":              {expires(9500, overdue(6000, 5600), overdue(9499, 0)), wrong},
 		"its return is told, and it was in time": {expires(6000, overdue(6001, 0)), wrong},
