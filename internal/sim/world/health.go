@@ -152,19 +152,21 @@ func (w *world) sickenALeader() {
 	w.sleep(p.m.Real(w.ttl/3) + rejoinWithin) // the next check
 }
 
-// overdue is the hook. The oracle knows whether it is right.
+// overdue is the hook. The oracle knows whether it is right, unless the function resigns itself: the history does not say
+// when it has returned then.
 func (w *world) overdue(el *elector, election string, l *leader.Leader, late time.Duration) {
+	c, ok := l.Context().Value(callKey{}).(*call)
+	if !ok {
+		return
+	}
 	e := oracle.Entry{Kind: oracle.Overdue, Election: election, Token: l.Token()}
 	if late > 0 {
 		e.From = w.now() - int64(el.p.m.Real(late))
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	c, ok := l.Context().Value(callKey{}).(*call)
-	if ok {
+	if late > 0 && !c.resigns || late == 0 && c.overdue {
 		c.overdue = true
-	}
-	if !ok || !c.resigns { // else it is resigning, and the history does not say when that has returned
 		w.tellLocked(el, e)
 	}
 }
@@ -174,9 +176,8 @@ func (c *call) enter() (leave func()) {
 	in := func(yes bool) {
 		c.p.w.mu.Lock()
 		defer c.p.w.mu.Unlock()
-		c.inLead, c.overdue = yes, false
-		if yes {
-			c.resigns = false
+		if c.inLead = yes; yes {
+			c.resigns, c.overdue = false, false
 		}
 	}
 	in(true)

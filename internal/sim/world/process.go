@@ -544,7 +544,7 @@ type call struct {
 	terms       map[int64]*term // those that it won
 	stuck       bool            // its work does not end when its context does
 	inLead      bool            // the function that Run has called has not returned
-	overdue     bool            // Hooks.Overdue was called for it
+	overdue     bool            // it is in the history that Hooks.Overdue was called for it
 	resigns     bool            // it resigns itself
 }
 
