@@ -105,12 +105,24 @@ func (h *health) checked(began time.Time, err error) {
 		return
 	}
 	h.until = began.Add(h.e.opts.ttl - h.e.opts.healthMargin())
-	if wait := time.Until(h.until); wait > 0 {
-		h.expiry.Reset(wait)
+	if time.Now().Before(h.until) {
+		h.armLocked()
 		select {
 		case <-h.holds:
 		default:
 			close(h.holds)
+		}
+	}
+}
+
+// armLocked sets the timer that ends what the last success allows. Like that of a lease, it would fire late if the
+// process is stopped between the look at the clock and the start of the timer, so it is set again then.
+func (h *health) armLocked() {
+	for wait := time.Until(h.until); ; {
+		h.expiry.Reset(wait)
+		before := wait
+		if wait = time.Until(h.until); before-wait < time.Millisecond {
+			return
 		}
 	}
 }

@@ -269,6 +269,9 @@ var mutations = []mutation{
 	{name: "health-from-start", safeguard: "a check that has succeeded holds from when it was called", changes: []change{
 		{health, "h.until = began.Add(", "h.until = time.Now().Add("},
 	}, adjust: checks},
+	{name: "health-arming", safeguard: "health is not late though its timer is set late", changes: []change{
+		{health, "if wait = time.Until(h.until); before-wait < time.Millisecond {", "if wait = time.Until(h.until); before >= wait {"},
+	}, adjust: held(checks)},
 	{name: "one-check", safeguard: "a check that hangs is not called again", changes: []change{
 		{health, "if busy { // that", "if busy = false; busy { // that"},
 	}, adjust: checks},

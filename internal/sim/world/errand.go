@@ -173,7 +173,7 @@ func (r *errand) deleteLate() {
 			r.giveUpJoin()
 			r.links(func(l *fake.Link) { l.Messages(0, 0, 0.5, errandLate) })
 			r.w.sleep(time.Duration(r.w.rng.Int64N(int64(time.Second))))
-			l := r.lead(r.name, requestPatience)
+			l := r.lead(r.name, 2*requestPatience)
 			if l == nil {
 				return
 			}

@@ -152,8 +152,8 @@ func (w *world) sickenALeader() {
 	w.sleep(p.m.Real(w.ttl/3) + rejoinWithin) // the next check
 }
 
-// overdue is the hook. The oracle knows whether it is right, unless the function resigns itself: the history does not say
-// when it has returned then.
+// overdue is the hook. The oracle knows whether it is right, unless the term was given up before the function has returned,
+// by Close or by itself: the history does not say when it returns then.
 func (w *world) overdue(el *elector, election string, l *leader.Leader, late time.Duration) {
 	c, ok := l.Context().Value(callKey{}).(*call)
 	if !ok {
@@ -165,7 +165,7 @@ func (w *world) overdue(el *elector, election string, l *leader.Leader, late tim
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if late > 0 && !c.resigns || late == 0 && c.overdue {
+	if t := c.terms[l.Token()]; late > 0 && !(t != nil && t.givenUp && c.inLead) || late == 0 && c.overdue {
 		c.overdue = true
 		w.tellLocked(el, e)
 	}
@@ -177,7 +177,7 @@ func (c *call) enter() (leave func()) {
 		c.p.w.mu.Lock()
 		defer c.p.w.mu.Unlock()
 		if c.inLead = yes; yes {
-			c.resigns, c.overdue = false, false
+			c.overdue = false
 		}
 	}
 	in(true)

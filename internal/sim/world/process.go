@@ -400,15 +400,16 @@ func (el *elector) close(ctx context.Context, within time.Duration) {
 	el.closed.Store(true)
 	el.closingLocked()
 	w.mu.Unlock()
-	quiet := w.quiet.Load()
+	quiet := w.quiet.Load() && el.p.sickness() != hanging // it waits for a check that hangs
 	cctx, cancel := withTimeout(ctx, within)
 	defer cancel()
 	err := el.e.Close(cctx)
+	quiet = quiet && w.quiet.Load() && el.p.sickness() != hanging
 	w.mu.Lock()
 	el.closedLocked(began, err)
 	el.gone = true
 	w.mu.Unlock()
-	if err != nil && ctx.Err() == nil && quiet && w.quiet.Load() && !el.p.dead.Load() && el.client.Ctx().Err() == nil {
+	if err != nil && ctx.Err() == nil && quiet && !el.p.dead.Load() && el.client.Ctx().Err() == nil {
 		w.violate("error", "%s: Close: %v", el.p.name, err)
 	}
 }
@@ -545,7 +546,6 @@ type call struct {
 	stuck       bool            // its work does not end when its context does
 	inLead      bool            // the function that Run has called has not returned
 	overdue     bool            // it is in the history that Hooks.Overdue was called for it
-	resigns     bool            // it resigns itself
 }
 
 // stops are what was told of the end of a campaign.

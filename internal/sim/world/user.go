@@ -305,9 +305,6 @@ func (p *process) lead(ctx context.Context, c *call, l *leader.Leader) error {
 	case n == 1:
 		exit()
 	case n == 2:
-		p.w.mu.Lock()
-		c.resigns = true
-		p.w.mu.Unlock()
 		p.resign(c, l)
 	case n < 10:
 		return errUser
