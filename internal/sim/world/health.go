@@ -165,7 +165,9 @@ func (w *world) overdue(el *elector, election string, l *leader.Leader, late tim
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if t := c.terms[l.Token()]; late > 0 && !(t != nil && t.givenUp && c.inLead) || late == 0 && c.overdue {
+	t := c.terms[l.Token()]
+	unknown := t != nil && t.givenUp && c.inLead
+	if late > 0 && !unknown || late == 0 && c.overdue {
 		c.overdue = true
 		w.tellLocked(el, e)
 	}
