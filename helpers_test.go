@@ -3,10 +3,13 @@ package leader_test
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"log/slog"
 	"os"
+	"runtime"
 	"slices"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -28,6 +31,10 @@ import (
 
 func TestMain(m *testing.M) {
 	etcdtest.Main()
+	flag.Parse()
+	if parallel := flag.Lookup("test.parallel"); parallel.Value.String() == parallel.DefValue {
+		_ = parallel.Value.Set(strconv.Itoa(2 * runtime.GOMAXPROCS(0))) // tests wait more than they work
+	}
 	code := m.Run()
 	if code == 0 {
 		// All of the package's goroutines have an owner that waits for them, but for that of stock's
