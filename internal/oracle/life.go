@@ -209,7 +209,13 @@ func (c *checker) granted(lease int64) int64 {
 	}
 	began := campaigns[0].began.T
 	joining, _ := touches(c.joining[first.owner], span{began, began})
-	return joining.from
+	granted := joining.from
+	for _, l := range c.leased[lease] { // it may have been requested for a campaign that was given up before it came
+		if t := c.terms[l.termID]; t != nil && t.won != nil && t.won.Until > 0 {
+			granted = min(granted, t.won.Until-c.lasts(l.owner))
+		}
+	}
+	return granted
 }
 
 // checkLives checks how the key of each of our candidates came to its end, and what became of those before it.

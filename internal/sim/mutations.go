@@ -237,7 +237,7 @@ var mutations = []mutation{
 	{name: "expired-token", safeguard: "a stream of watches whose token has expired is given up", changes: []change{
 		{wait, "	if retry.Unauthenticated(err) {\n		o.stream.Late()\n	}\n", ""},
 	}, adjust: func(c *world.Config) {
-		c.Faults, c.Length, c.TTL = []string{"expire-tokens"}, 15*time.Second, 15*time.Second
+		c.Faults, c.Passwords, c.Length, c.TTL = []string{"expire-tokens"}, true, 15*time.Second, 8*time.Second
 	}},
 	{name: "other-endpoint", safeguard: "a renewal that has no answer is sent over other streams", changes: []change{
 		{stream, "	k.fail(streams)\n	return nil, err\n", "	return nil, err\n"},

@@ -35,6 +35,7 @@ type Config struct {
 	Restless  bool          // all processes are back in all elections at once, over the same lease
 	Unprobed  bool          // in calm, it is only looked at what is left
 	Checks    bool          // all processes have checks of their health
+	Passwords bool          // clients have one
 	Holds     float64       // the probability that a goroutine is held up at a gate; 0: each process has its own
 }
 
@@ -218,7 +219,7 @@ func newWorld(cfg Config) *world {
 		w.names = elections
 	}
 	w.drift = w.rng.IntN(8) == 0 && machineClocks
-	w.auth = w.rng.IntN(8) == 0
+	w.auth = w.rng.IntN(8) == 0 || w.Passwords
 	for _, name := range w.names {
 		w.states[name] = []state{{since: w.began}} // nobody leads
 	}
