@@ -220,7 +220,11 @@ func TestLeaderStopsWhenADeposedEtcdLeaderRevokesItsLease(t *testing.T) {
 		t.Errorf("the term has ended with %v", cause)
 	}
 	if guarded(t, client, first) {
-		t.Error("a guarded transaction succeeds after the end")
+		t.Errorf("a guarded transaction succeeds after the end with %v", context.Cause(first.Context()))
+		for _, endpoint := range others {
+			resp, err := etcdtest.NewClient(t, endpoint).Get(t.Context(), first.Key())
+			t.Logf("%s has %v, %v", endpoint, resp, err)
+		}
 	}
 	// The lease of the other one was revoked as well, so it has joined again.
 	second := awaitLeader(t, next)
