@@ -56,7 +56,7 @@ var mutations = []mutation{
 		file:   "elector.go",
 		old:    "stop := context.AfterFunc(l.ctx, func() { cancel(context.Cause(l.ctx)) })",
 		new:    "stop := func() bool { return true }",
-		faults: []string{"link-dark"}, rule: oracle.RuleDeadline, ttl: 3 * time.Second, duration: time.Minute,
+		faults: []string{"link-dark"}, rule: oracle.RuleDeadline, ttl: 3 * time.Second, duration: 90 * time.Second,
 	},
 	{
 		name: "ended", safeguard: "the end of each term is reported",
