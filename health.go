@@ -95,11 +95,11 @@ func (h *health) checked(began time.Time, err error) {
 		return
 	}
 	least := h.period() / 8
-	pause := max(h.period()-time.Since(began)-rand.N(least+1), least)
+	early := least
 	if h.failure == nil && h.until.IsZero() { // the first: spread, as thousands of elections may have begun together
-		pause = least + rand.N(h.period()-least)
+		early = h.period() - least
 	}
-	h.next.Reset(pause)
+	h.next.Reset(max(h.period()-rand.N(early+1)-time.Since(began), least))
 	if err != nil {
 		h.failure = err
 		return

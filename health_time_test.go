@@ -79,3 +79,30 @@ func TestHealthSurvivesAFailureBetweenSuccesses(t *testing.T) {
 		}
 	}
 }
+
+// A check that takes long, and succeeds, loses nothing, not even when the checks of a campaign begin.
+func TestHealthSurvivesSlowSuccesses(t *testing.T) {
+	for _, margin := range []time.Duration{time.Millisecond, 3 * time.Second, 7500 * time.Millisecond} { // of 15 s
+		t.Run(fmt.Sprintf("margin %v", margin), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newHealthy(t, func(ctx context.Context, _ string) error {
+					deadline, _ := ctx.Deadline()
+					time.Sleep(time.Until(deadline) * 9 / 10)
+					return nil
+				}, WithMargin(margin))
+				var all []*health
+				for i := range 100 { // when the second check begins is random
+					all = append(all, e.newHealth(fmt.Sprint(i), func(err error) { t.Errorf("lost: %v", err) }))
+				}
+				time.Sleep(time.Minute)
+				for _, h := range all {
+					if err := h.err(); err != nil {
+						t.Errorf("in the end: %v", err)
+					}
+					h.stop()
+				}
+				_ = e.watching.Wait(t.Context())
+			})
+		})
+	}
+}
