@@ -312,7 +312,7 @@ func TestFunctionThatCloseWaitsForStaysHealthy(t *testing.T) {
 	var p patient
 	e := newElector(t, client, leader.WithHealth(p.check))
 	release := make(chan struct{})
-	terms, ran := overdueRun(t.Context(), e, release)
+	terms, ran := runHeld(t.Context(), e, "", release)
 	l := etcdtest.Await(t, "the term", terms)
 	next := campaign(t.Context(), newElector(t, client, long), "jobs", "")
 	awaitQueue(t, client, "jobs", queued(2))
@@ -365,7 +365,7 @@ func TestFunctionThatHangsWhileItsCheckFailsHoldsUpNobody(t *testing.T) {
 		leader.WithHooks(leader.Hooks{Overdue: func(_ string, l *leader.Leader, late time.Duration) { calls <- overdueCall{l, late} }}))
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
-	terms, ran := overdueRun(ctx, e, release)
+	terms, ran := runHeld(ctx, e, "", release)
 	l := etcdtest.Await(t, "the term", terms)
 	next := campaign(t.Context(), newElector(t, client, long), "jobs", "")
 	awaitQueue(t, client, "jobs", queued(2))

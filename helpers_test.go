@@ -151,11 +151,32 @@ func campaign(ctx context.Context, e *leader.Elector, name, value string) <-chan
 	return c
 }
 
+// runHeld runs in the background. Its function returns when release is closed, whatever its context says.
+func runHeld(ctx context.Context, e *leader.Elector, value string, release <-chan struct{}) (terms <-chan *leader.Leader, ran chan error) {
+	began, ran := make(chan *leader.Leader, 10), make(chan error, 1)
+	go func() {
+		ran <- e.Run(ctx, "jobs", value, func(_ context.Context, l *leader.Leader) error {
+			began <- l
+			<-release
+			return nil
+		})
+	}()
+	return began, ran
+}
+
 // transfer transfers in the background.
 func transfer(ctx context.Context, e *leader.Elector, name string, to leader.Candidate) <-chan error {
 	c := make(chan error, 1)
 	go func() { c <- e.Transfer(ctx, name, to) }()
 	return c
+}
+
+// wantTransferred waits for a transfer, which succeeds.
+func wantTransferred(t *testing.T, transferred <-chan error) {
+	t.Helper()
+	if err := etcdtest.Await(t, "Transfer", transferred); err != nil {
+		t.Errorf("Transfer: %v", err)
+	}
 }
 
 func awaitLeader(t *testing.T, c <-chan outcome) *leader.Leader {

@@ -269,9 +269,7 @@ var mutations = []struct {
 		arrive := etcdtest.Await(t, "a request", kept)
 		awaitEnd(t, l, leader.ErrTransferred)
 		resign(t, l)
-		if err := etcdtest.Await(t, "Transfer", transferred); err != nil {
-			t.Errorf("Transfer: %v", err)
-		}
+		wantTransferred(t, transferred)
 		resign(t, awaitLeader(t, next))
 		return arrive
 	}},
@@ -284,9 +282,7 @@ var mutations = []struct {
 		kept := s.courier.delay("delete", s.name, s.how)
 		resign(t, l)
 		arrive := etcdtest.Await(t, "a deletion", kept)
-		if err := etcdtest.Await(t, "Transfer", transferred); err != nil {
-			t.Errorf("Transfer: %v", err)
-		}
+		wantTransferred(t, transferred)
 		resign(t, awaitLeader(t, next))
 		return arrive
 	}},
@@ -301,9 +297,7 @@ var mutations = []struct {
 		arrive := etcdtest.Await(t, "a deletion", kept)
 		awaitEnd(t, l, leader.ErrTransferred)
 		resign(t, l)
-		if err := etcdtest.Await(t, "Transfer", transferred); err != nil {
-			t.Errorf("Transfer: %v", err)
-		}
+		wantTransferred(t, transferred)
 		resign(t, awaitLeader(t, last))
 		resign(t, awaitLeader(t, next))
 		return arrive

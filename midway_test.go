@@ -126,16 +126,8 @@ func TestWhatHappensMidwayThroughATransfer(t *testing.T) {
 				rctx, stopLeader := context.WithCancel(t.Context())
 				defer stopLeader()
 				h.stopLeader = stopLeader
-				terms, release, ran := make(chan *leader.Leader, 10), make(chan struct{}), make(chan error, 1)
-				e := newElector(t, h.client, long)
-				go func() {
-					ran <- e.Run(rctx, "jobs", "leads", func(ctx context.Context, l *leader.Leader) error {
-						terms <- l
-						<-ctx.Done()
-						<-release
-						return nil
-					})
-				}()
+				release := make(chan struct{})
+				terms, ran := runHeld(rctx, newElector(t, h.client, long), "leads", release)
 				h.l = etcdtest.Await(t, "the term", terms)
 				waiting, stockLeaves := 2, func() {}
 				if asked == "one between" {
@@ -179,9 +171,7 @@ func TestWhatHappensMidwayThroughATransfer(t *testing.T) {
 					close(release)
 				}
 				if want.err == nil {
-					if err := etcdtest.Await(t, "Transfer", transferred); err != nil {
-						t.Errorf("Transfer: %v", err)
-					}
+					wantTransferred(t, transferred)
 				}
 				awaitQueue(t, h.client, "jobs", func(cs []leader.Candidate) bool { return len(cs) > 0 && cs[0].Value == want.leads })
 				switch want.leads {

@@ -19,19 +19,6 @@ type overdueCall struct {
 	late time.Duration
 }
 
-// overdueRun starts a Run whose function returns when release is closed, whatever its context says.
-func overdueRun(ctx context.Context, e *leader.Elector, release <-chan struct{}) (terms <-chan *leader.Leader, ran <-chan error) {
-	began, returned := make(chan *leader.Leader, 10), make(chan error, 1)
-	go func() {
-		returned <- e.Run(ctx, "jobs", "", func(_ context.Context, l *leader.Leader) error {
-			began <- l
-			<-release
-			return nil
-		})
-	}()
-	return began, returned
-}
-
 func TestWorkThatIgnoresTheEndOfItsTermIsReportedUntilItReturns(t *testing.T) {
 	_, client := start(t)
 	calls, log, release := make(chan overdueCall, 100), make(logChannel, 100), make(chan struct{})
@@ -43,7 +30,7 @@ func TestWorkThatIgnoresTheEndOfItsTermIsReportedUntilItReturns(t *testing.T) {
 			}
 			calls <- overdueCall{l, late}
 		}}))
-	terms, ran := overdueRun(t.Context(), e, release)
+	terms, ran := runHeld(t.Context(), e, "", release)
 	l := etcdtest.Await(t, "the term", terms)
 	if err := e.Evict(t.Context(), "jobs"); err != nil {
 		t.Fatal(err)
@@ -77,7 +64,7 @@ func TestWorkThatIgnoresTheEndOfRunsContextIsReportedWhileItsTermLasts(t *testin
 	e := newElector(t, client, leader.WithMargin(100*time.Millisecond), leader.WithLogger(slog.New(log)),
 		leader.WithHooks(leader.Hooks{Overdue: func(_ string, l *leader.Leader, late time.Duration) { calls <- overdueCall{l, late} }}))
 	ctx, stop := context.WithCancel(t.Context())
-	terms, ran := overdueRun(ctx, e, release)
+	terms, ran := runHeld(ctx, e, "", release)
 	l := etcdtest.Await(t, "the term", terms)
 	stop()
 	if call := etcdtest.Await(t, "a report", calls); call.l != l || !l.IsLeader() {
@@ -109,7 +96,7 @@ func TestOverdueHookThatBlocksOrExitsHoldsUpNoKey(t *testing.T) {
 				},
 			}))
 			ctx, stop := context.WithCancel(t.Context())
-			terms, ran := overdueRun(ctx, e, release)
+			terms, ran := runHeld(ctx, e, "", release)
 			etcdtest.Await(t, "the term", terms)
 			stop()
 			etcdtest.Await(t, "the report", called)
@@ -282,7 +269,7 @@ func TestOverdueIsReportedAgainAfterAHookThatExits(t *testing.T) {
 		},
 	}))
 	ctx, stop := context.WithCancel(t.Context())
-	terms, ran := overdueRun(ctx, e, release)
+	terms, ran := runHeld(ctx, e, "", release)
 	etcdtest.Await(t, "the term", terms)
 	stop()
 	etcdtest.Await(t, "the report", calls)

@@ -179,9 +179,7 @@ func TestTransferUnderRunWaitsForTheFunction(t *testing.T) {
 	case <-time.After(100 * time.Millisecond):
 	}
 	close(release)
-	if err := etcdtest.Await(t, "Transfer", transferred); err != nil {
-		t.Errorf("Transfer: %v", err)
-	}
+	wantTransferred(t, transferred)
 	l := awaitLeader(t, next)
 	awaitQueue(t, client, "jobs", queued(2)) // the first has joined again
 	stop()
@@ -274,9 +272,7 @@ func TestTransferredTermOfCampaignKeepsItsKeyForTheMarginOrUntilResign(t *testin
 			if took := time.Since(ended); !resigns && took < margin {
 				t.Errorf("the next one was elected %v after the end, before the margin", took)
 			}
-			if err := etcdtest.Await(t, "Transfer", transferred); err != nil {
-				t.Errorf("Transfer: %v", err)
-			}
+			wantTransferred(t, transferred)
 			resign(t, l)
 			resign(t, successor)
 		})
@@ -331,9 +327,7 @@ func TestTransferPastToAndFromAStockCandidate(t *testing.T) {
 						t.Errorf("the leader has stepped back: %+v", now)
 					}
 				} else {
-					if err := etcdtest.Await(t, "Transfer", transferred); err != nil {
-						t.Errorf("Transfer: %v", err)
-					}
+					wantTransferred(t, transferred)
 					now := awaitQueue(t, client, "jobs", queued(3))
 					if now[0].Value != test.first || !slices.ContainsFunc(now, func(c leader.Candidate) bool { return c.Token == cs[test.stock].Token }) {
 						t.Errorf("%q leads, want %q; stock must stay: %+v", now[0].Value, test.first, now)
@@ -545,9 +539,7 @@ func TestTransferNeedsNoMoreThanCandidatesDo(t *testing.T) {
 	transferred := transfer(t.Context(), e, "jobs", cs[2])
 	etcdtest.Await(t, "the end of the term", l.Context().Done())
 	resign(t, l)
-	if err := etcdtest.Await(t, "Transfer", transferred); err != nil {
-		t.Errorf("Transfer: %v", err)
-	}
+	wantTransferred(t, transferred)
 	resign(t, awaitLeader(t, next))
 	resign(t, awaitLeader(t, between))
 }
@@ -560,15 +552,8 @@ func TestRunGoesOnThoughAnotherResignOfATransferredTermIsUnderWay(t *testing.T) 
 	e := newElector(t, client, long)
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
-	terms, dark, ran := make(chan *leader.Leader, 10), make(chan struct{}), make(chan error, 1)
-	go func() {
-		ran <- e.Run(ctx, "jobs", "first", func(ctx context.Context, l *leader.Leader) error {
-			terms <- l
-			<-ctx.Done()
-			<-dark
-			return nil
-		})
-	}()
+	dark := make(chan struct{})
+	terms, ran := runHeld(ctx, e, "first", dark)
 	l := etcdtest.Await(t, "the term", terms)
 	next := campaign(t.Context(), newElector(t, client, long), "jobs", "second")
 	awaitQueue(t, client, "jobs", queued(2))
@@ -621,9 +606,7 @@ func TestTransferSurvivesAnOutageThatItsLeaseDoesNot(t *testing.T) {
 		cancel()
 	}
 	resign(t, l)
-	if err := etcdtest.Await(t, "Transfer", transferred); err != nil {
-		t.Errorf("Transfer: %v", err)
-	}
+	wantTransferred(t, transferred)
 	resign(t, awaitLeader(t, next))
 }
 
@@ -635,7 +618,7 @@ func TestTransferDoesNotSaveAHungLeaderFromItsCheck(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	release := make(chan struct{})
-	terms, ran := overdueRun(ctx, e, release)
+	terms, ran := runHeld(ctx, e, "", release)
 	l := etcdtest.Await(t, "the term", terms)
 	next := campaign(t.Context(), newElector(t, client, long), "jobs", "second")
 	awaitQueue(t, client, "jobs", queued(2))
@@ -786,31 +769,22 @@ func TestTransferWhoseLeaseIsGoneAsksTheNextOneWithAnother(t *testing.T) {
 		return
 	}
 	resign(t, q.l)
-	if err := etcdtest.Await(t, "Transfer", transferred); err != nil {
-		t.Errorf("Transfer: %v", err)
-	}
+	wantTransferred(t, transferred)
 	resign(t, awaitLeader(t, q.next))
 }
 
 // Run waits for the function of a transferred term; Hooks.Ended must not.
 func TestEndOfATransferredTermIsToldThoughTheFunctionHasNotReturned(t *testing.T) {
 	_, client := start(t)
-	ended, release, began, ran := make(chan error, 10), make(chan struct{}), make(chan struct{}, 10), make(chan error, 1)
+	ended, release := make(chan error, 10), make(chan struct{})
 	e := newElector(t, client, long, leader.WithHooks(leader.Hooks{
 		LeaderChanged: func(string, leader.Candidate) {},
 		Ended:         func(_ string, _ *leader.Leader, cause error) { ended <- cause },
 	}))
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
-	go func() {
-		ran <- e.Run(ctx, "jobs", "first", func(ctx context.Context, _ *leader.Leader) error {
-			began <- struct{}{}
-			<-ctx.Done()
-			<-release
-			return nil
-		})
-	}()
-	etcdtest.Await(t, "the term", began)
+	terms, ran := runHeld(ctx, e, "first", release)
+	etcdtest.Await(t, "the term", terms)
 	next := campaign(t.Context(), newElector(t, client, long), "jobs", "second")
 	awaitQueue(t, client, "jobs", queued(2))
 	transferred := transfer(t.Context(), newElector(t, client), "jobs", leader.Candidate{})

@@ -29,7 +29,7 @@ type health struct {
 
 // healthLocked is the health of the Elector in an election, nil if it has no check.
 func (el *elector) healthLocked(election string) *health {
-	if !el.checks {
+	if !el.p.checks {
 		return nil
 	}
 	h := el.healths[election]
@@ -108,7 +108,7 @@ func (w *world) sickenALeader() {
 	var sick *term
 	for _, name := range w.names {
 		for _, t := range w.terms[name] {
-			if t.call.el.checks && t.told && (sick == nil || t.call.run) {
+			if t.p.checks && t.told && (sick == nil || t.call.run) {
 				sick = t
 			}
 		}
@@ -141,7 +141,7 @@ func (w *world) sickenALeader() {
 	}
 	for _, name := range w.names {
 		for _, other := range w.callsLocked(p, name) {
-			if life := w.lives[other.newest]; other.el.checks && life != nil && life.fate == alive && !w.violated() {
+			if life := w.lives[other.newest]; p.checks && life != nil && life.fate == alive && !w.violated() {
 				w.violateLocked("health", "%s: the key of %s with token %d is there, although its checks fail", name, p.name, life.token)
 			}
 		}

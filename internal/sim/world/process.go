@@ -336,7 +336,6 @@ type elector struct {
 	name    string // in the history
 	e       *leader.Elector
 	client  *clientv3.Client
-	checks  bool        // it has a check
 	closed  atomic.Bool // Close was called
 	options []leader.Option
 
@@ -353,7 +352,7 @@ type elector struct {
 type oops struct{}
 
 func (p *process) newElector() *elector {
-	el := &elector{p: p, client: p.current(), checks: p.checks, current: make(map[string][]*call), healths: make(map[string]*health)}
+	el := &elector{p: p, client: p.current(), current: make(map[string][]*call), healths: make(map[string]*health)}
 	p.w.mu.Lock()
 	p.w.sequence++
 	el.name = fmt.Sprintf("%s.%d", p.name, p.w.sequence)
@@ -362,7 +361,7 @@ func (p *process) newElector() *elector {
 	if p.slowHooks {
 		el.options = append(el.options, leader.WithHooks(el.mischief()))
 	}
-	if el.checks {
+	if p.checks {
 		el.options = append(el.options, leader.WithHealth(el.check))
 	}
 	if p.rng.IntN(2) == 0 {

@@ -175,7 +175,7 @@ func (c *call) judge(what string, err error) {
 	case c.ctx.Err() != nil && errors.Is(err, c.ctx.Err()):
 	case errors.Is(err, leader.ErrClosed) && (c.el.isClosed() || c.ctx.Err() != nil):
 	case errors.Is(err, leader.ErrHeld) && c.try:
-	case errors.Is(err, leader.ErrUnhealthy) && c.try && c.el.checks:
+	case errors.Is(err, leader.ErrUnhealthy) && c.try && c.p.checks:
 	case errors.Is(err, leader.ErrCampaigning) && c.beside:
 	default:
 		c.p.w.violate("error", "%s: %s of %s: %v", c.election, what, c.value, err)
