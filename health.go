@@ -134,10 +134,19 @@ func (h *health) expire() {
 		h.mu.Unlock()
 		return
 	}
-	h.holds = make(chan struct{})
+	h.openLocked()
 	err := h.errorLocked()
 	h.mu.Unlock()
 	h.lost(err)
+}
+
+// openLocked makes holds block again.
+func (h *health) openLocked() {
+	select {
+	case <-h.holds:
+		h.holds = make(chan struct{})
+	default:
+	}
 }
 
 // errorLocked is why it does not hold.
@@ -170,6 +179,9 @@ func (h *health) wait(ctx context.Context, once bool, tell func(error)) error {
 			return nil
 		}
 		h.mu.Lock()
+		if !time.Now().Before(h.until) { // expire may be late, and holds would not block until then
+			h.openLocked()
+		}
 		holds, began, failure := h.holds, h.began, h.failure
 		h.mu.Unlock()
 		if failure != nil || !began.IsZero() && time.Since(began) > h.period() {

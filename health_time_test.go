@@ -106,3 +106,36 @@ func TestHealthSurvivesSlowSuccesses(t *testing.T) {
 		})
 	}
 }
+
+// The timer that says so may be late, as in a process that is busy or was stopped.
+func TestWaitingForHealthBlocksAsSoonAsASuccessHoldsNoMore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		began := time.Now()
+		e := newHealthy(t, func(context.Context, string) error {
+			if time.Now().Equal(began) {
+				return nil
+			}
+			return errors.New("ill")
+		})
+		h := e.newHealth("x", func(error) {})
+		defer h.stop()
+		if err := h.wait(t.Context(), false, func(error) {}); err != nil {
+			t.Fatal(err)
+		}
+		h.mu.Lock()
+		h.expiry.Stop()
+		h.mu.Unlock()
+		time.Sleep(DefaultTTL)
+		ctx, cancel := context.WithTimeout(t.Context(), DefaultTTL)
+		defer cancel()
+		told := 0
+		err := h.wait(ctx, false, func(error) {
+			if told++; told > 100 {
+				t.Fatal("it does not wait")
+			}
+		})
+		if !errors.Is(err, context.DeadlineExceeded) || told == 0 {
+			t.Errorf("%v, told %d times; want that the time is over", err, told)
+		}
+	})
+}
