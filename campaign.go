@@ -101,6 +101,9 @@ func (c *claim) release() {
 	if c.health != nil {
 		c.health.stop()
 	}
+	if e.once {
+		e.file.Release()
+	}
 }
 
 // unhealthy ends the present candidacy or term.
@@ -285,6 +288,7 @@ func (e *Elector) newCampaign(ctx context.Context, name, value string, by caller
 
 // win returns the candidate that is elected, or why none can be.
 func (k *campaign) win() (*Leader, error) {
+	k.e.pool.Inherit(k.ctx)
 	for {
 		joined := time.Now()
 		l, err := k.candidate()

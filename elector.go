@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"example.com/leader/internal/lease"
+	"example.com/leader/internal/leasefile"
 	"example.com/leader/internal/queue"
 	"example.com/leader/internal/retry"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -38,6 +39,8 @@ type Elector struct {
 	client   *clientv3.Client
 	opts     options
 	pool     *lease.Pool
+	file     *leasefile.File // nil without WithLeaseFile
+	once     bool            // for one campaign: then the lease file is not used any more
 	identity string
 	ctx      context.Context // ends when Close is called
 	cancel   context.CancelFunc
@@ -53,8 +56,8 @@ type Elector struct {
 	checking  map[string]time.Time // since when a check of WithHealth is under way, by election
 }
 
-// New returns an Elector, or an error for a nil client or a bad option. It sends no request. The
-// client must stay open while the Elector is in use; the Elector never closes it. A client whose KV,
+// New returns an Elector, or an error for a nil client or a bad option. It sends no request, and blocks only for up to
+// 1 s, if another process has locked the file of [WithLeaseFile]. The client must stay open while the Elector is in use; the Elector never closes it. A client whose KV,
 // Watcher and Lease are those of go.etcd.io/etcd/client/v3/namespace works too.
 func New(client *clientv3.Client, opts ...Option) (*Elector, error) {
 	if client == nil {
@@ -73,8 +76,11 @@ func New(client *clientv3.Client, opts ...Option) (*Elector, error) {
 		observers: make(map[string]*claim),
 		checking:  make(map[string]time.Time),
 	}
+	if e.file, err = o.openLeaseFile(); err != nil {
+		return nil, err
+	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
-	e.pool = lease.NewPool(client, lease.Config{TTL: o.ttl, Margin: o.margin, Renewal: e.renewal})
+	e.pool = lease.NewPool(client, lease.Config{TTL: o.ttl, Margin: o.margin, Renewal: e.renewal, File: e.file, Log: o.log})
 	return e, nil
 }
 
@@ -419,6 +425,8 @@ func (e *Elector) Close(ctx context.Context) error {
 			l.abandon()
 		}
 	}
+	// Also after an error: the next Elector of this process may use the file, together with what this one has left in it.
+	defer e.file.Release()
 	if err := retry.Wait(ctx, e.idle); err != nil {
 		_ = e.pool.Close(ctx) // it fails, as ctx has ended, but stops the renewals of leases that nobody uses
 		return fmt.Errorf("leader: close: a campaign or Run has not returned: %w", err)

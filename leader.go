@@ -122,7 +122,12 @@ func Campaign(ctx context.Context, client *clientv3.Client, name, value string, 
 	if err != nil {
 		return nil, err
 	}
-	return e.Campaign(ctx, name, value)
+	e.once = true
+	l, err := e.Campaign(ctx, name, value)
+	if err != nil {
+		e.file.Release()
+	}
+	return l, err
 }
 
 // Run campaigns in the election name and calls lead each time this instance is elected, until lead
@@ -132,6 +137,7 @@ func Run(ctx context.Context, client *clientv3.Client, name, value string, lead 
 	if err != nil {
 		return err
 	}
+	defer e.file.Release()
 	return e.Run(ctx, name, value, lead)
 }
 

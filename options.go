@@ -34,6 +34,8 @@ type options struct {
 	log    *slog.Logger
 	hooks  hookList
 	health func(ctx context.Context, election string) error
+
+	leaseFile string
 }
 
 func newOptions(opts []Option) (options, error) {
@@ -135,6 +137,38 @@ func WithHealth(check func(ctx context.Context, election string) error) Option {
 			return errors.New("WithHealth(nil): must not be nil")
 		}
 		o.health = check
+		return nil
+	}}
+}
+
+// WithLeaseFile makes a crash of this process take milliseconds instead of a TTL. The file names the process's leases,
+// and is locked as long as the process lives. So whoever gets the lock knows that the process is dead, and revokes the
+// leases: the next process with the same file, when it campaigns for the first time, or [Reclaim] in a supervisor or
+// sidecar. It works on Linux; elsewhere a warning is logged and there is no file.
+//
+// path is for this instance alone. Its directory must exist on a local file system, and only the service may write
+// there, as in /run or a volume of the pod; the file must not be in an image. New creates the file, with mode 0600, and
+// waits up to 1 s for a living owner to unlock it. It returns an error if the owner lives on, or for a file that is not
+// regular, belongs to another user, is writable by others, or is on NFS or the like. A file that cannot be created or
+// written for another reason, such as a full disk, is a warning in the log.
+//
+// The file is unlocked when [Elector.Close] has succeeded, by [Leader.Resign] if the term is from the function
+// [Campaign], or at the end of the function [Run]; but if the lease could not be revoked, at the end of the process. So
+// an Elector with a lease file must be closed before another one in the same process uses the file.
+//
+// Nothing depends on the file: if it is deleted, or does not match the machine's boot, the file itself or the cluster,
+// the lease expires. But these limits hold:
+//   - A process that is stopped or dumps core is alive. A child process that outlives it may still work: kill it with
+//     its parent.
+//   - Do not use it with CRIU, or in a virtual machine that is cloned while it runs.
+//   - The next leader may be elected before all that the dead process has sent has arrived. A resource that compares
+//     tokens or uses [Leader.Guard] is protected. For another one, do not use a lease file.
+func WithLeaseFile(path string) Option {
+	return Option{func(o *options) error {
+		if path == "" {
+			return errors.New(`WithLeaseFile(""): must not be empty`)
+		}
+		o.leaseFile = path
 		return nil
 	}}
 }

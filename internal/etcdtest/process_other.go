@@ -2,11 +2,27 @@
 
 package etcdtest
 
-import "errors"
+import (
+	"errors"
+	"testing"
+)
+
+var errLinuxOnly = errors.New("etcdtest: members run in processes of their own on Linux only, where they are certain to end with the test")
 
 // Main does nothing, because members cannot run in processes of their own here.
 func Main() {}
 
-func startProcess(*Member) (server, error) {
-	return nil, errors.New("etcdtest: a binary of etcd can be run on Linux only, where it is certain to end with the test")
+// StartProcesses skips the test.
+func StartProcesses(tb testing.TB, _ int, _ ...Settings) []*Member {
+	tb.Helper()
+	tb.Skip(errLinuxOnly)
+	return nil
 }
+
+// Pause returns an error.
+func (*Member) Pause() error { return errLinuxOnly }
+
+// Resume returns an error.
+func (*Member) Resume() error { return errLinuxOnly }
+
+func startProcess(*Member) (server, error) { return nil, errLinuxOnly }

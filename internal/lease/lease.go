@@ -31,9 +31,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"sync"
 	"time"
 
+	"example.com/leader/internal/leasefile"
 	"example.com/leader/internal/retry"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -72,6 +74,10 @@ type Config struct {
 	// SharedNames says that others put keys of the same names, on other leases. So a name that was dropped is not
 	// looked for.
 	SharedNames bool
+	// File, if not nil, is told of each lease of a pool from before a key is put on it until it is known to be gone. Log,
+	// which goes with it, is told what happens to the file and to the leases that a dead owner has left in it.
+	File *leasefile.File
+	Log  *slog.Logger
 	// Wall replaces the wall clock in tests.
 	Wall func() time.Time
 
@@ -92,13 +98,14 @@ type Renewal struct {
 
 // A Session is a lease that is being kept alive. It is safe for concurrent use.
 type Session struct {
-	id     clientv3.LeaseID
-	client *clientv3.Client
-	cfg    Config
-	ctx    context.Context // ends with the session
-	cancel context.CancelFunc
-	done   chan struct{} // closed when the last renewal has returned
-	unhook func() bool   // unregisters the session from the client's context
+	id      clientv3.LeaseID
+	cluster uint64 // ID of the cluster that has granted it; 0 if unknown
+	client  *clientv3.Client
+	cfg     Config
+	ctx     context.Context // ends with the session
+	cancel  context.CancelFunc
+	done    chan struct{} // closed when the last renewal has returned
+	unhook  func() bool   // unregisters the session from the client's context
 
 	pool    *Pool
 	started *retry.Group // attempts to join, and Config.Renewal
@@ -157,6 +164,9 @@ func Grant(ctx context.Context, client *clientv3.Client, cfg Config) (*Session, 
 		return nil, errors.New("grant a lease: the client answered with neither lease nor error")
 	}
 	s.id = granted.ID
+	if granted.ResponseHeader != nil {
+		s.cluster = granted.ClusterId
+	}
 	s.setTTLLocked(granted.TTL)
 
 	// With a password, opening the stream takes an authentication. It may take longer than an attempt to renew, so the
@@ -298,12 +308,22 @@ func (s *Session) Failure() error {
 // Revoked tells the session that the lease is gone. If that comes before the deadline, somebody else has revoked it,
 // and the session ends with [ErrRevoked]; at the deadline or later it ends with [ErrExpired].
 func (s *Session) Revoked() {
+	defer s.confirmed()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.gone = true
 	if s.validLocked() {
 		s.endLocked(ErrRevoked)
 	}
+}
+
+// confirmed says that the lease is gone from etcd.
+func (s *Session) confirmed() {
+	s.mu.Lock()
+	s.gone = true
+	s.mu.Unlock()
+	// Not under the lock: a disk may be slow. A lease that is gone and still named does no harm.
+	s.cfg.told(s.cfg.File.Remove(int64(s.id)))
 }
 
 // Gone reports whether it is known that the lease is gone from etcd, and all its keys with it.
@@ -348,9 +368,7 @@ func (s *Session) revoke(ctx context.Context) error {
 	if err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
 		return fmt.Errorf("revoke lease %x: %w", s.id, err)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.gone = true
+	s.confirmed()
 	return nil
 }
 

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"example.com/leader/internal/retry"
-	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -48,6 +47,8 @@ type Pool struct {
 	closing  []*Session // unused, and perhaps not yet revoked: at most maxSessions
 	failure  error      // of the last grant; nil if it succeeded
 	failed   time.Time  // when the last grant ended
+
+	inheriting context.Context // ends when Inherit need not be waited for any more; nil before the first use
 }
 
 // NewPool returns a pool that has no session yet.
@@ -110,6 +111,7 @@ func (p *Pool) track(ctx context.Context, loop *retry.Loop, name func(clientv3.L
 		}
 		return nil, err
 	}
+	p.note(s) // before a key can be put on the lease
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.sessions = append(p.sessions, s)
@@ -306,14 +308,8 @@ func (s *Session) revokeLate() {
 			return
 		}
 	}
-	_, err := retry.Ask(ctx, s.client, nil, func(ctx context.Context) (struct{}, error) {
-		_, err := s.client.Revoke(ctx, s.id)
-		return struct{}{}, err
-	})
-	if err == nil || errors.Is(err, rpctypes.ErrLeaseNotFound) {
-		s.mu.Lock()
-		s.gone = true
-		s.mu.Unlock()
+	if revoke(ctx, s.client, s.id) == nil {
+		s.confirmed()
 	}
 }
 

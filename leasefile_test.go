@@ -1,0 +1,345 @@
+package leader_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"example.com/leader"
+	"example.com/leader/internal/etcdtest"
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// ownerEnv makes the test's own binary a process that leads until it is killed. It contains etcd's endpoint and the
+// path of the lease file.
+const ownerEnv = "LEADER_TEST_OWNER"
+
+func TestMainOfAnOwner(t *testing.T) {
+	endpoint, path, ok := strings.Cut(os.Getenv(ownerEnv), " ")
+	if !ok {
+		t.Skip("not an owner")
+	}
+	client := etcdtest.NewClient(t, endpoint)
+	e, err := leader.New(client, long, leader.WithLeaseFile(path))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	l, err := e.Campaign(t.Context(), "jobs", "owner")
+	if err == nil {
+		_, err = e.Campaign(t.Context(), "others", "owner") // on the same lease
+	}
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	fmt.Println("leads with", l.Key())
+	select {}
+}
+
+// startOwner starts a process that leads "jobs" and "others" with a lease file. It returns what the process says.
+func startOwner(t *testing.T, m *etcdtest.Member, path string) (*exec.Cmd, string) {
+	t.Helper()
+	if runtime.GOOS != "linux" {
+		t.Skip("lease files need Linux")
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	owner := exec.Command(self, "-test.run=^TestMainOfAnOwner$", "-test.v=false")
+	owner.Env = append(os.Environ(), ownerEnv+"="+m.Endpoint+" "+path)
+	out, err := owner.StdoutPipe()
+	if err == nil {
+		err = owner.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = owner.Process.Kill()
+		_ = owner.Wait()
+	})
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { _, _ = io.Copy(io.Discard, out) }()
+	return owner, strings.TrimSpace(line)
+}
+
+func kill(t *testing.T, p *exec.Cmd) {
+	t.Helper()
+	if err := p.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// reclaim reclaims in the background.
+func reclaim(ctx context.Context, client *clientv3.Client, path string) <-chan error {
+	c := make(chan error, 1)
+	go func() { c <- leader.Reclaim(ctx, client, path) }()
+	return c
+}
+
+func leaseFile(t *testing.T) string { return filepath.Join(t.TempDir(), "lease") }
+
+func TestReclaimEndsTheTermsOfAProcessThatWasKilled(t *testing.T) {
+	m, client := start(t)
+	path := leaseFile(t)
+	owner, said := startOwner(t, m, path)
+	if !strings.HasPrefix(said, "leads with jobs/") {
+		t.Fatal(said)
+	}
+	waiting := newElector(t, client)
+	next := campaign(t.Context(), waiting, "jobs", "next")
+	awaitQueue(t, client, "jobs", queued(2))
+	reclaimed := reclaim(t.Context(), client, path)
+	select {
+	case err := <-reclaimed:
+		t.Fatalf("Reclaim returned %v while the owner lives", err)
+	case o := <-next:
+		t.Fatalf("Campaign returned %v, %v while the owner leads", o.l, o.err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	kill(t, owner)
+	if err := etcdtest.Await(t, "Reclaim", reclaimed); err != nil {
+		t.Error(err)
+	}
+	resign(t, awaitLeader(t, next)) // and not after a minute, which is longer than Await waits
+	resign(t, lead(t, waiting, "others", ""))
+	if err := leader.Reclaim(t.Context(), client, path); err != nil { // there is nothing left to revoke
+		t.Error(err)
+	}
+}
+
+func TestARestartedProcessRevokesTheLeasesOfTheDeadOne(t *testing.T) {
+	m, client := start(t)
+	path := leaseFile(t)
+	owner, said := startOwner(t, m, path)
+	if !strings.HasPrefix(said, "leads with jobs/") {
+		t.Fatal(said)
+	}
+	if _, err := leader.New(client, leader.WithLeaseFile(path)); err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "owner is alive") {
+		t.Fatalf("New returned %v while the owner lives", err)
+	}
+	kill(t, owner)
+	logged := new(logRecorder)
+	e, err := leader.New(client, leader.WithTTL(ttl), leader.WithLeaseFile(path), leader.WithLogger(slog.New(logged)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// TryCampaign too, which would not wait behind the dead.
+	l, err := e.TryCampaign(t.Context(), "jobs", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	logged.await(t, "INFO leases of a dead owner are gone")
+	if err := e.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	awaitEnd(t, l, leader.ErrResigned)
+	again, err := leader.New(client, leader.WithLeaseFile(path)) // Close has unlocked it
+	if err == nil {
+		err = again.Close(t.Context())
+	}
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+func TestALeaseFileServesAnElectorAfterAnother(t *testing.T) {
+	_, client := start(t)
+	path := leaseFile(t)
+	file := leader.WithLeaseFile(path)
+	for range 2 {
+		err := leader.Run(t.Context(), client, "jobs", "", func(context.Context, *leader.Leader) error {
+			if _, err := leader.New(client, file); err == nil {
+				t.Error("two Electors of a process have the same file")
+			}
+			return nil
+		}, file)
+		if err != nil {
+			t.Error(err)
+		}
+		l, err := leader.Campaign(t.Context(), client, "jobs", "", file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resign(t, l)
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := leader.Campaign(ctx, client, "jobs", "", file); !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+		if _, err := leader.Campaign(t.Context(), client, "jobs/", "", file); !errors.Is(err, leader.ErrInvalidName) {
+			t.Error(err)
+		}
+		e, err := leader.New(client, file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lead(t, e, "a", "")
+		lead(t, e, "b", "")
+		if err := e.Close(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	text, err := os.ReadFile(path)
+	if err != nil || strings.Contains(string(text), "\nlease ") {
+		t.Errorf("in the end the file has %q, %v", text, err)
+	}
+}
+
+// Each lease is in the file before a key is on it, and until etcd has confirmed that it is gone.
+func TestALeaseFileNamesTheLeasesThatThereAre(t *testing.T) {
+	_, client := start(t)
+	path := leaseFile(t)
+	names := func(l *leader.Leader) bool {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Contains(string(text), "\nlease "+filepath.Base(l.Key())+"\n")
+	}
+	kv := &brokenKV{KV: client.KV}
+	before := func() {
+		if text, err := os.ReadFile(path); err != nil || !strings.Contains(string(text), "\nlease ") {
+			t.Errorf("a join is sent while the file has %q, %v", text, err)
+		}
+	}
+	kv.before.Store(&before)
+	joining := wrapped(client)
+	joining.KV = kv
+	e := newElector(t, joining, leader.WithLeaseFile(path))
+	l := lead(t, e, "jobs", "")
+	if !names(l) {
+		t.Error("the file does not name the lease of a leader")
+	}
+	other := lead(t, e, "other", "")
+	resign(t, l)
+	if !names(l) {
+		t.Error("the file does not name a lease that is still used")
+	}
+	if _, err := client.Revoke(t.Context(), leaseOf(t, client, other)); err != nil {
+		t.Fatal(err)
+	}
+	awaitEnd(t, other, leader.ErrEvicted)
+	next := lead(t, e, "jobs", "")
+	if !names(next) {
+		t.Error("the file does not name the lease that replaced a lost one")
+	}
+	kv.before.Store(nil)
+}
+
+func leaseOf(t *testing.T, client *clientv3.Client, l *leader.Leader) clientv3.LeaseID {
+	t.Helper()
+	return clientv3.LeaseID(onlyKey(t, client, l.Key()).Lease)
+}
+
+func TestLeaseFileOfAnotherClusterRevokesNothing(t *testing.T) {
+	m, client := start(t)
+	other := etcdtest.NewClient(t, etcdtest.Start(t).Endpoint)
+	path := leaseFile(t)
+	owner, said := startOwner(t, m, path)
+	if !strings.HasPrefix(said, "leads with jobs/") {
+		t.Fatal(said)
+	}
+	// The other cluster has a lease with the same ID, of somebody who lives.
+	id := clientv3.LeaseID(onlyKey(t, client, "jobs/").Lease)
+	_, err := etcdserverpb.NewLeaseClient(other.ActiveConnection()).LeaseGrant(t.Context(), &etcdserverpb.LeaseGrantRequest{ID: int64(id), TTL: 600})
+	if err != nil {
+		t.Fatal(err)
+	}
+	kill(t, owner)
+	if err := leader.Reclaim(t.Context(), other, path); err != nil {
+		t.Error(err)
+	}
+	e, err := leader.New(other, leader.WithLeaseFile(path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	resign(t, lead(t, e, "jobs", ""))
+	if answer, err := other.TimeToLive(t.Context(), id); err != nil || answer.TTL <= 0 {
+		t.Errorf("the lease of another cluster with the same ID: %+v, %v", answer, err)
+	}
+	if err := e.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if _, err := client.Revoke(t.Context(), id); err != nil { // it was left to expire
+		t.Error(err)
+	}
+}
+
+// Without permission to revoke, for example because of another user, a restarted process waits as without a file.
+func TestALeaseThatCannotBeRevokedDelaysNobody(t *testing.T) {
+	m, client := start(t)
+	path := leaseFile(t)
+	owner, said := startOwner(t, m, path)
+	if !strings.HasPrefix(said, "leads with jobs/") {
+		t.Fatal(said)
+	}
+	kill(t, owner)
+	denying := wrapped(client)
+	lease := &brokenLease{Lease: client.Lease}
+	deny := func() error { return rpctypes.ErrPermissionDenied }
+	lease.revoke.Store(&deny)
+	denying.Lease = lease
+	logged := new(logRecorder)
+	if err := leader.Reclaim(t.Context(), denying, path); !errors.Is(err, rpctypes.ErrPermissionDenied) {
+		t.Errorf("Reclaim returned %v", err)
+	}
+	e, err := leader.New(denying, leader.WithTTL(ttl), leader.WithLeaseFile(path), leader.WithLogger(slog.New(logged)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := lead(t, e, "free", "")
+	logged.await(t, "WARN leases of a dead owner could not be revoked, they will expire")
+	if err := leader.Reclaim(t.Context(), client, filepath.Join(t.TempDir(), "none")); err != nil {
+		t.Error(err)
+	}
+	lease.revoke.Store(nil)
+	resign(t, l)
+	if err := e.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if _, err := client.Revoke(t.Context(), clientv3.LeaseID(onlyKey(t, client, "jobs/").Lease)); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestABadLeaseFileIsRefused(t *testing.T) {
+	t.Parallel()
+	client := clientv3.NewCtxClient(t.Context())
+	dir := t.TempDir()
+	for path, want := range map[string]string{
+		"":  "must not be empty",
+		dir: "regular file",
+	} {
+		_, err := leader.New(client, leader.WithLeaseFile(path))
+		if want := fmt.Sprintf("leader: WithLeaseFile(%q): ", path); err == nil || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("New returned %v, want an error with %q", err, want)
+		}
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("New returned %v, want an error with %q", err, want)
+		}
+		if err := leader.Reclaim(t.Context(), client, path); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("Reclaim returned %v, want an error with %q", err, want)
+		}
+	}
+	if err := leader.Reclaim(t.Context(), nil, dir); err == nil || !strings.Contains(err.Error(), "client: must not be nil") {
+		t.Errorf("Reclaim without a client returned %v", err)
+	}
+}
