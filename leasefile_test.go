@@ -4,9 +4,10 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
-	"io"
 	"log/slog"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,35 +23,77 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// ownerEnv makes the test's own binary a process that leads until it is killed. It contains etcd's endpoint and the
-// path of the lease file.
+// ownerEnv makes the test's own binary a process with a lease file, until it is killed. It contains etcd's endpoint, the
+// path of the file, and what the process does.
 const ownerEnv = "LEADER_TEST_OWNER"
 
+// What an owner does.
+const (
+	leads = "leads" // "jobs" and "others"
+	hurry = "hurry" // leads "jobs" again and again for a moment, each time with a new Elector
+	renew = "renew" // leads "jobs" with a lease that is renewed often
+)
+
 func TestMainOfAnOwner(t *testing.T) {
-	endpoint, path, ok := strings.Cut(os.Getenv(ownerEnv), " ")
-	if !ok {
+	args := strings.Fields(os.Getenv(ownerEnv))
+	if len(args) == 0 {
 		t.Skip("not an owner")
 	}
-	client := etcdtest.NewClient(t, endpoint)
-	e, err := leader.New(client, long, leader.WithLeaseFile(path))
-	if err != nil {
+	client := etcdtest.NewClient(t, args[0])
+	if err := own(t.Context(), client, args[1], args[2]); err != nil {
 		fmt.Println(err)
-		return
 	}
-	l, err := e.Campaign(t.Context(), "jobs", "owner")
-	if err == nil {
-		_, err = e.Campaign(t.Context(), "others", "owner") // on the same lease
-	}
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	fmt.Println("leads with", l.Key())
-	select {}
 }
 
-// startOwner starts a process that leads "jobs" and "others" with a lease file. It returns what the process says.
-func startOwner(t *testing.T, m *etcdtest.Member, path string) (*exec.Cmd, string) {
+func own(ctx context.Context, client *clientv3.Client, path, what string) error {
+	lease := long
+	if what == renew {
+		lease = leader.WithTTL(ttl)
+	}
+	for {
+		e, err := leader.New(client, lease, leader.WithLeaseFile(path))
+		if err != nil {
+			return err
+		}
+		if what == hurry {
+			fmt.Println("begins")
+		}
+		l, err := e.Campaign(ctx, "jobs", "owner")
+		if err == nil && what == leads {
+			_, err = e.Campaign(ctx, "others", "owner") // on the same lease
+		}
+		if err != nil {
+			return err
+		}
+		if what != hurry {
+			fmt.Println("leads with", l.Key())
+			<-l.Context().Done()
+			return context.Cause(l.Context())
+		}
+		if !l.IsLeader() {
+			return context.Cause(l.Context())
+		}
+		if rand.N(2) == 0 {
+			err = l.Resign(ctx)
+		}
+		if err = errors.Join(err, e.Close(ctx)); err != nil {
+			return err
+		}
+	}
+}
+
+// startOwner starts a process that leads "jobs" and "others" with a lease file.
+func startOwner(t *testing.T, m *etcdtest.Member, path string) *exec.Cmd {
+	t.Helper()
+	owner, said := startProcess(t, m, path, leads)
+	if line := <-said; !strings.HasPrefix(line, "leads with jobs/") {
+		t.Fatal(line)
+	}
+	return owner
+}
+
+// startProcess starts an owner and returns what it says, line by line, until its end.
+func startProcess(t *testing.T, m *etcdtest.Member, path, what string) (*exec.Cmd, <-chan string) {
 	t.Helper()
 	if runtime.GOOS != "linux" {
 		t.Skip("lease files need Linux")
@@ -60,7 +103,7 @@ func startOwner(t *testing.T, m *etcdtest.Member, path string) (*exec.Cmd, strin
 		t.Fatal(err)
 	}
 	owner := exec.Command(self, "-test.run=^TestMainOfAnOwner$", "-test.v=false")
-	owner.Env = append(os.Environ(), ownerEnv+"="+m.Endpoint+" "+path)
+	owner.Env = append(os.Environ(), ownerEnv+"="+m.Endpoint+" "+path+" "+what)
 	out, err := owner.StdoutPipe()
 	if err == nil {
 		err = owner.Start()
@@ -72,12 +115,14 @@ func startOwner(t *testing.T, m *etcdtest.Member, path string) (*exec.Cmd, strin
 		_ = owner.Process.Kill()
 		_ = owner.Wait()
 	})
-	line, err := bufio.NewReader(out).ReadString('\n')
-	if err != nil {
-		t.Fatal(err)
-	}
-	go func() { _, _ = io.Copy(io.Discard, out) }()
-	return owner, strings.TrimSpace(line)
+	said := make(chan string, 10_000)
+	go func() {
+		defer close(said)
+		for lines := bufio.NewScanner(out); lines.Scan(); {
+			said <- lines.Text()
+		}
+	}()
+	return owner, said
 }
 
 func kill(t *testing.T, p *exec.Cmd) {
@@ -99,10 +144,7 @@ func leaseFile(t *testing.T) string { return filepath.Join(t.TempDir(), "lease")
 func TestReclaimEndsTheTermsOfAProcessThatWasKilled(t *testing.T) {
 	m, client := start(t)
 	path := leaseFile(t)
-	owner, said := startOwner(t, m, path)
-	if !strings.HasPrefix(said, "leads with jobs/") {
-		t.Fatal(said)
-	}
+	owner := startOwner(t, m, path)
 	waiting := newElector(t, client)
 	next := campaign(t.Context(), waiting, "jobs", "next")
 	awaitQueue(t, client, "jobs", queued(2))
@@ -128,10 +170,7 @@ func TestReclaimEndsTheTermsOfAProcessThatWasKilled(t *testing.T) {
 func TestARestartedProcessRevokesTheLeasesOfTheDeadOne(t *testing.T) {
 	m, client := start(t)
 	path := leaseFile(t)
-	owner, said := startOwner(t, m, path)
-	if !strings.HasPrefix(said, "leads with jobs/") {
-		t.Fatal(said)
-	}
+	owner := startOwner(t, m, path)
 	if _, err := leader.New(client, leader.WithLeaseFile(path)); err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "owner is alive") {
 		t.Fatalf("New returned %v while the owner lives", err)
 	}
@@ -253,10 +292,7 @@ func TestLeaseFileOfAnotherClusterRevokesNothing(t *testing.T) {
 	m, client := start(t)
 	other := etcdtest.NewClient(t, etcdtest.Start(t).Endpoint)
 	path := leaseFile(t)
-	owner, said := startOwner(t, m, path)
-	if !strings.HasPrefix(said, "leads with jobs/") {
-		t.Fatal(said)
-	}
+	owner := startOwner(t, m, path)
 	// The other cluster has a lease with the same ID, of somebody who lives.
 	id := clientv3.LeaseID(onlyKey(t, client, "jobs/").Lease)
 	_, err := etcdserverpb.NewLeaseClient(other.ActiveConnection()).LeaseGrant(t.Context(), &etcdserverpb.LeaseGrantRequest{ID: int64(id), TTL: 600})
@@ -287,10 +323,7 @@ func TestLeaseFileOfAnotherClusterRevokesNothing(t *testing.T) {
 func TestALeaseThatCannotBeRevokedDelaysNobody(t *testing.T) {
 	m, client := start(t)
 	path := leaseFile(t)
-	owner, said := startOwner(t, m, path)
-	if !strings.HasPrefix(said, "leads with jobs/") {
-		t.Fatal(said)
-	}
+	owner := startOwner(t, m, path)
 	kill(t, owner)
 	denying := wrapped(client)
 	lease := &brokenLease{Lease: client.Lease}
@@ -342,4 +375,73 @@ func TestABadLeaseFileIsRefused(t *testing.T) {
 	if err := leader.Reclaim(t.Context(), nil, dir); err == nil || !strings.Contains(err.Error(), "client: must not be nil") {
 		t.Errorf("Reclaim without a client returned %v", err)
 	}
+}
+
+// kills is how many processes TestAProcessThatIsKilledAtAnyMomentLosesItsLeasesAlone kills.
+var kills = flag.Int("kills", 24, "how many processes with a lease file to kill")
+
+// A process is killed while it opens its file, is granted a lease, writes, joins, leads, renews, resigns or closes. Each
+// time its keys are gone as soon as Reclaim has returned, or the next process has begun to campaign; and no living
+// process loses its lease, also while somebody tries to reclaim it all the time.
+func TestAProcessThatIsKilledAtAnyMomentLosesItsLeasesAlone(t *testing.T) {
+	m, client := start(t)
+	path, ownPath := leaseFile(t), leaseFile(t)
+	if runtime.GOOS != "linux" {
+		t.Skip("lease files need Linux")
+	}
+	living := newElector(t, client, leader.WithLeaseFile(ownPath))
+	own := lead(t, living, "alive", "")
+	ctx, cancel := context.WithCancel(t.Context())
+	reclaiming := reclaim(ctx, client, ownPath)
+	left := 0 // leases that were granted when it was too late to write them down: they have no key
+	for i := range *kills {
+		what, until := hurry, 40*time.Millisecond
+		if i%8 == 7 {
+			what, until = renew, time.Second
+		}
+		owner, said := startProcess(t, m, path, what)
+		first := etcdtest.Await(t, "the process", said)
+		time.Sleep(rand.N(until))
+		kill(t, owner)
+		if i%5 == 4 {
+			e, err := leader.New(client, long, leader.WithLeaseFile(path))
+			if err != nil {
+				t.Fatalf("%d: New after a crash: %v", i, err)
+			}
+			if _, err := e.TryCampaign(t.Context(), "jobs", ""); err != nil {
+				t.Fatalf("%d: the campaign after a crash: %v", i, err)
+			}
+			if err := e.Close(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		} else if err := leader.Reclaim(t.Context(), client, path); err != nil {
+			t.Fatalf("%d: Reclaim: %v", i, err)
+		}
+		if keys, err := client.Get(t.Context(), "jobs/", clientv3.WithPrefix()); err != nil || len(keys.Kvs) > 0 {
+			t.Fatalf("%d: a key of a process that was killed is left: %v, %v", i, keys, err)
+		}
+		for line := first; line != ""; line = <-said {
+			if line != "begins" && !strings.HasPrefix(line, "leads with") {
+				t.Fatalf("%d: the process said %q", i, line)
+			}
+		}
+		leases, err := client.Leases(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, l := range leases.Leases {
+			if answer, err := client.TimeToLive(t.Context(), l.ID, clientv3.WithAttachedKeys()); err == nil && answer.TTL > 0 && len(answer.Keys) == 0 {
+				_, _ = client.Revoke(t.Context(), l.ID)
+				left++
+			}
+		}
+	}
+	if !own.IsLeader() {
+		t.Errorf("the term of a living process has ended: %v", context.Cause(own.Context()))
+	}
+	cancel()
+	if err := etcdtest.Await(t, "Reclaim", reclaiming); !errors.Is(err, context.Canceled) {
+		t.Errorf("Reclaim of a living process's file returned %v", err)
+	}
+	t.Logf("%d processes were killed; %d of their leases had no key yet, and would have expired", *kills, left)
 }
