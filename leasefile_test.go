@@ -6,6 +6,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"log"
 	"log/slog"
 	"math/rand/v2"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -164,6 +166,31 @@ func TestReclaimEndsTheTermsOfAProcessThatWasKilled(t *testing.T) {
 	resign(t, lead(t, waiting, "others", ""))
 	if err := leader.Reclaim(t.Context(), client, path); err != nil { // there is nothing left to revoke
 		t.Error(err)
+	}
+}
+
+// A sidecar, as in docs/operations.md.
+func keepReclaiming(ctx context.Context, client *clientv3.Client, file string) {
+	for ctx.Err() == nil {
+		if err := leader.Reclaim(ctx, client, file); err != nil && ctx.Err() == nil {
+			log.Print(err)
+			time.Sleep(time.Second)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+
+func TestASidecarReclaimsAgainAndAgain(t *testing.T) {
+	m, client := start(t)
+	path := leaseFile(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	var sidecar sync.WaitGroup
+	sidecar.Go(func() { keepReclaiming(ctx, client, path) })
+	defer sidecar.Wait()
+	defer cancel()
+	for range 3 {
+		kill(t, startOwner(t, m, path))
+		awaitQueue(t, client, "jobs", queued(0))
 	}
 }
 

@@ -1,7 +1,8 @@
 //go:build unix
 
-// Failover shows three workers, at most one of which leads at a time. Their leader is ended in three ways: it is asked
-// to stop; it is killed; it is paused, so that it does not know that it was replaced.
+// Failover shows three workers, at most one of which leads at a time. Their leader is ended in four ways: it is asked to
+// stop; it is killed; it is paused, so that it does not know that it was replaced; and, on Linux, it is killed while
+// somebody waits beside it to reclaim its lease.
 //
 //	go run ./examples/failover
 //
@@ -17,11 +18,14 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
+	"example.com/leader"
 	"example.com/leader/examples/internal/demo"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
@@ -32,11 +36,12 @@ func main() {
 	ttl := flag.Duration("ttl", 3*time.Second, "time to live of the leader's lease")
 	workers := flag.Int("workers", 3, "`number` of workers, at least 2")
 	name := flag.String("worker", "", "run as the worker of this `name`; the demonstration starts its workers with it")
+	leaseFile := flag.String("lease-file", "", "the worker's lease `file`")
 	flag.Parse()
 
 	var err error
 	if *name != "" {
-		err = worker(*name, *endpoints, *ttl)
+		err = worker(*name, *endpoints, *leaseFile, *ttl)
 	} else {
 		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 		err = demonstrate(ctx, *endpoints, *ttl, *workers)
@@ -75,7 +80,15 @@ func demonstrate(ctx context.Context, endpoints string, ttl time.Duration, worke
 		return fmt.Errorf("reach etcd: %w", err)
 	}
 
-	d := &failover{began: time.Now(), endpoints: endpoints, ttl: ttl, procs: make(map[string]proc), events: make(chan event), acks: make(map[int64]int64)}
+	dir, err := os.MkdirTemp("", "failover")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	d := &failover{
+		began: time.Now(), client: client, dir: dir, endpoints: endpoints, ttl: ttl,
+		procs: make(map[string]proc), events: make(chan event), acks: make(map[int64]int64),
+	}
 	defer d.stopAll()
 	for i := range workers {
 		if err := d.start(fmt.Sprintf("w%d", i+1)); err != nil {
@@ -101,6 +114,8 @@ func clean(ctx context.Context, client *clientv3.Client) error {
 // A failover runs the workers and collects what they report.
 type failover struct {
 	began     time.Time
+	client    *clientv3.Client
+	dir       string // of the lease files
 	endpoints string
 	ttl       time.Duration
 	procs     map[string]proc
@@ -143,7 +158,7 @@ func (d *failover) say(format string, args ...any) {
 }
 
 func (d *failover) start(name string) error {
-	p, err := demo.Start(d.events, "-worker", name, "-endpoints", d.endpoints, "-ttl", d.ttl.String())
+	p, err := demo.Start(d.events, "-worker", name, "-endpoints", d.endpoints, "-ttl", d.ttl.String(), "-lease-file", d.leaseFile(name))
 	if err != nil {
 		return err
 	}
@@ -151,6 +166,8 @@ func (d *failover) start(name string) error {
 	d.say("%s  started, pid %d", name, p.PID())
 	return nil
 }
+
+func (d *failover) leaseFile(worker string) string { return filepath.Join(d.dir, worker) }
 
 // wait handles events until it has handled the one that is wanted.
 func (d *failover) wait(ctx context.Context, what string, wanted func(event) bool) error {
@@ -229,14 +246,15 @@ func (d *failover) play(ctx context.Context) error {
 	if err := d.wait(ctx, "the first leader", func(e event) bool { return e.What == "elected" }); err != nil {
 		return err
 	}
-	for _, act := range []struct {
+	type act struct {
 		what string
 		end  func(ctx context.Context, old *term) error
-	}{
-		{"SIGTERM", d.terminate},
-		{"SIGKILL", d.kill},
-		{"SIGSTOP", d.pause},
-	} {
+	}
+	acts := []act{{"SIGTERM", d.terminate}, {"SIGKILL", d.kill}, {"SIGSTOP", d.pause}}
+	if runtime.GOOS == "linux" {
+		acts = append(acts, act{"SIGKILL, reclaimed", d.reclaim})
+	}
+	for _, act := range acts {
 		if err := d.wait(ctx, "the leader's work", increments(20)); err != nil {
 			return err
 		}
@@ -275,6 +293,19 @@ func (d *failover) kill(ctx context.Context, old *term) error {
 		return err
 	}
 	return d.start(old.worker)
+}
+
+// reclaim kills the leader while a reclaimer waits beside it, as a sidecar or systemd would run it. It revokes the lease.
+func (d *failover) reclaim(ctx context.Context, old *term) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	reclaimed := make(chan error, 1)
+	go func() { reclaimed <- leader.Reclaim(ctx, d.client, d.leaseFile(old.worker)) }()
+	err := d.kill(ctx, old)
+	if err != nil {
+		cancel()
+	}
+	return errors.Join(err, <-reclaimed)
 }
 
 // pause stops the leader until another one leads, and then resumes it.

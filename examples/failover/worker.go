@@ -35,7 +35,7 @@ type event struct {
 }
 
 // worker is a service as a user would write it: main calls [leader.Run] and works while it leads.
-func worker(name, endpoints string, ttl time.Duration) error {
+func worker(name, endpoints, leaseFile string, ttl time.Duration) error {
 	ctx, stop := demo.Context() // in a service this is signal.NotifyContext
 	defer stop()
 
@@ -51,7 +51,7 @@ func worker(name, endpoints string, ttl time.Duration) error {
 	defer client.Close()
 
 	w := &work{name: name, client: client, out: json.NewEncoder(os.Stdout)}
-	err = leader.Run(ctx, client, election, name, w.lead, leader.WithTTL(ttl))
+	err = leader.Run(ctx, client, election, name, w.lead, leader.WithTTL(ttl), leader.WithLeaseFile(leaseFile))
 	if errors.Is(err, context.Canceled) {
 		return nil // we were asked to stop, and have resigned
 	}

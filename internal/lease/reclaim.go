@@ -70,7 +70,7 @@ func (p *Pool) Inherit(ctx context.Context) {
 		var done context.CancelFunc
 		p.inheriting, done = context.WithTimeout(p.ctx, retry.RequestTimeout)
 		if left := p.cfg.File.Left(); len(left.Leases) > 0 {
-			p.late.Go(func() {
+			p.late.Go(func() { //nolint:contextcheck // it may outlive ctx
 				defer done()
 				p.reclaim(left, done)
 			})

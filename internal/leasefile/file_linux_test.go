@@ -313,7 +313,7 @@ func TestARecordThatDoesNotMatchNamesNoLeases(t *testing.T) {
 		"empty":                func([]byte) []byte { return nil },
 		"short":                func(text []byte) []byte { return text[:20] },
 		"torn":                 func(text []byte) []byte { return append(text[:100], make([]byte, size-100)...) },
-		"zeros, after a crash": func(text []byte) []byte { return make([]byte, size) },
+		"zeros, after a crash": func([]byte) []byte { return make([]byte, size) },
 		"another lease":        func(text []byte) []byte { return flip(text, "\nlease ") },
 		"another cluster":      func(text []byte) []byte { return flip(text, "\ncluster ") },
 		"without a sum":        func(text []byte) []byte { return text[:bytes.Index(text, []byte("sum"))] },
