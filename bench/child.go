@@ -21,11 +21,13 @@ type task struct {
 	N         int
 	Seconds   int
 	Election  string
+	File      string // the lease file
 }
 
 // roles is what a child can be. It reports one JSON value, and ends when the parent says so or dies.
 var roles = map[string]func(ctx context.Context, t task) (any, error){
 	"victim":  lead,
+	"owner":   own,
 	"load":    loadElections,
 	"waiting": loadCandidates,
 }

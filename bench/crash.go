@@ -60,16 +60,27 @@ func measureCrash(ctx context.Context, r *run) (*result, error) {
 				return nil, err
 			}
 		}
-		for _, name := range []string{ours.name, expiryOf(ours), stock.name, expiryOf(stock), clientGo.name} {
+		r.log("TTL %d s: processes with a lease file", s.seconds)
+		if err := reclaims(ctx, took, endpoints, s.seconds, r.pick(100, 10, 2)); err != nil {
+			return nil, err
+		}
+		for _, name := range []string{ours.name, expiryOf(ours), bySidecar, byRestart, ofReclaim, stock.name, expiryOf(stock), clientGo.name} {
 			own := took[name]
 			expiry := "–"
 			if c, ok := took[expiryOf(contestant{name: name})]; ok {
 				expiry = number(own.over(c))
 			}
+			if name == bySidecar || name == byRestart {
+				expiry = number(own.over(took[ofReclaim]))
+			}
 			t.add(append(append([]string{fmt.Sprint(s.seconds, " s"), name}, own.cells()...), expiry, number(own.over(took[stock.name])))...)
 		}
 		res.atMost(1.02, took[ours.name].over(took[stock.name]), "TTL %d s: leader / stock", s.seconds).
 			beside(expiryOf(ours), took[expiryOf(ours)].over(took[stock.name]))
+		if s.seconds == 15 {
+			res.atMost(0.01, took[bySidecar].over(took[stock.name]), "TTL %d s: %s / stock", s.seconds, bySidecar).
+				beside(ofReclaim, took[ofReclaim].over(took[stock.name]))
+		}
 		res.figures = append(res.figures, ecdf{
 			file: fmt.Sprintf("crash-%d.svg", s.seconds), title: fmt.Sprintf("Time without a leader after SIGKILL, TTL %d s", s.seconds),
 			samples: took, order: []string{ours.name, expiryOf(ours), stock.name, expiryOf(stock), clientGo.name}, linear: true,

@@ -219,37 +219,45 @@ func Await(ctx context.Context, path string) (Record, error) {
 	ticker := time.NewTicker(pause)
 	defer ticker.Stop()
 	for {
-		r, err := readLocked(path, boot)
+		r, err := awaitOne(ctx, ticker.C, path, boot)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			return Record{}, nil
 		case !errors.Is(err, ErrLocked):
 			return r, err
-		}
-		select {
-		case <-ctx.Done():
+		case ctx.Err() != nil:
 			return Record{}, fmt.Errorf("its owner is alive: %w", ctx.Err())
-		case <-ticker.C:
 		}
 	}
 }
 
-// readLocked reads the file under its lock. It opens the file each time, because the file may be replaced.
-func readLocked(path, boot string) (Record, error) {
+// awaitOne is Await of the file that is at the path now. It returns [ErrLocked] when ctx ends, and also after a second,
+// because the file may have been replaced.
+func awaitOne(ctx context.Context, ticks <-chan time.Time, path, boot string) (Record, error) {
 	fd, at, err := openChecked(path, syscall.O_RDONLY, func(uid uint32) bool { return isOwn(uid) || os.Geteuid() == 0 })
 	if err != nil {
 		return Record{}, err
 	}
 	defer func() { _ = syscall.Close(fd) }()
-	if err := lock(fd, syscall.LOCK_SH); err != nil { // shared: several may read, and the owner's lock excludes them
-		return Record{}, err
-	}
-	text, err := read(fd)
-	if err != nil {
-		return Record{}, fmt.Errorf("%w: %w", ErrUnusable, err)
-	}
 	at.boot = boot
-	return decode(text, at), nil
+	for began := time.Now(); ; {
+		err := lock(fd, syscall.LOCK_SH) // shared: several may read, and the owner's lock excludes them
+		if err == nil {
+			text, err := read(fd)
+			if err != nil {
+				return Record{}, fmt.Errorf("%w: %w", ErrUnusable, err)
+			}
+			return decode(text, at), nil
+		}
+		if !errors.Is(err, ErrLocked) || time.Since(began) > patience {
+			return Record{}, err
+		}
+		select {
+		case <-ctx.Done():
+			return Record{}, err
+		case <-ticks:
+		}
+	}
 }
 
 // openChecked opens a file and checks the rules for lease files.

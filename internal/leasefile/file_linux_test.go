@@ -98,12 +98,10 @@ func await(t *testing.T, path string) Record {
 // locked reports whether the file is locked now.
 func locked(t *testing.T, path string) bool {
 	t.Helper()
-	boot, err := bootID()
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, err = readLocked(path, boot)
-	if err != nil && !errors.Is(err, ErrLocked) {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel() // it looks once
+	_, err := Await(ctx, path)
+	if err != nil && !errors.Is(err, context.Canceled) {
 		t.Fatal(err)
 	}
 	return err != nil

@@ -56,11 +56,11 @@ const (
 	header = "leader lease file, version 1\n"
 
 	// patience is how long Open tries to lock the file. The last owner may be dying, and whoever reads the file locks it
-	// for a moment.
+	// for a moment. It is also how long Await tries to lock the same file before it looks for another one at the path.
 	patience = time.Second
 
 	// pause between attempts to lock the file.
-	pause = 10 * time.Millisecond
+	pause = 5 * time.Millisecond
 )
 
 // A place is where a record is valid.
