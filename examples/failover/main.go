@@ -17,7 +17,6 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"runtime"
 	"strconv"
@@ -33,17 +32,24 @@ import (
 
 func main() {
 	endpoints := flag.String("endpoints", "", "etcd `host:port,…`; if empty, starts an etcd of its own")
-	ttl := flag.Duration("ttl", 3*time.Second, "time to live of the leader's lease")
-	workers := flag.Int("workers", 3, "`number` of workers, at least 2")
+	ttl := flag.Duration("ttl", 3*time.Second, "time to live of the leader's lease, 1s to 1m")
+	workers := flag.Int("workers", 3, "`number` of workers, 2 to 9")
 	name := flag.String("worker", "", "run as the worker of this `name`; the demonstration starts its workers with it")
 	leaseFile := flag.String("lease-file", "", "the worker's lease `file`")
 	flag.Parse()
 
 	var err error
-	if *name != "" {
+	switch {
+	case flag.NArg() > 0:
+		err = fmt.Errorf("%q: takes flags only", flag.Arg(0))
+	case *ttl < time.Second || *ttl > time.Minute:
+		err = fmt.Errorf("-ttl %v: must be 1s to 1m", *ttl)
+	case *workers < 2 || *workers > 9:
+		err = fmt.Errorf("-workers %d: must be 2 to 9", *workers)
+	case *name != "":
 		err = worker(*name, *endpoints, *leaseFile, *ttl)
-	} else {
-		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	default:
+		ctx, stop := demo.Interruptible()
 		err = demonstrate(ctx, *endpoints, *ttl, *workers)
 		stop()
 	}
@@ -54,11 +60,8 @@ func main() {
 }
 
 func demonstrate(ctx context.Context, endpoints string, ttl time.Duration, workers int) (err error) {
-	if workers < 2 {
-		return fmt.Errorf("-workers %d: must be at least 2", workers)
-	}
 	if endpoints == "" {
-		endpoint, stop, err := demo.StartEtcd(demo.AnyPort)
+		endpoint, stop, err := demo.StartEtcd("", demo.AnyPort)
 		if err != nil {
 			return err
 		}
@@ -210,7 +213,8 @@ func (d *failover) handle(e event) {
 			}
 		}
 		if e.What == "lost" {
-			d.say("%s  knows that token %d is over: %s", e.Worker, e.Token, e.Cause)
+			why, _, _ := strings.Cut(strings.TrimPrefix(e.Cause, "leader: "), ":")
+			d.say("%s  knows that token %d is over: %s", e.Worker, e.Token, why)
 		} else {
 			d.say("%s  has stopped its work and resigns", e.Worker)
 		}

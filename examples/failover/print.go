@@ -6,14 +6,15 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
 )
 
-// columns is how wide the timeline is.
-const columns = 96
+// columns is how wide the timeline is. With its margin it fits a terminal of 80 columns.
+const columns = 74
 
 // print shows the handoffs as a table and the terms as a timeline.
 func (d *failover) print() {
@@ -25,6 +26,7 @@ func (d *failover) print() {
 			h.to.begin.Sub(h.from.end).Round(100*time.Microsecond))
 	}
 	table.Flush()
+	fmt.Println("\nA token is a revision of etcd. Each increment in between has raised it, too.")
 
 	end := time.Now()
 	step := end.Sub(d.began) / columns
@@ -55,6 +57,20 @@ func (d *failover) print() {
 	}
 	fmt.Printf("\n█ leads   · waits   z is paused   one column is %v\n\n", step.Round(time.Millisecond))
 	for _, worker := range slices.Sorted(maps.Keys(rows)) {
-		fmt.Printf("%4s  %s\n", worker, string(rows[worker]))
+		fmt.Printf("%4s  %s\n", worker, paint(string(rows[worker])))
 	}
+}
+
+// paint colours a row of the timeline, if it is for a terminal that has colours.
+func paint(row string) string {
+	out, err := os.Stdout.Stat()
+	if err != nil || out.Mode()&os.ModeCharDevice == 0 || os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb" {
+		return row
+	}
+	return regexp.MustCompile("█+|z+").ReplaceAllStringFunc(row, func(part string) string {
+		if part[0] == 'z' {
+			return "\x1b[33m" + part + "\x1b[0m"
+		}
+		return "\x1b[32m" + part + "\x1b[0m"
+	})
 }

@@ -42,7 +42,7 @@ func main() {
 func run(ctx context.Context, cfg config, log *slog.Logger) error {
 	tryout := cfg.endpoints == nil
 	if tryout {
-		endpoint, stop, err := demo.StartEtcd(demo.AnyPort)
+		endpoint, stop, err := demo.StartEtcd("", demo.AnyPort)
 		if err != nil {
 			return err
 		}

@@ -18,7 +18,6 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"os/signal"
 	"slices"
 	"strings"
 	"syscall"
@@ -44,7 +43,7 @@ func main() {
 	case *name != "":
 		err = serve(*name, c)
 	default:
-		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		ctx, stop := demo.Interruptible()
 		err = demonstrate(ctx, c)
 		stop()
 	}
@@ -87,7 +86,7 @@ func (c config) client() (*clientv3.Client, error) {
 
 func demonstrate(ctx context.Context, c config) error {
 	if c.endpoints == "" {
-		endpoint, stop, err := demo.StartEtcd(demo.AnyPort)
+		endpoint, stop, err := demo.StartEtcd("", demo.AnyPort)
 		if err != nil {
 			return err
 		}

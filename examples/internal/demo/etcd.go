@@ -5,6 +5,7 @@ package demo
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/url"
 	"os"
 	"time"
@@ -16,18 +17,26 @@ import (
 // AnyPort makes etcd listen on a free port of loopback.
 const AnyPort = "127.0.0.1:0"
 
-// StartEtcd runs a server in this process until stop is called, which also removes its data. The server listens for
-// clients at the address listen, and on loopback for peers.
-func StartEtcd(listen string) (endpoint string, stop func(), err error) {
-	dir, err := os.MkdirTemp("", "leader-etcd-")
-	if err != nil {
-		return "", nil, err
+// StartEtcd runs a server in this process until stop is called. Its data is in dir; if that is "", in a temporary
+// directory, which stop removes. The server listens at the address listen, which must be one of loopback, and on loopback
+// for peers.
+func StartEtcd(dir, listen string) (endpoint string, stop func(), err error) {
+	host, _, err := net.SplitHostPort(listen)
+	if ip := net.ParseIP(host); err != nil || host != "localhost" && !ip.IsLoopback() {
+		return "", nil, errors.New("must be host:port of loopback, since whoever reaches this etcd may write to it")
+	}
+	clean := func() error { return nil }
+	if dir == "" {
+		if dir, err = os.MkdirTemp("", "leader-etcd-"); err != nil {
+			return "", nil, err
+		}
+		clean = func() error { return os.RemoveAll(dir) }
 	}
 	server, err := startEtcd(dir, listen)
 	if err != nil {
-		return "", nil, fmt.Errorf("start etcd: %w", errors.Join(err, os.RemoveAll(dir)))
+		return "", nil, fmt.Errorf("start etcd: %w", errors.Join(err, clean()))
 	}
-	return server.Clients[0].Addr().String(), func() { server.Close(); os.RemoveAll(dir) }, nil
+	return server.Clients[0].Addr().String(), func() { server.Close(); _ = clean() }, nil
 }
 
 func startEtcd(dir, listen string) (*embed.Etcd, error) {

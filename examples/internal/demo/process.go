@@ -86,10 +86,16 @@ func (p *Process[E]) Reap(handle func(E)) {
 	_ = p.cmd.Wait() // the error is the signal that ended it
 }
 
+// Interruptible returns a context for the demonstration itself. It ends when the demonstration is interrupted or its
+// terminal is gone, and when nobody reads its output any more, so that nothing is left behind.
+func Interruptible() (ctx context.Context, stop context.CancelFunc) {
+	return signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE)
+}
+
 // Context returns a context for a process of Start. The context ends when the process is asked to end, or when the
 // process that started it is gone.
 func Context() (ctx context.Context, stop context.CancelFunc) {
-	ctx, stop = signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	ctx, stop = signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt, syscall.SIGHUP, syscall.SIGPIPE)
 	go func() { // runs until the process ends
 		_, _ = io.Copy(io.Discard, os.Stdin)
 		stop()
