@@ -23,6 +23,8 @@ type config struct {
 	ca, cert, key    string   // paths of PEM files
 	user, password   string
 	listen, election string
+	advertise        string // URL at which other instances reach this one; "" for that of the listener
+	leaseFile        string // path; "" for none
 	ttl              time.Duration
 }
 
@@ -31,7 +33,8 @@ type config struct {
 func parse(args []string, getenv func(string) string) (config, error) {
 	var c config
 	flags := flag.NewFlagSet("service", flag.ExitOnError)
-	endpoints := flags.String("endpoints", "", "etcd `host:port,…`, or https://host:port; if empty, starts an etcd of its own")
+	endpoints := flags.String("endpoints", "", "etcd `host:port,…`, or https://host:port")
+	embedded := flags.Bool("embedded", false, "instead of -endpoints, to try it out: starts an etcd of its own, for this instance alone")
 	flags.StringVar(&c.ca, "ca", "", "PEM `file` with the authorities to check etcd's certificate against")
 	flags.StringVar(&c.cert, "cert", "", "PEM `file` with the certificate to present to etcd")
 	flags.StringVar(&c.key, "key", "", "PEM `file` with the private key of -cert")
@@ -39,6 +42,8 @@ func parse(args []string, getenv func(string) string) (config, error) {
 	passwordFile := flags.String("password-file", "", "`file` with the password of the etcd user")
 	flags.StringVar(&c.listen, "listen", "127.0.0.1:8080", "`address` to serve HTTP on")
 	flags.StringVar(&c.election, "election", "service/leader", "`name` of the election")
+	flags.StringVar(&c.advertise, "advertise", "", "`URL` at which the other instances reach this one; if empty, the address that it listens on")
+	flags.StringVar(&c.leaseFile, "lease-file", "", "`file`, of this instance alone, by which its lease ends at once if it crashes")
 	flags.DurationVar(&c.ttl, "ttl", leader.DefaultTTL, "time to live of the leader's lease")
 
 	var err error
@@ -76,7 +81,9 @@ func parse(args []string, getenv func(string) string) (config, error) {
 		return c, fmt.Errorf("%q is not a flag", flags.Arg(0))
 	case slices.Contains(c.endpoints, ""):
 		return c, fmt.Errorf("-endpoints %s: must not have an empty one", *endpoints)
-	case c.endpoints == nil && (secure || c.user != ""):
+	case *embedded == (c.endpoints != nil):
+		return c, errors.New("-endpoints: must be given, or -embedded to try the service out alone, and not both")
+	case *embedded && (secure || c.user != ""):
 		return c, errors.New("-ca, -cert and -user: must be given with -endpoints")
 	case (c.cert == "") != (c.key == ""):
 		return c, errors.New("-cert and -key: must be given together")
@@ -84,6 +91,8 @@ func parse(args []string, getenv func(string) string) (config, error) {
 		return c, fmt.Errorf("-endpoints %s: must not be http:// with -ca or -cert, which it would ignore", *endpoints)
 	case (c.user == "") != (c.password == ""):
 		return c, errors.New("-user: must be given together with a password, in SERVICE_PASSWORD or -password-file")
+	case c.advertise != "" && !strings.HasPrefix(c.advertise, "http://") && !strings.HasPrefix(c.advertise, "https://"):
+		return c, fmt.Errorf("-advertise %s: must begin with http:// or https://", c.advertise)
 	case c.election == "" || strings.HasSuffix(c.election, "/"):
 		return c, fmt.Errorf("-election %q: must not be empty or end in a slash", c.election)
 	}

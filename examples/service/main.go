@@ -1,10 +1,10 @@
 // Service is an HTTP service as in production. At most one of its instances works at a time.
 //
-//	go run ./examples/service
+//	go run ./examples/service -embedded
 //
-// To try it out, start it without -endpoints: it then starts an etcd of its own. Every flag can also be set by an
-// environment variable, such as SERVICE_TTL for -ttl. README.md shows how to run two instances, and how to deploy
-// three.
+// With -embedded it starts an etcd of its own, to try it out. Built with the tag "production" it cannot, and is a third
+// smaller. Every flag can also be set by an environment variable, such as SERVICE_TTL for -ttl. README.md shows how to run
+// two instances, and how to deploy three.
 package main
 
 import (
@@ -17,7 +17,6 @@ import (
 	"syscall"
 
 	"example.com/leader"
-	"example.com/leader/examples/internal/demo"
 	"example.com/leader/leaderprom"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -42,13 +41,13 @@ func main() {
 func run(ctx context.Context, cfg config, log *slog.Logger) error {
 	tryout := cfg.endpoints == nil
 	if tryout {
-		endpoint, stop, err := demo.StartEtcd("", demo.AnyPort)
+		endpoint, stop, err := startEtcd()
 		if err != nil {
 			return err
 		}
 		defer stop()
 		cfg.endpoints = []string{endpoint}
-		log.Warn("without -endpoints: no other instance takes part in the election", "embedded etcd", endpoint)
+		log.Warn("with -embedded no other instance takes part in the election", "embedded etcd", endpoint)
 	}
 	client, err := cfg.client(ctx)
 	if err != nil && ctx.Err() != nil {
@@ -59,11 +58,16 @@ func run(ctx context.Context, cfg config, log *slog.Logger) error {
 	}
 	defer client.Close()
 
+	s := &service{client: client, election: cfg.election, log: log, url: cfg.advertise}
 	collector := leaderprom.New()
-	elector, err := leader.New(client, leader.WithTTL(cfg.ttl), leader.WithLogger(log), leader.WithHooks(collector.Hooks()))
-	if err != nil {
-		return fmt.Errorf("-ttl %v: %w", cfg.ttl, err)
+	options := []leader.Option{leader.WithTTL(cfg.ttl), leader.WithLogger(log), leader.WithHooks(collector.Hooks()), leader.WithHealth(s.healthy)}
+	if cfg.leaseFile != "" {
+		options = append(options, leader.WithLeaseFile(cfg.leaseFile))
 	}
+	if s.elector, err = leader.New(client, options...); err != nil {
+		return fmt.Errorf("-ttl or -lease-file: %w", err)
+	}
+	defer s.close()
 	// Not the default registry: the embedded etcd puts its own metrics there.
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collector, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
@@ -73,12 +77,14 @@ func run(ctx context.Context, cfg config, log *slog.Logger) error {
 		return fmt.Errorf("-listen %s: %w", cfg.listen, err)
 	}
 	address := listener.Addr().String()
-	log.Info("listening", "address", address)
+	log.Info("listening", "address", address, "pid", os.Getpid())
 	if tryout {
-		fmt.Printf("curl http://%s/leader\ncurl http://%[1]s/readyz\ncurl http://%[1]s/livez\ncurl http://%[1]s/metrics\n", address)
+		fmt.Printf("curl http://%s/leader\ncurl http://%[1]s/readyz\ncurl http://%[1]s/livez\ncurl http://%[1]s/metrics\ncurl -X POST http://%[1]s/ticks\n", address)
 		fmt.Printf("go run ./examples/service -endpoints %s -listen 127.0.0.1:0   # another instance\n", cfg.endpoints[0])
 	}
 
-	s := &service{client: client, elector: elector, election: cfg.election, log: log}
+	if s.url == "" {
+		s.url = "http://" + address
+	}
 	return s.run(ctx, listener, metrics)
 }

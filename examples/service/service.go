@@ -15,6 +15,7 @@ import (
 	"unicode/utf8"
 
 	"example.com/leader"
+	"example.com/leader/leaderhttp"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -30,10 +31,11 @@ type service struct {
 	client   *clientv3.Client
 	elector  *leader.Elector
 	election string
+	url      string // at which the other instances reach this one: its value in the election
 	log      *slog.Logger
 
-	leader atomic.Pointer[observed]      // nil until the first observation
-	term   atomic.Pointer[leader.Leader] // the last term of this instance
+	leader atomic.Pointer[observed] // nil until the first observation
+	worked atomic.Int64             // when the work has gone on last, in Unix nanoseconds; 0 while there is none
 }
 
 // An observed is what this instance knows about the leader.
@@ -57,7 +59,7 @@ func (s *service) run(ctx context.Context, listener net.Listener, metrics promet
 	observing, blind := context.WithCancel(context.WithoutCancel(ctx))
 	defer blind()
 	server := &http.Server{
-		Handler:           s.handler(running, metrics),
+		Handler:           s.handler(running, observing, metrics),
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,
 		WriteTimeout:      10 * time.Second,
@@ -76,7 +78,7 @@ func (s *service) run(ctx context.Context, listener net.Listener, metrics promet
 		}
 	})
 
-	err := s.elector.Run(running, s.election, "", s.work)
+	err := s.elector.Run(running, s.election, s.url, s.work)
 	fail(err) // from now on the instance is not ready
 	if ctx.Err() != nil {
 		s.log.Info("draining", "cause", context.Cause(ctx))
@@ -125,9 +127,12 @@ func cut(value string) (beginning string, missing int) {
 	return strings.Clone(value[:end]), len(value) - end // a clone, so that the rest does not stay in memory
 }
 
-// handler returns the handler of all requests. /readyz fails once running has ended.
-func (s *service) handler(running context.Context, metrics prometheus.Gatherer) http.Handler {
+// handler returns the handler of all requests. /readyz fails once running has ended. Writes are forwarded until observing
+// ends.
+func (s *service) handler(running, observing context.Context, metrics prometheus.Gatherer) http.Handler {
 	mux := http.NewServeMux()
+	write := http.HandlerFunc(s.serveTick)
+	mux.Handle("POST /ticks", leaderhttp.Forward(observing, s.elector, s.election, write, leaderhttp.WithLogger(s.log)))
 	mux.Handle("GET /metrics", promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}))
 	mux.HandleFunc("GET /leader", s.serveLeader)
 
@@ -164,23 +169,66 @@ func (s *service) serveLeader(w http.ResponseWriter, _ *http.Request) {
 		http.Error(w, "leader not observed yet", http.StatusServiceUnavailable)
 		return
 	}
-	term := s.term.Load()
+	term, leads := s.elector.Leading(s.election)
 	w.Header().Set("Content-Type", "application/json")
 	_ = json.NewEncoder(w).Encode(status{ // fails if the client is gone
 		Leader: o.value,
 		Cut:    o.cut,
 		Token:  o.token,
-		Self:   term != nil && term.Token() == o.token && term.IsLeader(), // the observation may be outdated
+		Self:   leads && term.Token() == o.token, // the observation may be outdated
 	})
+}
+
+// serveTick adds a tick. leaderhttp.Forward calls it on the leader alone, whichever instance has got the request.
+func (s *service) serveTick(w http.ResponseWriter, r *http.Request) {
+	term, ok := leaderhttp.Term(r.Context())
+	if !ok {
+		http.Error(w, "must be called by leaderhttp.Forward", http.StatusInternalServerError)
+		return
+	}
+	n, err := s.tick(r.Context(), term)
+	switch {
+	case errors.Is(err, errRefused): // nothing was written, so the client may try again
+		w.Header().Set("Retry-After", "1")
+		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+	case err != nil: // it is not known whether it was written
+		http.Error(w, "no answer from etcd", http.StatusBadGateway)
+	default:
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(map[string]int64{"ticks": n, "token": term.Token()})
+	}
+}
+
+// stuck is after how long without progress the work counts as stuck. An attempt takes 2 s at most, and a pause of 1 s
+// follows.
+const stuck = 10 * time.Second
+
+// healthy is the check of leader.WithHealth. It asks about this process alone: while etcd is away the work still makes
+// attempts.
+func (s *service) healthy(context.Context, string) error {
+	if at := s.worked.Load(); at != 0 && time.Since(time.Unix(0, at)) > stuck {
+		return fmt.Errorf("the work has made no attempt for more than %v", stuck)
+	}
+	return nil
+}
+
+// close unlocks the lease file. The terms have ended before.
+func (s *service) close() {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	if err := s.elector.Close(ctx); err != nil {
+		s.log.Warn("the lease will expire", "error", err)
+	}
 }
 
 // work is what the leader does: one tick per second. It returns as soon as ctx ends, with the term or the service. Its
 // requests end with ctx too, so any margin is long enough for it.
 func (s *service) work(ctx context.Context, l *leader.Leader) error {
-	s.term.Store(l)
+	defer s.worked.Store(0)
 	second := time.NewTicker(time.Second)
 	defer second.Stop()
 	for {
+		s.worked.Store(time.Now().UnixNano())
 		n, err := s.tick(ctx, l)
 		if err == nil {
 			s.log.Info("tick", "n", n, "token", l.Token())

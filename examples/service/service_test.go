@@ -23,6 +23,7 @@ import (
 	"testing"
 	"time"
 
+	"example.com/leader"
 	"example.com/leader/internal/etcdtest"
 	"go.etcd.io/etcd/client/pkg/v3/transport"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -223,6 +224,42 @@ func TestFollowerTakesOverWhenTheLeaderIsKilled(t *testing.T) {
 	await(t, "the work to go on", func() bool { return ticks(t, client) > done })
 	if _, body := follower.get("/metrics"); !strings.Contains(body, `leader_is_leader{election="service/leader"} 1`) {
 		t.Errorf("the metrics do not say that it leads:\n%s", body)
+	}
+}
+
+// Nobody would wait for this TTL.
+func TestFollowerTakesOverAtOnceWhenTheLeaseOfAKilledLeaderIsReclaimed(t *testing.T) {
+	t.Parallel()
+	m := etcdtest.Start(t)
+	path := filepath.Join(t.TempDir(), "lease")
+	env := []string{"SERVICE_ENDPOINTS=" + m.Endpoint, "SERVICE_TTL=5m"}
+	first := start(t, append(env, "SERVICE_LEASE_FILE="+path)...)
+	await(t, "the first to lead", func() bool { _, self := first.leads(); return self })
+	follower := start(t, env...)
+	await(t, "the other to know that", func() bool { s, _ := follower.leads(); return s.Token != 0 })
+
+	first.signal(t, syscall.SIGKILL)
+	if err := leader.Reclaim(t.Context(), etcdtest.NewClient(t, m.Endpoint), path); err != nil { // as a sidecar does
+		t.Fatal(err)
+	}
+	await(t, "the follower to lead", func() bool { _, self := follower.leads(); return self })
+}
+
+func TestWritesReachTheLeaderThroughEachInstance(t *testing.T) {
+	t.Parallel()
+	m := etcdtest.Start(t)
+	leader, follower, led := pair(t, "SERVICE_ENDPOINTS="+m.Endpoint)
+	for _, i := range []*instance{leader, follower} {
+		resp, err := http.Post(i.url+"/ticks", "", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var answer struct{ Ticks, Token int64 }
+		err = json.NewDecoder(resp.Body).Decode(&answer)
+		resp.Body.Close()
+		if err != nil || resp.StatusCode != http.StatusOK || answer.Token != led.Token || answer.Ticks == 0 {
+			t.Errorf("a write was answered %s with %+v, %v; want the token %d", resp.Status, answer, err, led.Token)
+		}
 	}
 }
 
@@ -485,7 +522,7 @@ func TestClientDoesNotEndWithTheContextThatItWasMadeUnder(t *testing.T) {
 
 func TestFlagWinsOverEnvironment(t *testing.T) {
 	env := map[string]string{"SERVICE_TTL": "7s", "SERVICE_LISTEN": ":1"}
-	c, err := parse([]string{"-listen", ":2"}, func(name string) string { return env[name] })
+	c, err := parse([]string{"-listen", ":2", "-embedded"}, func(name string) string { return env[name] })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -503,12 +540,15 @@ func TestBadSettingsAreRefused(t *testing.T) {
 		{args: []string{"serve"}, want: `"serve" is not a flag`},
 		{env: "soon", want: "SERVICE_TTL=soon: parse error"},
 		{args: []string{"-endpoints", "a:1,,b:2"}, want: "-endpoints a:1,,b:2: must not have an empty one"},
-		{args: []string{"-ca", "ca.pem"}, want: "must be given with -endpoints"},
+		{want: "-endpoints: must be given, or -embedded"},
+		{args: []string{"-endpoints", "a:1", "-embedded"}, want: "and not both"},
+		{args: []string{"-embedded", "-ca", "ca.pem"}, want: "must be given with -endpoints"},
+		{args: []string{"-endpoints", "a:1", "-advertise", "a:1"}, want: "-advertise a:1: must begin with http://"},
 		{args: []string{"-endpoints", "a:1", "-key", "key.pem"}, want: "-cert and -key: must be given together"},
 		{args: []string{"-endpoints", "http://a:1", "-ca", "ca.pem"}, want: "must not be http:// with -ca"},
 		{args: []string{"-endpoints", "a:1", "-user", "root"}, want: "-user: must be given together with a password"},
 		{args: []string{"-password-file", "/nonexistent"}, want: "-password-file: open /nonexistent"},
-		{args: []string{"-election", "jobs/"}, want: `-election "jobs/": must not be empty or end in a slash`},
+		{args: []string{"-embedded", "-election", "jobs/"}, want: `-election "jobs/": must not be empty or end in a slash`},
 	} {
 		_, err := parse(c.args, func(name string) string {
 			if name == "SERVICE_TTL" {
