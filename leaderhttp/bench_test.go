@@ -13,8 +13,8 @@ import (
 	"example.com/leader/leaderhttp"
 )
 
-// BenchmarkForward sends the same small request in turn to a plain server, to a bare httputil.ReverseProxy before it, to
-// the leader, and to another instance, which forwards it to the leader. It reports the medians, in units of the first.
+// BenchmarkForward sends the same small request in turn to a plain server, to a bare httputil.ReverseProxy before it,
+// to the leader, and to another instance, which forwards it to the leader. It reports ratios of the medians.
 func BenchmarkForward(b *testing.B) {
 	m := etcdtest.Start(b)
 	client := etcdtest.NewClient(b, m.Endpoint)

@@ -11,14 +11,16 @@
 // # A request is sent once
 //
 // It makes at most one hop. A forwarded request carries the header Leader-Forwarded, which names the election and the
-// token of the term that the forwarder knew. A receiver that does not lead refuses such a request and never forwards it.
-// A receiver that leads serves it, even if its term began after the one that is named. It refuses it
-// if the one that is named began later: that one proves that the receiver's own term is over. A client that sends the
-// header itself can only get its own request refused.
+// token of the term that the forwarder knew. A receiver that does not lead refuses such a request and never forwards
+// it. A receiver that leads serves it, even if its term began after the one that is named. It refuses it if the one
+// that is named began later: that one proves that the receiver's own term is over. A client that sends the header
+// itself can only get its own request refused.
 //
 // It is never sent twice. If the connection breaks before the answer has arrived, nobody knows whether the leader has
-// carried out the request, so the client gets 502. This is so for methods that are idempotent too, which [http.Transport]
-// by itself sends again. A transport given to [WithTransport] must not undo this.
+// carried out the request, so the client gets 502. This is so for methods that are idempotent too, which
+// [http.Transport] by itself sends again. A transport given to [WithTransport] must not undo this. So that no request
+// meets a connection that the leader is closing, let servers keep idle connections for longer than the 10 s that
+// forwarders keep them.
 //
 // # What the leader sees
 //
@@ -26,25 +28,27 @@
 // them, with these exceptions:
 //
 //   - The path of the base URL is put in front, as [httputil.ProxyRequest.SetURL] does. The rest is the path that the
-//     handler of Forward sees. So put Forward around http.StripPrefix, not inside it, or let base URLs end in the prefix.
-//   - The header Host is the client's, not that of the base URL, so that the leader routes and redirects as if the client
-//     had reached it directly.
-//   - X-Forwarded-For, X-Forwarded-Host and X-Forwarded-Proto are set to the client's address, the Host that it asked for,
-//     and http or https. What the client has sent in them and in Forwarded is dropped, because anybody can send anything.
-//     If clients come through a proxy of yours that sets them, use [WithTrustedProxy].
+//     handler of Forward sees. So put Forward around http.StripPrefix, not inside it, or let base URLs end in the
+//     prefix.
+//   - The header Host is the client's, not that of the base URL, so that the leader routes and redirects as if the
+//     client had reached it directly.
+//   - X-Forwarded-For, X-Forwarded-Host and X-Forwarded-Proto are set to the client's address, the Host that it asked
+//     for, and http or https. What the client has sent in them and in Forwarded is dropped, because anybody can send
+//     anything. If clients come through a proxy of yours that sets them, use [WithTrustedProxy].
 //   - Hop-by-hop headers are removed, but upgrades are passed on, so websockets work.
 //
-// Answers are passed on as they arrive, with trailers and informational (1xx) responses. If the client goes away, the
-// leader's request is cancelled. Redirects are not followed.
+// Answers are passed on as they arrive, at the latest after 10 ms, with trailers and informational (1xx) responses. If
+// the client goes away, the leader's request is cancelled. Redirects are not followed.
 //
 // # What happens at a handoff
 //
 // A request that the leader serves has a context that ends with the term, with the cause that [leader.Leader.Context]
 // has. [Term] returns the term from it. The handler must stop changing things when its context ends. What it writes
 // needs [leader.Leader.Guard] or [leader.Leader.Token] where two writes of two leaders would do harm: the term may end
-// right after the handler was called, and leader.Run does not wait for requests under way. A handler that may finish in
-// the margin ([leader.WithMargin]) can use [context.WithoutCancel]. A websocket's handler must end with the context too,
-// or the connection stays with an instance that does not lead.
+// right after the handler was called, and leader.Run does not wait for requests under way. To let them finish at a
+// handoff, run them under [context.WithoutCancel], and let the function of Run wait for them before it returns, within
+// the margin ([leader.WithMargin]). A websocket's handler must end with the context too, or the connection stays with
+// an instance that does not lead.
 //
 // A forwarded request lasts until the leader has answered it or the client gives up, even if another leads by then. No
 // other time limit applies, because streams and long polls have none. To set one, give [WithTransport] a
@@ -86,7 +90,7 @@ const (
 	// pause is how long to wait before an election is observed again for which that was denied.
 	pause = 5 * time.Second
 	// grace is how long after a candidate was observed it may be this instance, before it knows of its election.
-	grace = time.Second
+	grace = 5 * time.Second
 	// flushInterval is how late a part of an answer may arrive if the leader has announced the length. To flush at once
 	// would make a small request take a fifth longer. Answers without a length are flushed at once.
 	flushInterval = 10 * time.Millisecond
@@ -99,9 +103,9 @@ const (
 // An Option changes a default of [Forward]. If an option is repeated, the last one wins.
 type Option struct{ apply func(*forwarder) }
 
-// WithURL sets the function that maps the leader to its base URL, and so decides where requests may be sent. The default
-// takes the leader's value as the URL. Whoever may write below the election's name in etcd chooses that value, so
-// use WithURL to allow only hosts of your own if that is not you alone.
+// WithURL sets the function that maps the leader to its base URL, and so decides where requests may be sent. The
+// default takes the leader's value as the URL. Whoever may write below the election's name in etcd chooses that value,
+// so use WithURL to allow only hosts of your own if that is not you alone.
 //
 // toURL is called once for each leader and each of its values, one call at a time, and must not block. If it returns an
 // error, requests are refused. The rules for a URL, which [Forward] lists, apply to what it returns, except the one for
@@ -112,7 +116,7 @@ func WithURL(toURL func(leader.Candidate) (*url.URL, error)) Option {
 }
 
 // WithTransport sets what sends the forwarded requests, for example an [http.Transport] with the certificates of your
-// own authority. It is never closed. The default is an http.Transport that uses no proxy, gives up connecting after 5 s,
+// own authority. It is never closed. The default is an http.Transport that uses no proxy, takes at most 5 s to connect,
 // closes connections that were idle for 10 s, and does not connect to the addresses that [Forward] refuses, whatever a
 // name resolves to.
 func WithTransport(transport http.RoundTripper) Option {
@@ -145,21 +149,22 @@ func mustBeSet(what string, missing bool) {
 // Forward returns a handler that serves with local while e leads the election name, forwards to the leader, whose value
 // is its base URL, while another does, and answers 503 with Retry-After while nobody does.
 //
-// Each request asks [leader.Elector.Leading], so local is called only while this instance leads. Who else leads is known
-// from [leader.Elector.Observe]: one watch serves all requests. It runs in a goroutine that ends with ctx, or when e is
-// closed. Nobody waits for that goroutine; it holds nothing but the watch and idle connections, which end with it.
-// After ctx has ended, local still serves while e leads, and other requests get 503.
+// Each request asks [leader.Elector.Leading], so local is called only while this instance leads. Who else leads is
+// known from [leader.Elector.Observe]: one watch serves all requests. It runs in a goroutine that ends with ctx, or
+// when e is closed. Nobody waits for that goroutine; it holds nothing but the watch and idle connections, which end
+// with it. After ctx has ended, local still serves while e leads, and other requests get 503.
 //
 // A client sees, other than what the leader answers:
 //
-//   - 503 with Retry-After: no instance has served the request, so it can be sent again. Nobody leads, or it is not known
-//     who does, or that one cannot be reached, or its URL is not usable, or the receiver does not lead any more.
+//   - 503 with Retry-After: no instance has served the request, so it can be sent again. Nobody leads, or it is not
+//     known who does, or that one cannot be reached, or its URL is not usable, or the receiver does not lead. The text
+//     says which. (Let local not answer in the same way after it has changed something.)
 //   - 502: the leader did not answer, and may have carried out the request. 504: the same, because a timeout of the
 //     transport or of the request's context has passed. If the answer had begun, the connection is closed.
 //
 // A base URL is http or https, with a host, and without user, query and fragment. It does not have an address that is
-// link-local (as that of a cloud's metadata service), multicast or unspecified. If it leads to this instance, which does
-// not lead, requests are refused and nothing loops.
+// link-local (as that of a cloud's metadata service), multicast or unspecified. If it leads to this instance, which
+// does not lead, requests are refused and nothing loops.
 //
 // If observing the election is denied, requests are refused while e does not lead, and it is tried again every 5 s.
 //
@@ -260,7 +265,7 @@ func (f *forwarder) view(c leader.Candidate) *view {
 		return &view{refusal: "nobody leads"}
 	}
 	if l, ok := f.e.Leading(f.name); ok {
-		f.led.Store(l.Token())
+		f.note(l)
 	}
 	u, err := f.toURL(c)
 	if err == nil {
@@ -288,7 +293,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	token, forwarded := f.hop(r)
 	l, leads := f.e.Leading(f.name)
 	if leads {
-		f.led.Store(l.Token())
+		f.note(l)
 		if token <= l.Token() {
 			f.serve(w, r, l)
 			return
@@ -305,7 +310,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refuse(w, "it is not known yet who leads")
 	case v.refusal != "":
 		refuse(w, v.refusal)
-	case v.leader.Token == f.led.Load(): // the key of a term that has ended may stay for a while
+	case v.leader.Token <= f.led.Load(): // what was observed is over, though the key of our term may stay for a while
 		refuse(w, "the term of this instance is over, and nobody leads yet")
 	case v.itself.Load():
 		// Without the grace this would also warn while this instance is being elected.
@@ -316,6 +321,13 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refuse(w, "the leader's address is that of an instance that does not lead")
 	default:
 		v.proxy.ServeHTTP(w, r)
+	}
+}
+
+// note notes a term of this instance. Callers may come late, so it keeps the largest token.
+func (f *forwarder) note(l *leader.Leader) {
+	for led := f.led.Load(); l.Token() > led && !f.led.CompareAndSwap(led, l.Token()); {
+		led = f.led.Load()
 	}
 }
 
@@ -366,8 +378,8 @@ func (v *view) rewrite(pr *httputil.ProxyRequest) {
 		}
 	}
 
-	// A transport sends again, on a new connection, a request without a body or with a GetBody. So there is always a body,
-	// which cannot be had twice. An empty one is not to be announced as chunked.
+	// A transport sends again, on a new connection, a request without a body or with a GetBody. So there is always a
+	// body, which cannot be had twice. An empty one is not to be announced as chunked.
 	out.GetBody = nil
 	if out.Body == nil || out.Body == http.NoBody {
 		out.Body = io.NopCloser(strings.NewReader(""))
