@@ -138,7 +138,7 @@ func BenchmarkRows(b *testing.B) {
 	for _, row := range rows {
 		b.Run(row.name, func(b *testing.B) {
 			for _, t := range check(b, row).targets {
-				b.ReportMetric(t.value, strings.Join(strings.Fields(t.what), "_"))
+				b.ReportMetric(t.value.value, strings.Join(strings.Fields(t.what), "_"))
 			}
 			b.ReportMetric(0, "ns/op") // of what was measured before: says nothing
 		})
@@ -162,7 +162,7 @@ func check(tb testing.TB, row row) *result {
 		}
 	}
 	for _, target := range res.targets {
-		for _, value := range []float64{target.value, target.referenceValue} {
+		for _, value := range []float64{target.value.low, target.value.high, target.referenceValue.value} {
 			if math.IsNaN(value) || math.IsInf(value, 0) || value < 0 {
 				tb.Errorf("%s is %v", target.what, value)
 			}
@@ -178,4 +178,31 @@ func check(tb testing.TB, row row) *result {
 		}
 	}
 	return res
+}
+
+func TestAVerdictSaysWhetherTheIntervalReachesTheBound(t *testing.T) {
+	slow, quick := sample{100, 101, 102, 103, 104, 105, 106}, sample{50, 51, 52, 53, 54, 55, 56}
+	wide := sample{10, 20, 52, 90, 300}
+	for what, c := range map[string]struct {
+		value ratio
+		bound float64
+		want  verdict
+	}{
+		"well below":        {quick.ratio(slow), 0.7, reached},
+		"well above":        {slow.ratio(quick), 1.1, missed},
+		"on both sides":     {wide.ratio(quick), 1.1, untold},
+		"exact, at":         {exact(1.1), 1.1, reached},
+		"exact, just above": {exact(1.1001), 1.1, missed},
+	} {
+		if got := (&target{bound: c.bound, value: c.value}).judge(c.value); got != c.want {
+			t.Errorf("%s: %v at most %v is %s, want %s", what, c.value, c.bound, got, c.want)
+		}
+		inverse := ratio{1 / c.value.value, 1 / c.value.high, 1 / c.value.low}
+		if got := (&target{bound: 1 / c.bound, atLeast: true}).judge(inverse); got != c.want {
+			t.Errorf("%s: %v at least %v is %s, want %s", what, inverse, 1/c.bound, got, c.want)
+		}
+	}
+	if r := slow.ratio(quick); r.low > r.value || r.high < r.value || r != slow.ratio(quick) {
+		t.Errorf("the interval is %v", r)
+	}
 }

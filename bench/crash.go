@@ -75,11 +75,11 @@ func measureCrash(ctx context.Context, r *run) (*result, error) {
 			}
 			t.add(append(append([]string{fmt.Sprint(s.seconds, " s"), name}, own.cells()...), expiry, number(own.over(took[stock.name])))...)
 		}
-		res.atMost(1.02, took[ours.name].over(took[stock.name]), "TTL %d s: leader / stock", s.seconds).
-			beside(expiryOf(ours), took[expiryOf(ours)].over(took[stock.name]))
+		res.atMost(1.02, took[ours.name].ratio(took[stock.name]), "TTL %d s: leader / stock", s.seconds).
+			beside(expiryOf(ours), took[expiryOf(ours)].ratio(took[stock.name]))
 		if s.seconds == 15 {
-			res.atMost(0.01, took[bySidecar].over(took[stock.name]), "TTL %d s: %s / stock", s.seconds, bySidecar).
-				beside(ofReclaim, took[ofReclaim].over(took[stock.name]))
+			res.atMost(0.01, took[bySidecar].ratio(took[stock.name]), "TTL %d s: %s / stock", s.seconds, bySidecar).
+				beside(ofReclaim, took[ofReclaim].ratio(took[stock.name]))
 		}
 		res.figures = append(res.figures, ecdf{
 			file: fmt.Sprintf("crash-%d.svg", s.seconds), title: fmt.Sprintf("Time without a leader after SIGKILL, TTL %d s", s.seconds),

@@ -113,12 +113,12 @@ func measureCandidates(ctx context.Context, r *run) (*result, error) {
 	}
 	res := &result{tables: []table{t}}
 	own, largest := crowds[0], sizes[len(sizes)-1]
-	res.atMost(1.2, own.handoffs[largest].over(own.handoffs[2]), "leader: handoff with %d candidates / with 2", largest).
-		beside(limit.name, limits[largest].over(limits[2]))
+	res.atMost(1.2, own.handoffs[largest].ratio(own.handoffs[2]), "leader: handoff with %d candidates / with 2", largest).
+		beside(limit.name, limits[largest].ratio(limits[2]))
 	fewest := medianInt(own.requests[sizes[1]]) // with two nobody is left to find a new predecessor
-	res.atMost(float64(fewest), float64(medianInt(own.requests[largest])), "leader: requests per handoff with %d, at most as many as with %d", largest, sizes[1])
+	res.atMost(float64(fewest), exact(float64(medianInt(own.requests[largest]))), "leader: requests per handoff with %d, at most as many as with %d", largest, sizes[1])
 	base := sizes[min(2, len(sizes)-1)] // fewer joins say little
-	res.atMost(1.2*own.joinEvents[base], own.joinEvents[largest], "leader: events per join with %d, at most 1.2 × as many as with %d", largest, base)
+	res.atMost(1.2*own.joinEvents[base], exact(own.joinEvents[largest]), "leader: events per join with %d, at most 1.2 × as many as with %d", largest, base)
 	handoff := lines{file: "candidates-handoff.svg", title: "Handoff by number of candidates", x: "candidates", y: "ms"}
 	requests := lines{file: "candidates-requests.svg", title: "Requests per handoff by number of candidates", x: "candidates", y: "requests"}
 	for _, c := range crowds {

@@ -130,10 +130,10 @@ func measureHandoff(ctx context.Context, r *run) (*result, error) {
 		}
 		contestants := []contestant{ours, anchored, stock, holster, clientGo, limit}
 		addHandoffs(&t, s, took, contestants...)
-		res.atMost(1.10, took[ours.name].over(took[limit.name]), "%v: leader / limit", s).
-			beside(anchored.name, took[anchored.name].over(took[limit.name]))
-		res.atMost(0.85, took[ours.name].over(took[stock.name]), "%v: leader / stock", s).
-			beside(limit.name, took[limit.name].over(took[stock.name]))
+		res.atMost(1.10, took[ours.name].ratio(took[limit.name]), "%v: leader / limit", s).
+			beside(anchored.name, took[anchored.name].ratio(took[limit.name]))
+		res.atMost(0.85, took[ours.name].ratio(took[stock.name]), "%v: leader / stock", s).
+			beside(limit.name, took[limit.name].ratio(took[stock.name]))
 		res.figures = append(res.figures, ecdf{
 			file: fmt.Sprintf("handoff-%d.svg", s.members), title: fmt.Sprintf("Handoff by resignation, %v, successor has waited 250 ms", s),
 			samples: took, order: names(contestants),
@@ -226,8 +226,8 @@ func measureFreshSuccessor(ctx context.Context, r *run) (*result, error) {
 		}
 		addHandoffs(&t, s, took, ours, stock, limit)
 		if s != (setting{members: 3}) {
-			res.atMost(0.05, took[ours.name].over(took[stock.name]), "%v: leader / stock", s).
-				beside(limit.name, took[limit.name].over(took[stock.name]))
+			res.atMost(0.05, took[ours.name].ratio(took[stock.name]), "%v: leader / stock", s).
+				beside(limit.name, took[limit.name].ratio(took[stock.name]))
 		}
 		res.figures = append(res.figures, ecdf{
 			file:    fmt.Sprintf("fresh-%d-%d.svg", s.members, s.writers),
@@ -315,9 +315,9 @@ func measurePingPong(ctx context.Context, r *run) (*result, error) {
 		t.add(append(append([]string{p.name}, own.cells()...), number(own.over(rates[limit.name])), number(own.over(rates[stock.name])))...)
 	}
 	res := &result{tables: []table{t}}
-	res.atLeast(20, rates[ours.name].over(rates[stock.name]), "leader / stock").
-		beside(limit.name, rates[limit.name].over(rates[stock.name]))
-	res.atLeast(20, rates[anchored.name].over(rates[stock.name]), "%s / stock", anchored.name)
+	res.atLeast(20, rates[ours.name].ratio(rates[stock.name]), "leader / stock").
+		beside(limit.name, rates[limit.name].ratio(rates[stock.name]))
+	res.atLeast(20, rates[anchored.name].ratio(rates[stock.name]), "%s / stock", anchored.name)
 	return res, nil
 }
 
@@ -407,8 +407,8 @@ func measureStart(ctx context.Context, r *run) (*result, error) {
 			return nil, err
 		}
 		addHandoffs(&t, s, took, contestants...)
-		res.atMost(0.85, took[ours.name].over(took[stock.name]), "%v: leader / stock", s).
-			beside(limit.name, took[limit.name].over(took[stock.name]))
+		res.atMost(0.85, took[ours.name].ratio(took[stock.name]), "%v: leader / stock", s).
+			beside(limit.name, took[limit.name].ratio(took[stock.name]))
 	}
 	res.tables = []table{t}
 	return res, nil

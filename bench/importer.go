@@ -50,12 +50,12 @@ func measureImporter(ctx context.Context, r *run) (*result, error) {
 	}
 	own, other, reference := programs[ours.name], programs[stock.name], programs[logging]
 	res := &result{tables: []table{t}}
-	res.atMost(1, float64(own.modules-other.modules), "modules that leader adds, itself included")
+	res.atMost(1, exact(float64(own.modules-other.modules)), "modules that leader adds, itself included")
 	more := func(n, than int64) float64 { return 100 * float64(n-than) / float64(than) }
-	res.atMost(1, more(own.plain, other.plain), "bytes that leader adds, in %% of stock's").
-		beside(logging, more(reference.plain, other.plain))
-	res.atMost(1, more(own.bare, other.bare), "the same, with -s -w").
-		beside(logging, more(reference.bare, other.bare))
+	res.atMost(1, exact(more(own.plain, other.plain)), "bytes that leader adds, in %% of stock's").
+		beside(logging, exact(more(reference.plain, other.plain)))
+	res.atMost(1, exact(more(own.bare, other.bare)), "the same, with -s -w").
+		beside(logging, exact(more(reference.bare, other.bare)))
 	return res, nil
 }
 

@@ -241,11 +241,11 @@ func measureElections(ctx context.Context, r *run) (*result, error) {
 	res := &result{tables: []table{t}}
 	n := counts[min(2, len(counts)-1)]
 	own, stock, reference := byKind[oneElector][n], byKind[manySessions][n], byKind[watched][n]
-	res.atMost(0.01, float64(own.Requests)/float64(stock.Requests), "%d elections: requests of leader / of stock with a session each", n)
-	res.atMost(1, own.Goroutines/stock.Goroutines, "%d elections: goroutines of leader / of stock", n).
-		beside(watched, reference.Goroutines/stock.Goroutines)
-	res.atMost(1, own.memory()/stock.memory(), "%d elections: heap and stack of leader / of stock", n).
-		beside(watched, reference.memory()/stock.memory())
+	res.atMost(0.01, exact(float64(own.Requests)/float64(stock.Requests)), "%d elections: requests of leader / of stock with a session each", n)
+	res.atMost(1, exact(own.Goroutines/stock.Goroutines), "%d elections: goroutines of leader / of stock", n).
+		beside(watched, exact(reference.Goroutines/stock.Goroutines))
+	res.atMost(1, exact(own.memory()/stock.memory()), "%d elections: heap and stack of leader / of stock", n).
+		beside(watched, exact(reference.memory()/stock.memory()))
 
 	requests := lines{file: "elections-requests.svg", title: "Renewals of one process by elections it leads, TTL 15 s", x: "elections", y: "requests per second", logY: true}
 	memory := lines{file: "elections-memory.svg", title: "Memory for each election that a process leads", x: "elections", y: "KiB of heap and stack", logY: true}
@@ -278,9 +278,9 @@ func measureWaiting(ctx context.Context, r *run) (*result, error) {
 		t.add(kind, number(l.Goroutines), number(l.Heap), number(l.Stack), number(l.memory()/other.memory()), number(l.memory()/reference.memory()))
 	}
 	res := &result{tables: []table{t}}
-	res.atMost(1, own.Goroutines/other.Goroutines, "goroutines of leader / of stock").
-		beside(watched, reference.Goroutines/other.Goroutines)
-	res.atMost(1, own.memory()/other.memory(), "heap and stack of leader / of stock").
-		beside(watched, reference.memory()/other.memory())
+	res.atMost(1, exact(own.Goroutines/other.Goroutines), "goroutines of leader / of stock").
+		beside(watched, exact(reference.Goroutines/other.Goroutines))
+	res.atMost(1, exact(own.memory()/other.memory()), "heap and stack of leader / of stock").
+		beside(watched, exact(reference.memory()/other.memory()))
 	return res, nil
 }

@@ -66,8 +66,8 @@ func measureObservers(ctx context.Context, r *run) (*result, error) {
 		for _, a := range audiences {
 			t.add(append(append([]string{fmt.Sprint(n), a.name}, a.took.cells()...), fmt.Sprint(medianInt(a.reads)), number(a.took.over(stock.took)))...)
 		}
-		res.atMost(0, float64(medianInt(own.reads)), "reads of leader, observers: %d", n)
-		res.atMost(1, own.took.over(stock.took), "leader / stock, observers: %d", n)
+		res.atMost(0, exact(float64(medianInt(own.reads))), "reads of leader, observers: %d", n)
+		res.atMost(1, own.took.ratio(stock.took), "leader / stock, observers: %d", n)
 	}
 	res.tables = []table{t}
 	return res, nil

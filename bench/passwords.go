@@ -112,9 +112,9 @@ func measurePasswords(ctx context.Context, r *run) (*result, error) {
 		lost, led = lost+own.lostBefore+own.lost, led+own.leaders
 		// 72 requests a minute rather than 30, which makes 2.4 if each costs etcd the same: two for a renewal
 		// rather than one, and a renewal when it is due, where stock looks every half a second.
-		res.atMost(2.5, own.perMinute()/bills[stock.name][n].perMinute(), "etcd's CPU time, leader / stock, leaders: %d", n)
+		res.atMost(2.5, exact(own.perMinute()/bills[stock.name][n].perMinute()), "etcd's CPU time, leader / stock, leaders: %d", n)
 	}
-	res.atMost(0, float64(lost), "terms of leader lost, of %d", led)
+	res.atMost(0, exact(float64(lost)), "terms of leader lost, of %d", led)
 	res.tables = []table{t}
 	return res, nil
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"math"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"time"
@@ -23,6 +24,47 @@ func (s sample) median() time.Duration { return s.quantile(0.5) }
 
 // over is the ratio of the medians.
 func (s sample) over(other sample) float64 { return float64(s.median()) / float64(other.median()) }
+
+// A ratio is one of medians, with the interval in which it lies with a probability of 95 %.
+type ratio struct{ value, low, high float64 }
+
+// exact is a value that has no interval: a count, or a mean.
+func exact(value float64) ratio { return ratio{value, value, value} }
+
+// resamples is how often a ratio is calculated anew for its interval.
+const resamples = 1000
+
+// ratio is over with its interval: a bootstrap, whose resamples are the same in each run.
+func (s sample) ratio(other sample) ratio {
+	r := exact(s.over(other))
+	if len(s) == 0 || len(other) == 0 {
+		return r
+	}
+	rng := rand.New(rand.NewPCG(1, 2))
+	resampled := make([]float64, resamples)
+	for i := range resampled {
+		resampled[i] = s.resample(rng).over(other.resample(rng))
+	}
+	slices.Sort(resampled)
+	r.low, r.high = resampled[resamples/40], resampled[resamples-1-resamples/40]
+	return r
+}
+
+// resample draws as many values as the sample has, each of which may come more than once.
+func (s sample) resample(rng *rand.Rand) sample {
+	drawn := make(sample, len(s))
+	for i := range drawn {
+		drawn[i] = s[rng.IntN(len(s))]
+	}
+	return drawn
+}
+
+func (r ratio) String() string {
+	if r.low == r.high {
+		return number(r.value)
+	}
+	return fmt.Sprintf("%s (%s – %s)", number(r.value), number(r.low), number(r.high))
+}
 
 // cells are the median with the tenth and the ninetieth percentile, and the number of trials.
 func (s sample) cells() []string {
@@ -68,51 +110,67 @@ func (t *table) add(cells ...string) { t.lines = append(t.lines, cells) }
 // A target is what the library has to reach.
 type target struct {
 	what    string
-	value   float64
+	value   ratio
 	bound   float64
 	atLeast bool // else at most
 
 	// What shows how far the target is in anybody's reach, and its value; "" if nothing does.
 	reference      string
-	referenceValue float64
+	referenceValue ratio
 }
 
-func (t *target) reachedBy(value float64) bool {
+// A verdict says whether a value reaches a bound. If its interval has the bound in it, the measurement does not tell.
+type verdict string
+
+const (
+	reached verdict = "reached"
+	missed  verdict = "**missed**"
+	untold  verdict = "not told apart"
+)
+
+func (t *target) judge(value ratio) verdict {
+	best, worst := value.low, value.high
+	reaches := func(v float64) bool { return v <= t.bound }
 	if t.atLeast {
-		return value >= t.bound
+		best, worst = worst, best
+		reaches = func(v float64) bool { return v >= t.bound }
 	}
-	return value <= t.bound
+	switch {
+	case reaches(worst):
+		return reached
+	case reaches(best):
+		return untold
+	}
+	return missed
 }
 
 // beside puts the value of a reference, measured in the same run, beside the library's.
-func (t *target) beside(reference string, value float64) {
+func (t *target) beside(reference string, value ratio) {
 	t.reference, t.referenceValue = reference, value
 }
 
 func (t *target) String() string {
-	sign, reference, verdict := "≤", "", "reached"
+	sign, reference := "≤", ""
 	if t.atLeast {
 		sign = "≥"
 	}
 	if t.reference != "" {
-		reference = t.reference + ": " + number(t.referenceValue)
+		reference = t.reference + ": " + t.referenceValue.String()
 	}
-	if !t.reachedBy(t.value) {
-		verdict = "**missed**"
-		if t.reference != "" && !t.reachedBy(t.referenceValue) {
-			verdict += ", by the reference too"
-		}
+	said := t.judge(t.value)
+	if said == missed && t.reference != "" && t.judge(t.referenceValue) == missed {
+		said += ", by the reference too"
 	}
-	return fmt.Sprintf("| %s | %s %s | %s | %s | %s |", t.what, sign, number(t.bound), number(t.value), reference, verdict)
+	return fmt.Sprintf("| %s | %s %s | %s | %s | %s |", t.what, sign, number(t.bound), t.value, reference, said)
 }
 
-func (r *result) atMost(bound, value float64, format string, args ...any) *target {
+func (r *result) atMost(bound float64, value ratio, format string, args ...any) *target {
 	t := &target{what: fmt.Sprintf(format, args...), value: value, bound: bound}
 	r.targets = append(r.targets, t)
 	return t
 }
 
-func (r *result) atLeast(bound, value float64, format string, args ...any) *target {
+func (r *result) atLeast(bound float64, value ratio, format string, args ...any) *target {
 	t := r.atMost(bound, value, format, args...)
 	t.atLeast = true
 	return t

@@ -258,8 +258,8 @@ func transfers(ctx context.Context, r *run, s setting, res *result, t *table) er
 			t.add(append(line, number(m.gaps.over(least)), m.wholes.cells()[0],
 				fmt.Sprint(medianInt(m.between)), fmt.Sprint(medianInt(m.requests)), fmt.Sprint(medianInt(m.watches)))...)
 		}
-		res.atMost(1.2, moved[byTransfer.name][n].gaps.over(least), "%v, waiters: %d: without a leader, Transfer / limit", s, n).
-			beside(byResign, handed[byResign].over(least))
+		res.atMost(1.2, moved[byTransfer.name][n].gaps.ratio(least), "%v, waiters: %d: without a leader, Transfer / limit", s, n).
+			beside(byResign, handed[byResign].ratio(least))
 	}
 	for _, name := range []string{byResign, limit.name} {
 		line := append([]string{s.String(), "–", name}, handed[name].cells()...)
