@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/xml"
 	"errors"
 	"fmt"
 	"io"
@@ -204,5 +205,30 @@ func TestAVerdictSaysWhetherTheIntervalReachesTheBound(t *testing.T) {
 	}
 	if r := slow.ratio(quick); r.low > r.value || r.high < r.value || r != slow.ratio(quick) {
 		t.Errorf("the interval is %v", r)
+	}
+}
+
+func TestThePictureHasABarForEachMedian(t *testing.T) {
+	rep := report{dir: t.TempDir(), bars: []bar{
+		{crashed, "leader, with a lease file", ours, 15 * time.Millisecond},
+		{crashed, stock.name, stock, 12863 * time.Millisecond},
+		{resignation, ours.name, ours, 5600 * time.Microsecond},
+		{cutFromEtcd, ours.name, ours, 450 * time.Millisecond},
+		{cutFromEtcd, stock.name, stock, -380 * time.Millisecond},
+	}}
+	if err := rep.picture(); err != nil {
+		t.Fatal(err)
+	}
+	svg, err := os.ReadFile(filepath.Join(rep.dir, "gap.svg"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{">15 ms<", ">13 s<", ">5.6 ms<", ">450 ms<", ">two leaders at once, for 380 ms<"} {
+		if !strings.Contains(string(svg), want) {
+			t.Errorf("it does not have %q", want)
+		}
+	}
+	if err := xml.Unmarshal(svg, new(struct{})); err != nil {
+		t.Error(err)
 	}
 }

@@ -79,6 +79,7 @@ func measureBlackhole(ctx context.Context, r *run) (*result, error) {
 		}
 		longest := max(0, overlaps[b.name].quantile(1))
 		t.add(append([]string{b.name, fmt.Sprint(n), milliseconds(longest)}, overlaps[b.name].cells()...)...)
+		res.bars = append(res.bars, bar{cutFromEtcd, b.name, b.contestant, -overlaps[b.name].median()})
 		if b.name == ours.name {
 			res.atMost(0, exact(float64(n)), "overlaps of leader in %d trials", len(overlaps[b.name]))
 		}

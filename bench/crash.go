@@ -78,6 +78,12 @@ func measureCrash(ctx context.Context, r *run) (*result, error) {
 		res.atMost(1.02, took[ours.name].ratio(took[stock.name]), "TTL %d s: leader / stock", s.seconds).
 			beside(expiryOf(ours), took[expiryOf(ours)].ratio(took[stock.name]))
 		if s.seconds == 15 {
+			res.bars = []bar{
+				{crashed, "leader, with a lease file", ours, took[bySidecar].median()},
+				{crashed, ours.name, ours, took[ours.name].median()},
+				{crashed, stock.name, stock, took[stock.name].median()},
+				{crashed, clientGo.name, clientGo, took[clientGo.name].median()},
+			}
 			res.atMost(0.01, took[bySidecar].ratio(took[stock.name]), "TTL %d s: %s / stock", s.seconds, bySidecar).
 				beside(ofReclaim, took[ofReclaim].ratio(took[stock.name]))
 		}

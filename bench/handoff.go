@@ -130,6 +130,11 @@ func measureHandoff(ctx context.Context, r *run) (*result, error) {
 		}
 		contestants := []contestant{ours, anchored, stock, holster, clientGo, limit}
 		addHandoffs(&t, s, took, contestants...)
+		if s.members == 3 {
+			for _, c := range []contestant{ours, stock, clientGo} {
+				res.bars = append(res.bars, bar{resignation, c.name, c, took[c.name].median()})
+			}
+		}
 		res.atMost(1.10, took[ours.name].ratio(took[limit.name]), "%v: leader / limit", s).
 			beside(anchored.name, took[anchored.name].ratio(took[limit.name]))
 		res.atMost(0.85, took[ours.name].ratio(took[stock.name]), "%v: leader / stock", s).

@@ -105,10 +105,10 @@ func bench(ctx context.Context, only string, quick bool, dir string) error {
 			return err
 		}
 	}
-	if only == "" {
-		return rep.summarize()
+	if err := rep.picture(); err != nil || only != "" {
+		return err
 	}
-	return nil
+	return rep.summarize()
 }
 
 // measure runs one row, with clusters and clients that end with it.

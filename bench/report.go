@@ -20,6 +20,7 @@ var readme string
 type report struct {
 	dir, command string
 	all          []string // lines of targets
+	bars         []bar
 	began        time.Time
 }
 
@@ -36,6 +37,7 @@ func (rep *report) add(row row, res *result, took time.Duration) error {
 		}
 		text += fmt.Sprintf("\n![](%s)\n", file)
 	}
+	rep.bars = append(rep.bars, res.bars...)
 	for _, t := range res.targets {
 		rep.all = append(rep.all, fmt.Sprintf("| %d %s", row.number, t))
 	}

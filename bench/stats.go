@@ -97,6 +97,7 @@ type result struct {
 	tables  []table
 	targets []*target
 	figures []figure
+	bars    []bar // of the picture
 }
 
 type table struct {
