@@ -123,6 +123,8 @@ func (c *checker) checkBeliefs() {
 			lasted := c.deadline(t, l.gone.to)
 			alone := lasted >= unknown || l.gone.to >= lasted+c.margin(t.proc())
 			c.checkBelief(t, l.gone.to, alone, "it had deleted its key", l.deleted)
+		case reclaimed:
+			c.checkBelief(t, l.gone.to, false, "its lease had been revoked, because it was dead", l.deleted)
 		case expired:
 			c.checkBelief(t, l.gone.to-c.margin(t.proc())+c.slack(rounding), true, "the margin before its lease expired had begun", l.deleted)
 		}

@@ -22,8 +22,13 @@ const (
 	// RuleLease: a candidate or leader loses its key only if an operator takes it, if it deletes the key itself after
 	// it has said so or was asked to step back or was unhealthy, or if the TTL has passed since the last renewal that
 	// counted was sent. If etcd took the key earlier, that renewal should not have counted, unless a deposed leader of
-	// etcd has revoked the lease. A term keeps its key until its work has stopped, or for a margin: see [checker.until].
+	// etcd has revoked the lease, or its process was killed and others may revoke its leases then. A term keeps its key
+	// until its work has stopped, or for a margin: see [checker.until].
 	RuleLease = "lease"
+	// RuleReclaim: nobody but operators revokes the lease of a process that lives. Reclaim succeeds only when none of the
+	// keys that there were when it was called is left. Without faults the leases of a process that is killed are revoked
+	// before they expire, if somebody is there to do that.
+	RuleReclaim = "reclaim"
 	// RuleOrphan: no key and no lease outlives its use.
 	RuleOrphan = "orphan"
 	// RuleToken: each term has a token of its own, the create revision of its key, and tokens grow from term to term.
@@ -150,6 +155,8 @@ type Counts struct {
 	Resigned, Expired, Early, Taken int // how the keys of this library's terms ended
 	Transferred, Unhealthy          int // terms that ended so
 	Overdue                         int // calls of the hook
+	Reclaimed                       int // keys of killed processes whose leases were revoked before they could expire
+	Revocations                     int // by others, of leases of dead processes
 	Waited, Lost                    int // keys of candidates that were not elected; of these, taken by an operator or etcd
 	Oldest                          int // terms checked by a read: no older candidate was left
 
@@ -188,6 +195,7 @@ type checker struct {
 	renewed map[int64][]*renewal // by lease, in the order of T
 	takings map[target][]*Entry
 	reads   map[termID]*Entry // the first in each term, by its holder
+	grants  map[int64]*Entry  // by lease
 	checks  map[place][]*check
 	healthy map[place][]span // merged
 	calms   []*Entry         // those that are long enough to show anything
@@ -215,6 +223,10 @@ func newChecker(history []Entry, o Options) *checker {
 			c.calms = append(c.calms, e)
 		}
 	}
+	c.grants = make(map[int64]*Entry)
+	for _, e := range c.by[Granted] {
+		c.grants[e.Lease] = e
+	}
 	c.audited = c.readAudit()
 	c.readChecks()
 	c.processes = c.readProcesses(history)
@@ -235,6 +247,8 @@ func (c *checker) run() {
 	c.checkExclusion()
 	c.checkLives()
 	c.checkRenewals()
+	c.checkRevocations()
+	c.checkReclaims()
 	c.checkClosed()
 	c.checkTokens()
 	c.checkEnds()

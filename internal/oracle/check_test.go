@@ -14,7 +14,7 @@ func TestCorrectHistoryHasNoViolation(t *testing.T) {
 	t.Parallel()
 	var overlaps, late int
 	var ended [6]int
-	var recovered, fresh, lost int
+	var recovered, reclaimed, fresh, lost int
 	for seed := range uint64(30) {
 		v := Check(newHistory(seed, 8), worldOptions)
 		for _, violation := range v.Violations {
@@ -26,12 +26,13 @@ func TestCorrectHistoryHasNoViolation(t *testing.T) {
 			ended[i] += n
 		}
 		recovered += v.Checked.Recovered
+		reclaimed += v.Checked.Reclaimed
 		fresh += v.Checked.Fresh
 		lost += v.Checked.Lost
 	}
-	if slices.Min(append(ended[:], overlaps, late, recovered, fresh, lost)) == 0 {
-		t.Errorf("the histories are too tame: terms ended so %v, %d overlaps, %d late contexts, %d writes recovered, %d states to be told, %d keys lost",
-			ended, overlaps, late, recovered, fresh, lost)
+	if slices.Min(append(ended[:], overlaps, late, recovered, reclaimed, fresh, lost)) == 0 {
+		t.Errorf("the histories are too tame: terms ended so %v, %d overlaps, %d late contexts, %d writes recovered, %d keys reclaimed, %d states to be told, %d keys lost",
+			ended, overlaps, late, recovered, reclaimed, fresh, lost)
 	}
 }
 

@@ -70,6 +70,13 @@ const (
 	Renewed Kind = "renewed"
 	// Refused is a renewal that etcd acknowledged but that did not count. Lease.
 	Refused Kind = "refused"
+	// Granted is a lease that was granted, recorded before the library knows it. Lease.
+	Granted Kind = "granted"
+	// Revoked is a request to revoke a lease, From..T. Lease, Err.
+	Revoked Kind = "revoked"
+	// Reclaimed is a call of Reclaim that has returned, From..T. Election; a call that is about several elections is
+	// recorded for each. Value (the process whose leases it is about), Result, Err.
+	Reclaimed Kind = "reclaimed"
 
 	// Read is a linearizable read of a value in etcd, From..T. Election, Token (the reader's term), Op (which value),
 	// Value, Rev (of etcd's answer). The first read in a term also shows who was in the queue when the term began.
@@ -114,7 +121,8 @@ const (
 	// and ends; empty if it is a process of its own).
 	Start Kind = "start"
 	// Exit is a process that has ended. Result ([OK] if it was meant to, even by being killed), Err (if it was killed
-	// or has failed).
+	// or has failed), From (when it was told to end, if it was), Op (what becomes of its leases: [Filed] or [Attended],
+	// otherwise they expire).
 	Exit Kind = "exit"
 	// Clock is an error of the clocks of a process. Op ([Rate]: they run Value times as fast as those of the history,
 	// from the beginning; [Set]: the wall clock was set forward at T).
@@ -183,6 +191,10 @@ const (
 	Evict  = "evict"
 
 	Follower = "follower" // of Resumed
+
+	// Of Exit.
+	Filed    = "filed"    // others may revoke them, for it had a lease file
+	Attended = "attended" // somebody is there who does so at once
 
 	Suspended = "suspended" // of Stopped
 

@@ -13,12 +13,14 @@ const (
 	operator ending = "operator"
 	resigned ending = "resigned" // or withdrawn: its owner had said that it would delete the key
 	expired  ending = "expired"
+	// reclaimed is after its owner was killed: others have revoked the lease before it could expire.
+	reclaimed ending = "reclaimed"
 	// early is before etcd may let the lease expire, and not by anybody known: etcd itself may have done it.
 	early ending = "early"
 )
 
-// endingOf returns how a key came to its end and, if an operator took it, by which request. Only requests that began by
-// the given time count.
+// endingOf returns how a key came to its end, and by which request an operator took it, or with which process its lease
+// died. Only requests that began by the given time count.
 func (c *checker) endingOf(l *life, by int64) (ending, *Entry) {
 	if l.deleted == nil {
 		return alive, nil
@@ -43,10 +45,13 @@ func (c *checker) endingOf(l *life, by int64) (ending, *Entry) {
 		}
 		expiry -= max(0, c.margin(l.owner))
 	}
-	if l.gone.to < expiry {
-		return early, nil
+	switch x := c.exitOf(l.lease); {
+	case l.gone.to >= expiry:
+		return expired, nil
+	case x != nil && x.Op != "" && x.Err != "" && lived(x) <= l.gone.to:
+		return reclaimed, x
 	}
-	return expired, nil
+	return early, nil
 }
 
 // A target is what an operator wanted to take: the key of a term, all keys of a lease, or the key of whoever led.
@@ -249,6 +254,9 @@ func (c *checker) checkLives() {
 
 func (c *checker) count(how ending, elected bool) {
 	n := &c.Checked
+	if how == reclaimed {
+		n.Reclaimed++
+	}
 	if !elected {
 		n.Waited++
 		if how == operator || how == early {

@@ -346,9 +346,11 @@ func (c *checker) checkWithdrawn(at place, k *campaign) {
 
 // places returns all places in a fixed order.
 func (c *checker) places() []place {
-	return sortedKeys(c.campaigns, func(a, b place) int {
-		return cmp.Or(cmp.Compare(a.election, b.election), cmp.Compare(a.proc, b.proc))
-	})
+	return sortedKeys(c.campaigns, comparePlaces)
+}
+
+func comparePlaces(a, b place) int {
+	return cmp.Or(cmp.Compare(a.election, b.election), cmp.Compare(a.proc, b.proc))
 }
 
 func sortedKeys[K comparable, V any](m map[K]V, compare func(a, b K) int) []K {

@@ -220,7 +220,16 @@ func (e *contest) term() {
 		e.tell(deadline, n, Ended, Expired)
 		e.tell(deadline+e.within(0, ms), n, Resigning, "")
 	case 3: // killed in the middle of a write
-		e.add(Entry{T: end + 5*ms, Proc: n.proc, Kind: Exit, Result: OK, Err: "signal: killed"})
+		exit := Entry{T: end + 5*ms, From: end, Proc: n.proc, Kind: Exit, Result: OK, Err: "signal: killed"}
+		if e.chance(50) { // it has a lease file, which somebody watches
+			e.add(Entry{T: n.began, Proc: n.proc, Kind: Granted, Lease: n.lease})
+			exit.Op = Attended
+			gone = end + e.within(5*ms, 50*ms)
+			e.add(Entry{T: gone + 1, From: gone - 1, Proc: "sidecar", Kind: Revoked, Lease: n.lease},
+				Entry{T: gone + 2, From: n.began, Proc: "sidecar", Kind: Reclaimed, Election: e.name, Value: n.proc, Result: OK},
+				Entry{T: gone + 200*ms, From: gone + 100*ms, Proc: "sidecar", Kind: Reclaimed, Election: e.name, Value: n.proc, Result: OK})
+		}
+		e.add(exit)
 	case 4: // taken by an operator
 		gone = end
 		e.taken(n, gone)
