@@ -41,6 +41,7 @@ type worker struct {
 	User, Password string
 	Resource       string   // unix socket
 	Ill            string   // file that says what the process suffers from
+	File           string   // lease file, or "" for none; for an election in Own see fileOf
 	Shared         []string // elections to lead over one Elector
 	Own            []string // elections to lead with a lease for each term
 	Stock          []string // elections for concurrency.Election
@@ -66,7 +67,7 @@ func (w worker) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	client := w.dial(ctx, w.Endpoints)
+	client := w.dial(ctx, r, w.Endpoints)
 	if client == nil {
 		return nil // it has not taken part in anything
 	}
@@ -75,7 +76,7 @@ func (w worker) run(ctx context.Context) error {
 		// The library ends the backoff of its own client's connections. It does not know this client.
 		params := grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: requestTimeout}
 		params.Backoff.MaxDelay = 500 * time.Millisecond
-		if watches = w.dial(ctx, []string{w.Watches}, grpc.WithConnectParams(params)); watches == nil {
+		if watches = w.dial(ctx, r, []string{w.Watches}, grpc.WithConnectParams(params)); watches == nil {
 			client.Close()
 			return nil
 		}
@@ -94,7 +95,7 @@ func (w worker) run(ctx context.Context) error {
 	defer leave()
 	wg.Go(func() { c.share(ctx) })
 	for i, name := range w.Own {
-		wg.Go(func() { c.lead(ctx, c.own(root+name), root+name, w.rand(i+10)) })
+		wg.Go(func() { c.lead(ctx, c.own(name), root+name, w.rand(i+10)) })
 	}
 	for i, name := range w.Stock {
 		wg.Go(func() { c.stock(ctx, name, w.rand(i+20)) })
@@ -119,14 +120,14 @@ func (w worker) run(ctx context.Context) error {
 	return nil
 }
 
-// dial makes the client, or returns nil when ctx ends. A client with a user authenticates at once, so it cannot be made
-// while etcd does not answer.
-func (w worker) dial(ctx context.Context, endpoints []string, opts ...grpc.DialOption) *clientv3.Client {
+// dial makes the client, or returns nil when ctx ends. r records which leases the client is granted and which it revokes.
+// A client with a user authenticates at once, so it cannot be made while etcd does not answer.
+func (w worker) dial(ctx context.Context, r *Recorder, endpoints []string, opts ...grpc.DialOption) *clientv3.Client {
 	for {
 		client, err := clientv3.New(clientv3.Config{
 			Endpoints: endpoints, Username: w.User, Password: w.Password, Logger: zap.NewNop(),
 			DialTimeout: requestTimeout, // of the authentication
-			DialOptions: opts,
+			DialOptions: append(opts, grpc.WithChainUnaryInterceptor(r.intercept)),
 		})
 		if err == nil {
 			return client
@@ -173,7 +174,8 @@ func (c *candidate) noticeStops(alive <-chan struct{}) {
 	}
 }
 
-func (c *candidate) options() []leader.Option {
+// options returns the options of an Elector, with this lease file if the process has lease files.
+func (c *candidate) options(file string) []leader.Option {
 	hooks := leader.Hooks{
 		Campaigning: func(election string) { c.add(oracle.Entry{Kind: oracle.Campaigning, Election: election}) },
 		CampaignFailed: func(election string, err error) {
@@ -210,10 +212,14 @@ func (c *candidate) options() []leader.Option {
 			c.add(asEntry(leads, oracle.Entry{Kind: oracle.Changed, Election: election}))
 		}
 	}
-	return []leader.Option{
+	options := []leader.Option{
 		leader.WithTTL(c.TTL), leader.WithMargin(c.Margin), leader.WithHooks(hooks), leader.WithHealth(c.check),
 		leader.WithLogger(slog.New(slog.NewTextHandler(os.Stderr, nil))),
 	}
+	if c.File != "" {
+		options = append(options, leader.WithLeaseFile(file))
+	}
+	return options
 }
 
 // What a process suffers from.
@@ -304,7 +310,7 @@ func failureOf(err error) string {
 func (c *candidate) share(ctx context.Context) {
 	r := c.rand(0)
 	for life := 0; ctx.Err() == nil; life++ {
-		e, err := leader.New(c.client, append(c.options(), leader.WithPrefix(root))...)
+		e, err := leader.New(c.client, append(c.options(c.File), leader.WithPrefix(root))...)
 		if err != nil {
 			c.fail("New: %v", err)
 			return
@@ -377,13 +383,14 @@ func (c *candidate) over(e *leader.Elector, name string) ways {
 }
 
 // own returns the ways that take a lease for each term, or for each Run.
-func (c *candidate) own(election string) ways {
+func (c *candidate) own(name string) ways {
+	election, file := root+name, c.fileOf(name)
 	return ways{
 		run: func(ctx context.Context, lead func(context.Context, *leader.Leader) error) error {
-			return leader.Run(ctx, c.client, election, c.Name, lead, c.options()...)
+			return leader.Run(ctx, c.client, election, c.Name, lead, c.options(file)...)
 		},
 		campaigns: []func(context.Context) (*leader.Leader, error){func(ctx context.Context) (*leader.Leader, error) {
-			return leader.Campaign(ctx, c.client, election, c.Name, c.options()...)
+			return leader.Campaign(ctx, c.client, election, c.Name, c.options(file)...)
 		}},
 	}
 }

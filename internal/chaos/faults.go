@@ -42,6 +42,7 @@ const (
 	onMember        // one fault at a time: with two, etcd would lose its quorum, which is a fault of its own
 	onData          // what is in etcd
 	onHealth        // of a candidate
+	onLife          // of a candidate that has a sidecar
 	onAuth
 	onSpace
 )
@@ -65,6 +66,7 @@ func (f *fault) hold(ctx context.Context, from, to float64) {
 func sorts() []sort {
 	return []sort{
 		{"kill-candidate", onWorker, killCandidate},
+		{"kill-candidate-reclaimed", onLife, killReclaimed},
 		{"stop-candidate-short", onWorker, stopCandidate(0.1, 0.7)},
 		{"stop-candidate-long", onWorker, stopCandidate(1.1, 1.8)},
 		{"link-dark", onWorker, onLinks((*etcdtest.Link).Darken, 0.3, 1.8)},
@@ -149,7 +151,20 @@ func (s *system) queue(ctx context.Context, election string) (queue []oracle.Ent
 	return queue, err
 }
 
+// killCandidate also kills the sidecar, so only the worker itself can revoke its leases, when it is started again.
 func killCandidate(ctx context.Context, f *fault) error {
+	f.worker.sidecar.kill()
+	f.worker.kill()
+	f.hold(ctx, 0, 1.2)
+	err := f.worker.start()
+	if f.worker.sidecar != nil {
+		err = errors.Join(err, f.worker.sidecar.start())
+	}
+	return err
+}
+
+// killReclaimed leaves the sidecar alive.
+func killReclaimed(ctx context.Context, f *fault) error {
 	f.worker.kill()
 	f.hold(ctx, 0, 1.2)
 	return f.worker.start()
@@ -799,12 +814,20 @@ func (s *schedule) round() []*fault {
 func (s *schedule) strike(ctx context.Context, f *fault) {
 	e := oracle.Entry{Kind: oracle.Fault, Op: f.sort.name, From: now()}
 	var err error
-	if f.sort.on == onWorker || f.sort.on == onHealth {
+	if f.sort.on == onWorker || f.sort.on == onHealth || f.sort.on == onLife {
 		var leads []string
 		if f.rand.IntN(3) != 0 {
 			leads = append(leads, elections[f.rand.IntN(len(elections))])
 		}
-		suits := func(p *process) bool { return f.sort.on == onWorker || p.sort == sortCandidate }
+		suits := func(p *process) bool {
+			switch f.sort.on {
+			case onHealth:
+				return p.sort == sortCandidate
+			case onLife:
+				return p.sidecar != nil
+			}
+			return true
+		}
 		if f.worker = f.pick(ctx, suits, leads...); f.worker == nil {
 			err = errors.New("no worker is left to strike")
 		} else {
@@ -844,14 +867,14 @@ func (f *fault) pick(ctx context.Context, suits func(*process) bool, leads ...st
 	return p
 }
 
-// calm lets everything recover. Then an operator takes keys and transfers elections, and a candidate becomes unhealthy.
-// In a calm system their leaders must learn of it at once, and others must soon lead.
+// calm lets everything recover. Then an operator takes keys and transfers elections, a candidate becomes unhealthy, and
+// one is killed and reclaimed. In a calm system their leaders must learn of it at once, and others must soon lead.
 func (s *schedule) calm(ctx context.Context) {
 	s.clean(ctx)
 	began := now()
 	sleep(ctx, s.rand, s.p.TTL+oracle.RecoverTime, s.p.TTL+oracle.RecoverTime)
 	for _, sort := range s.sorts {
-		if (sort.on == onData || sort.on == onHealth) && ctx.Err() == nil {
+		if (sort.on == onData || sort.on == onHealth || sort.on == onLife) && ctx.Err() == nil {
 			s.strike(ctx, &fault{schedule: s, sort: sort, rand: rand.New(rand.NewPCG(s.rand.Uint64(), 0))})
 			sleep(ctx, s.rand, time.Second, time.Second)
 		}

@@ -47,10 +47,13 @@ func command(ctx context.Context, args []string) error {
 			return serveMember(ctx, args[1])
 		case "resource":
 			return serveResource(ctx, args[1], args[2])
-		case "worker":
+		case "worker", "sidecar":
 			var w worker
 			if err := json.Unmarshal([]byte(args[1]), &w); err != nil {
 				return err
+			}
+			if args[0] == "sidecar" {
+				return w.reclaim(ctx)
 			}
 			return w.run(ctx)
 		}
@@ -270,6 +273,11 @@ func (s *system) end(ctx context.Context) error {
 		return err
 	}
 	_ = retry.Sleep(ctx, oracle.RecoverTime) // so that observers see the last state
+	for _, p := range s.workers {
+		if p.sidecar != nil {
+			fail(p.sidecar.stop(syscall.SIGTERM, 20*time.Second))
+		}
+	}
 	for _, p := range s.watchers {
 		fail(p.stop(syscall.SIGTERM, 20*time.Second))
 	}

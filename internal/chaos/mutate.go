@@ -79,6 +79,20 @@ var mutations = []mutation{
 		new:    "if l.elected && !lost && !l.session.Gone() {",
 		faults: []string{"link-slow-given-up"}, rule: oracle.RuleOrphan, ttl: 3 * time.Second, duration: time.Minute,
 	},
+	{
+		name: "shared-lock", safeguard: "the owner of a lease file locks it against all others",
+		file:   "internal/leasefile/file_linux.go",
+		old:    "lock(fd, syscall.LOCK_EX)",
+		new:    "lock(fd, syscall.LOCK_SH)",
+		faults: []string{"kill-candidate-reclaimed"}, rule: oracle.RuleReclaim, ttl: 3 * time.Second, duration: 30 * time.Second,
+	},
+	{
+		name: "unnamed-lease", safeguard: "a lease is in the lease file before a key is put on it",
+		file:   "internal/lease/reclaim.go",
+		old:    "\tp.cfg.told(p.cfg.File.Add(s.cluster, int64(s.id)))\n",
+		new:    "",
+		faults: []string{"kill-candidate-reclaimed"}, rule: oracle.RuleReclaim, ttl: 3 * time.Second, duration: 30 * time.Second,
+	},
 }
 
 // mutationNamed returns the mutation with this name, or nil.

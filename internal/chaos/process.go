@@ -15,24 +15,28 @@ import (
 	"example.com/leader/internal/oracle"
 )
 
-// Kinds of processes: members of etcd, and candidates that use this package.
+// Kinds of processes: members of etcd, candidates that use this package, and what reclaims the leases of one of these.
 const (
 	sortMember    = "member"
 	sortCandidate = "candidate"
+	sortSidecar   = "sidecar"
 )
 
 // A process is a process of the system under test. It can be started again after it has ended.
 type process struct {
 	name, sort string
 	command    func() *exec.Cmd
-	dir        string // for its output
-	asks       int    // to how many members, counted from the first, a worker sends requests
+	dir        string   // for its output
+	asks       int      // to how many members, counted from the first, a worker sends requests
+	sidecar    *process // of a worker that has a lease file
 	recorder   *Recorder
 
 	mu      sync.Mutex
 	cmd     *exec.Cmd
 	asked   bool // was asked to end
 	killed  bool
+	told    int64         // when it was told to end, or 0
+	heirs   string        // what becomes of its leases then
 	exited  chan struct{} // closed when the end has been recorded
 	started int           // how many times
 }
@@ -59,7 +63,7 @@ func (p *process) start() error {
 	}
 	p.cmd = cmd
 	p.recorder.add(oracle.Entry{Kind: oracle.Start, Proc: p.name, Op: p.sort})
-	p.asked, p.killed, p.exited = false, false, make(chan struct{})
+	p.asked, p.killed, p.told, p.heirs, p.exited = false, false, 0, "", make(chan struct{})
 	go p.wait(p.cmd, p.exited)
 	return nil
 }
@@ -70,7 +74,7 @@ func (p *process) wait(cmd *exec.Cmd, exited chan struct{}) {
 	err := cmd.Wait()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	e := oracle.Entry{Kind: oracle.Exit, Proc: p.name, Result: oracle.OK}
+	e := oracle.Entry{Kind: oracle.Exit, Proc: p.name, From: p.told, Op: p.heirs, Result: oracle.OK}
 	if err != nil {
 		e.Err = err.Error()
 	}
@@ -79,6 +83,33 @@ func (p *process) wait(cmd *exec.Cmd, exited chan struct{}) {
 		e.Err = fmt.Sprintf("%s, see %s.log", e.Err, p.name)
 	}
 	p.recorder.add(e)
+}
+
+// end notes that the process is now told to end, and who can revoke its leases then.
+func (p *process) end() {
+	p.told = now()
+	switch {
+	case p.sidecar == nil:
+	case p.sidecar.alive():
+		p.heirs = oracle.Attended
+	default:
+		p.heirs = oracle.Filed
+	}
+}
+
+// alive reports whether the process runs.
+func (p *process) alive() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.cmd == nil {
+		return false
+	}
+	select {
+	case <-p.exited:
+		return false
+	default:
+		return true
+	}
 }
 
 // signal sends a signal. The process may die of it.
@@ -106,6 +137,7 @@ func (p *process) kill() {
 		return
 	}
 	p.killed = true
+	p.end()
 	_ = p.cmd.Process.Kill() // fails if it has ended, which is recorded
 	exited := p.exited
 	p.mu.Unlock()
@@ -116,6 +148,7 @@ func (p *process) kill() {
 func (p *process) stop(with syscall.Signal, within time.Duration) error {
 	p.mu.Lock()
 	p.asked = true
+	p.end()
 	exited := p.exited
 	p.mu.Unlock()
 	if err := p.signal(with); err != nil && !errors.Is(err, os.ErrProcessDone) {

@@ -289,6 +289,8 @@ func checked(b *bytes.Buffer, n oracle.Counts) {
 		{"terms that expired", n.Expired},
 		{"terms that etcd ended before their lease could expire", n.Early},
 		{"terms that an operator ended", n.Taken},
+		{"keys of killed processes that were reclaimed", n.Reclaimed},
+		{"revocations of leases of dead processes", n.Revocations},
 		{"keys of candidates that were not elected", n.Waited},
 		{"of these, keys that an operator or etcd took", n.Lost},
 		{"terms checked by a read: no older candidate was left", n.Oldest},

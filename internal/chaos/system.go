@@ -96,6 +96,9 @@ func (s *system) close() {
 		all = append(all, m.process)
 	}
 	for _, p := range slices.Concat(all, s.workers, s.watchers, []*process{s.resource}) {
+		if p != nil {
+			p.sidecar.kill()
+		}
 		p.kill()
 	}
 	for _, close := range s.closers {
@@ -456,22 +459,33 @@ func (s *system) startWorkers() error {
 		if s.auth {
 			w.User, w.Password = user, password
 		}
-		p.command = func() *exec.Cmd {
-			w.Seed = s.p.Seed + uint64(p.started)<<32
-			config, err := json.Marshal(w)
-			if err != nil {
-				panic(err)
+		command := func(p *process, what string) func() *exec.Cmd {
+			return func() *exec.Cmd {
+				w.Seed = s.p.Seed + uint64(p.started)<<32
+				config, err := json.Marshal(w)
+				if err != nil {
+					panic(err)
+				}
+				cmd := exec.Command(s.binary, what, string(config))
+				cmd.Env = append(os.Environ(), "GORACE=halt_on_error=1")
+				return cmd
 			}
-			cmd := exec.Command(s.binary, "worker", string(config))
-			cmd.Env = append(os.Environ(), "GORACE=halt_on_error=1")
-			return cmd
 		}
-		return p, p.start()
+		p.command = command(p, "worker")
+		if w.File == "" {
+			return p, p.start()
+		}
+		p.sidecar = s.newProcess(sortSidecar, sidecarOf(w.Name), nil)
+		p.sidecar.command = command(p.sidecar, "sidecar")
+		return p, errors.Join(p.start(), p.sidecar.start())
 	}
 	all := func(w *worker, endpoints []string) { w.Endpoints = endpoints }
 	last := len(s.members) - 1
 	for i := range s.p.Candidates {
 		w := worker{Name: fmt.Sprintf("c%d", i)}
+		if i%5 < 4 { // the leases of the others expire after a crash
+			w.File = filepath.Join(s.tmp, w.Name+".lease")
+		}
 		knows := all
 		switch i % 4 {
 		case 0: // one lease for all elections
