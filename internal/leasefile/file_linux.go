@@ -174,6 +174,26 @@ func (f *File) Release() {
 	f.closeLocked()
 }
 
+// Crash unlocks the file at the path as the end of its owner's process does. What the owner still does with its File then
+// has no effect. It is for simulations of processes, which share one of the system.
+func Crash(path string) {
+	var stat syscall.Stat_t
+	if err := again(func() error { return syscall.Lstat(path, &stat) }); err != nil {
+		return
+	}
+	held.Lock()
+	f := held.files[fileID{uint64(stat.Dev), stat.Ino}]
+	held.Unlock()
+	if f == nil {
+		return
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.fd >= 0 {
+		f.forgetLocked()
+	}
+}
+
 // closeLocked unlocks the file if it has neither owner nor leases.
 func (f *File) closeLocked() {
 	if f.fd >= 0 && f.released && len(f.record.Leases) == 0 {

@@ -72,18 +72,11 @@ func open1(t *testing.T, path string) *File {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(f.forget)
+	t.Cleanup(f.crash)
 	return f
 }
 
-// forget unlocks the file as the end of the process would.
-func (f *File) forget() {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.fd >= 0 {
-		f.forgetLocked()
-	}
-}
+func (f *File) crash() { Crash(f.path) }
 
 // await returns what the file names when its owner is dead.
 func await(t *testing.T, path string) Record {
@@ -136,7 +129,7 @@ func TestLeasesOfADeadOwnerAreNamed(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantLeases(t, f.Left(), 2)
-	f.forget()
+	f.crash()
 	wantLeases(t, await(t, path), 2, 3)
 }
 
@@ -268,7 +261,7 @@ func TestTheOldestLeasesAreLeftOut(t *testing.T) {
 			want = want[1:]
 		}
 	}
-	f.forget()
+	f.crash()
 	wantLeases(t, await(t, path), want...)
 }
 
@@ -278,13 +271,13 @@ func TestLeasesOfAnotherClusterAreForgotten(t *testing.T) {
 	if err := f.Add(99, 1); err != nil {
 		t.Fatal(err)
 	}
-	f.forget()
+	f.crash()
 	f = open1(t, path)
 	if err := f.Add(cluster, 2); err != nil {
 		t.Fatal(err)
 	}
 	wantLeases(t, f.Left())
-	f.forget()
+	f.crash()
 	wantLeases(t, await(t, path), 2)
 }
 
@@ -295,7 +288,7 @@ func TestARecordThatDoesNotMatchNamesNoLeases(t *testing.T) {
 		if err := f.Add(cluster, 1); err != nil {
 			t.Fatal(err)
 		}
-		f.forget()
+		f.crash()
 		text, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)
@@ -330,7 +323,7 @@ func TestARecordThatDoesNotMatchNamesNoLeases(t *testing.T) {
 			if err := f.Add(cluster, 2); err != nil {
 				t.Fatal(err)
 			}
-			f.forget()
+			f.crash()
 			wantLeases(t, await(t, path), 2)
 		})
 	}
@@ -447,7 +440,7 @@ func TestAFailureToWriteIsToldAndPasses(t *testing.T) {
 	if err := f.Add(cluster, 3); err != nil { // writes all
 		t.Error(err)
 	}
-	f.forget()
+	f.crash()
 	wantLeases(t, await(t, path), 1, 2, 3)
 }
 
@@ -468,7 +461,7 @@ func TestAReplacedFileIsNotWaitedFor(t *testing.T) {
 	if err := next.Add(cluster, 5); err != nil {
 		t.Fatal(err)
 	}
-	next.forget()
+	next.crash()
 	wantLeases(t, await(t, path), 5)
 }
 

@@ -22,6 +22,9 @@ func Open(string) (*File, error) { return nil, unsupported() }
 // Await returns [ErrUnusable].
 func Await(context.Context, string) (Record, error) { return Record{}, unsupported() }
 
+// Crash does nothing.
+func Crash(string) {}
+
 // Left returns no leases.
 func (*File) Left() Record { return Record{} }
 

@@ -33,6 +33,9 @@ const (
 	wait     = "internal/queue/wait.go"
 	observe  = "internal/queue/observe.go"
 	retry    = "internal/retry/retry.go"
+
+	reclaim   = "internal/lease/reclaim.go"
+	leasefile = "internal/leasefile/file_linux.go"
 )
 
 // only returns what makes faults of these sorts alone strike.
@@ -67,6 +70,12 @@ func held(adjust func(*world.Config)) func(*world.Config) {
 // calm returns what makes simulations short, for what their probes show.
 func calm(ttl time.Duration) func(*world.Config) {
 	return func(c *world.Config) { c.Length, c.TTL = 10*time.Second, ttl }
+}
+
+// filed is only, with processes that have lease files, die, and are waited for by others that reclaim.
+func filed(c *world.Config) {
+	c.Faults, c.Filed = []string{"kill-process", "reclaim-living"}, true
+	c.TTL, c.Every, c.Length = 3*time.Second, 500*time.Millisecond, 30*time.Second
 }
 
 // checks is only, with checks of health that fail and hang, of all processes.
@@ -293,6 +302,14 @@ var mutations = []mutation{
 	{name: "overdue-returned", safeguard: "work that was reported as late is reported when it has stopped", changes: []change{
 		{elector, "	if o.told {\n", "	if o.told && o.l == nil {\n"},
 	}, adjust: checks},
+
+	// Lease files.
+	{name: "shared-lock", safeguard: "the owner of a lease file locks it against all others", changes: []change{
+		{leasefile, "lock(fd, syscall.LOCK_EX)", "lock(fd, syscall.LOCK_SH)"},
+	}, adjust: filed},
+	{name: "unnamed-lease", safeguard: "a lease is in the lease file before a key is put on it", changes: []change{
+		{reclaim, "	p.cfg.told(p.cfg.File.Add(s.cluster, int64(s.id)))\n", ""},
+	}, adjust: filed},
 
 	// What observers and hooks are told.
 	{name: "observe-old-event", safeguard: "Observe does not go back where a member lags", changes: []change{

@@ -77,6 +77,7 @@ var sorts = []sortOf{
 	{"operator-evicts", func(s *strike) { s.w.evictor.evict(s.election) }},
 	{"operator-transfers", (*strike).transfer},
 
+	{"reclaim-living", (*strike).reclaim},
 	{"check-fails", func(s *strike) { s.sicken(failing) }},
 	{"check-hangs", func(s *strike) { s.sicken(hanging) }},
 }
@@ -215,7 +216,11 @@ func (s *strike) killProcess() {
 		}
 	}
 	p.dead.Store(true)
-	w.recordLocked(oracle.Entry{Kind: oracle.Exit, Proc: p.name, Result: oracle.OK, Err: "killed"})
+	exit := oracle.Entry{Kind: oracle.Exit, Proc: p.name, Result: oracle.OK, Err: "killed"}
+	if p.filed {
+		exit.Op = oracle.Filed
+	}
+	w.recordLocked(exit)
 	var live []*term
 	for _, name := range w.names {
 		w.terms[name] = slices.DeleteFunc(w.terms[name], func(t *term) bool {
@@ -227,12 +232,15 @@ func (s *strike) killProcess() {
 	}
 	w.mu.Unlock()
 	p.net.Kill()
+	s.reclaim()
+	p.crash()
 	p.goOn(true)
 	w.untold(live)
 	p.cancel()
 	s.last(s.ttl(0, 1.2))
 	// What is left of the program ends, without effect.
 	<-p.ended
+	p.crash()
 	p.close()
 	w.mu.Lock()
 	w.result.Counts.Requests += p.net.Counters().Total()

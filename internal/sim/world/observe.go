@@ -51,7 +51,7 @@ func tokensOf(all []leader.Candidate) string {
 func (p *process) observe(election string) {
 	w := p.w
 	for p.ctx.Err() == nil {
-		el := p.newElector()
+		el := p.newElector("")
 		if client := p.current(); client.Ctx().Err() != nil {
 			p.sleep(p.ctx, 100*time.Millisecond)
 			continue
@@ -134,9 +134,10 @@ const evictorName = "evictor"
 
 // An evictor is that operator. No fault strikes it.
 type evictor struct {
-	w      *world
-	client *clientv3.Client
-	e      *leader.Elector
+	w         *world
+	client    *clientv3.Client
+	reclaimer *clientv3.Client // of whoever reclaims leases
+	e         *leader.Elector
 }
 
 // outsider returns the network and the client of a program that no fault strikes.
@@ -156,6 +157,7 @@ func (w *world) outsider(name string) (*fake.Process, *clientv3.Client) {
 func (w *world) newEvictor() *evictor {
 	v := &evictor{w: w}
 	_, v.client = w.outsider(evictorName)
+	_, v.reclaimer = w.outsider("reclaimer")
 	var err error
 	if v.e, err = leader.New(v.client, leader.WithTTL(w.ttl)); err != nil {
 		panic(err)
@@ -184,4 +186,7 @@ func (v *evictor) evict(election string) {
 	w.record(e)
 }
 
-func (v *evictor) close() { _ = v.client.Close() }
+func (v *evictor) close() {
+	_ = v.client.Close()
+	_ = v.reclaimer.Close()
+}

@@ -42,6 +42,7 @@ type process struct {
 	restless  bool // it holds no term for long, and is back at once
 	slowHooks bool
 	checks    bool    // its Electors have a check
+	filed     bool    // its Electors have lease files, but for those that are used once
 	dense     bool    // its client repeats what is refused at once as often as it does by default, every 25 ms: that takes most of the time
 	changes   bool    // its Electors have the hook LeaderChanged
 	stops     float64 // the probability that it stops at a gate
@@ -58,6 +59,7 @@ type process struct {
 	steps     []*step
 	away      map[string]bool // elections that it has left
 	sick      sickness
+	files     []string // lease files that were used
 
 	deadlines map[int64]time.Time // as last told; guarded by w.mu
 	electors  []*elector          // in use; guarded by w.mu
@@ -101,6 +103,7 @@ func (w *world) newProcess(place, incarnation int) *process {
 	}
 	p.slowHooks = w.rng.IntN(4) == 0
 	p.checks = w.rng.IntN(3) == 0 || w.Checks
+	p.filed = w.rng.IntN(2) == 0 || w.Filed
 	p.dense = w.rng.IntN(4) == 0
 	p.changes = w.rng.IntN(2) == 0
 	switch w.rng.IntN(4) {
@@ -315,7 +318,7 @@ func (p *process) live() {
 	}
 	var shared *elector
 	if p.shares {
-		shared = p.newElector()
+		shared = p.newElector("shared")
 	}
 	var all sync.WaitGroup
 	for _, name := range p.w.names {
@@ -332,6 +335,7 @@ func (p *process) live() {
 
 // An elector is a leader.Elector with its hooks.
 type elector struct {
+	file    string // the lease file, if it has one
 	p       *process
 	name    string // in the history
 	e       *leader.Elector
@@ -351,7 +355,9 @@ type elector struct {
 // An oops is what a hook or lead panics with on purpose.
 type oops struct{}
 
-func (p *process) newElector() *elector {
+// newElector makes an Elector. file tells it from those that the process has at the same time, and names its lease file;
+// with "" it has none.
+func (p *process) newElector(file string) *elector {
 	el := &elector{p: p, client: p.current(), current: make(map[string][]*call), healths: make(map[string]*health)}
 	p.w.mu.Lock()
 	p.w.sequence++
@@ -366,6 +372,10 @@ func (p *process) newElector() *elector {
 	}
 	if p.rng.IntN(2) == 0 {
 		el.options = append(el.options, leader.WithLogger(slog.New(slog.DiscardHandler)))
+	}
+	if file != "" && p.filed && !p.dead.Load() {
+		el.file = p.file(file)
+		el.options = append(el.options, leader.WithLeaseFile(el.file))
 	}
 	e, err := leader.New(el.client, el.options...)
 	if err != nil {

@@ -103,7 +103,13 @@ func (w *world) committed(_ fake.Truth, c fake.Commit) {
 	case c.Expiry == fake.EarlyExpiry:
 		how = byEarly
 	}
+	if r, ok := c.Request.(*pb.LeaseGrantRequest); ok {
+		w.recordLocked(oracle.Entry{Kind: oracle.Granted, Proc: c.Process, Lease: r.ID})
+	}
 	if r, ok := c.Request.(*pb.LeaseRevokeRequest); ok {
+		if how == byRequest {
+			w.recordLocked(oracle.Entry{Kind: oracle.Revoked, Proc: c.Process, From: w.now(), Lease: r.ID})
+		}
 		w.leases[r.ID] = ended{time.Now(), how}
 		w.noteLocked("lease %x is gone: %s %s", r.ID, how, c.Process)
 		if how.excuses() && len(c.Events) > 0 {

@@ -70,7 +70,7 @@ func (p *process) takePart(shared *elector, election string) {
 		}
 		el := shared
 		if el == nil || el.isClosed() {
-			el = p.newElector()
+			el = p.newElector(election)
 		}
 		p.turn(el, election)
 		if el != shared {
@@ -390,7 +390,7 @@ func (p *process) closeClient(client *clientv3.Client) {
 
 // once campaigns with an Elector that is used once.
 func (p *process) once(ctx context.Context, election string) {
-	el := p.newElector() // but for its hooks
+	el := p.newElector("") // but for its hooks
 	defer func() {
 		p.w.mu.Lock()
 		defer p.w.mu.Unlock()
@@ -600,7 +600,7 @@ func (w *world) accept(e oracle.Entry) string {
 
 // ask asks who leads, as observers do that need to know once.
 func (p *process) ask(election string) {
-	el := p.newElector()
+	el := p.newElector("")
 	quiet := p.w.quiet.Load()
 	ctx, cancel := withTimeout(p.ctx, time.Second)
 	defer cancel()

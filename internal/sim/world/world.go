@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -36,6 +37,7 @@ type Config struct {
 	Unprobed  bool          // in calm, it is only looked at what is left
 	Checks    bool          // all processes have checks of their health
 	Passwords bool          // clients have one
+	Filed     bool          // all processes have lease files
 	Holds     float64       // the probability that a goroutine is held up at a gate; 0: each process has its own
 }
 
@@ -107,8 +109,12 @@ type world struct {
 	cluster *fake.Cluster
 	procs   []*process // under test, one for each place
 	evictor *evictor
-	drift   bool // some clocks are slower than the bound
-	auth    bool
+
+	reclaiming sync.WaitGroup // those who wait to reclaim leases
+
+	drift bool // some clocks are slower than the bound
+	auth  bool
+	dir   string // of the lease files
 
 	calm atomic.Bool // no faults any more
 	over atomic.Bool // all are to end
@@ -234,6 +240,10 @@ func newWorld(cfg Config) *world {
 }
 
 func (w *world) start() {
+	var err error
+	if w.dir, err = os.MkdirTemp("", "sim"); err != nil {
+		panic(err)
+	}
 	w.sleep(3 * time.Second) // the cluster elects a leader
 	if w.auth {
 		w.cluster.EnableAuth(20*time.Second, fake.User{Name: "root", Password: "root", Root: true})
@@ -326,7 +336,9 @@ func (w *world) end(goroutines int) {
 		w.result.Counts.Requests += p.net.Counters().Total()
 		p.close()
 	}
+	w.reclaiming.Wait()
 	w.evictor.close()
+	os.RemoveAll(w.dir)
 	w.cluster.Stop()
 	time.Sleep(2 * time.Minute) // whoever sleeps wakes up and sees that it is over
 	if n := runtime.NumGoroutine(); n > goroutines && !w.violated() {
