@@ -19,6 +19,7 @@ func TestLeasesOfDeadProcessesAloneAreRevoked(t *testing.T) {
 		"gone as it was killed":              {dies(exit(func(e *Entry) { e.From, e.T = 5000, 5010 })), good},
 		"gone before it was killed":          {dies(exit(func(e *Entry) { e.From, e.T = 5001, 5010 })), violated(RuleLease)},
 		"killed without a lease file":        {dies(exit(func(e *Entry) { e.Op = "" })), violated(RuleLease)},
+		"told to end, and not killed":        {dies(exit(func(e *Entry) { e.Err = "" })), violated(RuleEnded, RuleLease)},
 		"another was killed":                 {dies(exit(func(e *Entry) { e.Proc = "c3" })), violated(RuleEnded, RuleLease)},
 		"one of the same name was killed":    {dies(exit(func(e *Entry) { e.From, e.T = 1, 2 })), violated(RuleEnded, RuleLease)},
 		"a lease of which nothing was told":  {scene{gone: 5000, drop: "ended c1 resigning c1", extra: join(killed)}, violated(RuleLease)},
