@@ -174,9 +174,8 @@ func keepReclaiming(ctx context.Context, client *clientv3.Client, file string) {
 	for ctx.Err() == nil {
 		if err := leader.Reclaim(ctx, client, file); err != nil && ctx.Err() == nil {
 			log.Print(err)
-			time.Sleep(time.Second)
 		}
-		time.Sleep(100 * time.Millisecond)
+		time.Sleep(time.Second) // until a new process has started it would ask etcd again and again
 	}
 }
 
