@@ -1,0 +1,99 @@
+//go:build unix
+
+package main
+
+import (
+	"errors"
+	"os"
+	"os/exec"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+)
+
+// A child is a command in a process group of its own.
+type child struct {
+	pid      int  // of the command, and of its group
+	terminal bool // it is in the foreground of the terminal
+	exited   chan struct{}
+	status   int // as a shell has it, once exited is closed
+
+	mu     sync.Mutex
+	reaped bool // the pid may belong to another process
+}
+
+// startChild starts a command. It must be called in a goroutine that is locked to its thread until exited is closed.
+func startChild(cmd *exec.Cmd) (*child, error) {
+	c := &child{exited: make(chan struct{})}
+	stdin := int(os.Stdin.Fd())
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	if term.IsTerminal(stdin) {
+		front, err := unix.IoctlGetInt(stdin, unix.TIOCGPGRP)
+		c.terminal = err == nil && front == unix.Getpgrp() && term.IsTerminal(int(os.Stdout.Fd()))
+		if !c.terminal {
+			cmd.Stdin = nil // the kernel would stop a process in the background that reads from the terminal
+		}
+	}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	protect(cmd.SysProcAttr)
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	c.pid = cmd.Process.Pid
+	_ = cmd.Process.Release() // wait reaps it
+	if c.terminal {
+		_ = unix.IoctlSetPointerInt(stdin, unix.TIOCSPGRP, c.pid) // fails if the command has ended already
+		c.signal(syscall.SIGCONT)                                 // it may have read from the terminal before
+	}
+	go func() {
+		c.wait()
+		if c.terminal {
+			_ = unix.IoctlSetPointerInt(stdin, unix.TIOCSPGRP, unix.Getpgrp())
+		}
+		close(c.exited)
+	}()
+	return c, nil
+}
+
+// wait returns when the command has ended and no process is left in its group. On Linux this process is the parent of
+// all orphans of the command (see protect), so it also reaps those that have left the group.
+func (c *child) wait() {
+	for {
+		var ws syscall.WaitStatus
+		pid, err := syscall.Wait4(-1, &ws, syscall.WUNTRACED, nil)
+		switch {
+		case errors.Is(err, syscall.EINTR), err == nil && pid != c.pid:
+		case err == nil && ws.Stopped():
+			if c.terminal && ws.StopSignal() == syscall.SIGTSTP {
+				newLog(false).Warn(cannotSuspend)
+				c.signal(syscall.SIGCONT)
+			}
+		case err != nil: // not while the command is a child of this process
+			c.status = exitRun
+			return
+		default:
+			if c.status = ws.ExitStatus(); ws.Signaled() {
+				c.status = exitSignalled + int(ws.Signal())
+			}
+			c.signal(syscall.SIGKILL) // the group exists as long as a process is in it
+			c.mu.Lock()
+			c.reaped = true
+			c.mu.Unlock()
+			for err = nil; err == nil || errors.Is(err, syscall.EINTR); {
+				_, err = syscall.Wait4(-c.pid, nil, 0, nil)
+			}
+			return
+		}
+	}
+}
+
+// signal sends a signal to the group. A group that is gone is no error.
+func (c *child) signal(s syscall.Signal) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.reaped {
+		_ = syscall.Kill(-c.pid, s)
+	}
+}

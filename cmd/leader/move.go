@@ -1,0 +1,182 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"example.com/leader"
+	"github.com/spf13/cobra"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"golang.org/x/term"
+)
+
+// newest is the value of --to for the candidate that has joined last.
+const newest = "newest"
+
+func (a *app) newTransfer() *cobra.Command {
+	var out format
+	var to string
+	var timeout time.Duration
+	cmd := &cobra.Command{
+		Use:   "transfer NAME",
+		Short: "Hands an election over to another candidate, without an overlap",
+		Long: `Hands an election over: the leader stops its work, and only then the chosen
+candidate is elected. Without --to it is the one that has waited longest. It
+prints the new leader's value.
+
+Candidates between the leader and the chosen one join again at the end of the
+queue. Those of "etcdctl elect" and of concurrency.Election do not step back.
+If the transfer takes longer than --timeout, it is given up and the error names
+who has not left; a leader that was asked before may step back all the same.`,
+		Example: `  leader transfer svc/jobs
+  leader transfer svc/jobs --to newest
+  leader transfer svc/jobs --to host-2`,
+		Args: cobra.ExactArgs(1),
+		RunE: a.bounded(func(ctx context.Context, client *clientv3.Client, args []string) error {
+			elector, err := a.elector(client)
+			if err != nil {
+				return err
+			}
+			chosen, err := a.choose(ctx, elector, args[0], to)
+			if err == nil {
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, timeout)
+				defer cancel()
+				err = elector.Transfer(ctx, args[0], chosen)
+			}
+			if err == nil && chosen == (leader.Candidate{}) {
+				chosen, err = a.current(ctx, elector, args[0])
+			}
+			if err != nil {
+				return a.unreachable(err)
+			}
+			return out.printLeader(args[0], chosen)
+		}),
+	}
+	out.addTo(cmd)
+	cmd.Flags().StringVar(&to, "to", "", "`candidate` that is to lead: its value, its key, or newest")
+	cmd.Flags().DurationVar(&timeout, "timeout", time.Minute, "give up after that time; it should be longer than the TTL")
+	return cmd
+}
+
+// choose returns the candidate that --to names, the zero Candidate for whoever is next.
+func (a *app) choose(ctx context.Context, elector *leader.Elector, name, to string) (leader.Candidate, error) {
+	ctx, cancel := context.WithTimeout(ctx, a.commandTimeout)
+	defer cancel()
+	cs, err := elector.Candidates(ctx, name)
+	switch {
+	case err != nil || to == "":
+		return leader.Candidate{}, err
+	case len(cs) == 0:
+		return leader.Candidate{}, leader.ErrNoLeader
+	case to == newest && len(cs) == 1:
+		return leader.Candidate{}, statusError{exitNobody, errors.New("nobody waits")}
+	case to == newest:
+		return cs[len(cs)-1], nil
+	}
+	if i := slices.IndexFunc(cs, func(c leader.Candidate) bool { return c.Key == to }); i >= 0 {
+		return cs[i], nil
+	}
+	cs = slices.DeleteFunc(cs, func(c leader.Candidate) bool { return c.Value != to })
+	switch len(cs) {
+	case 0:
+		return leader.Candidate{}, statusError{exitNobody, fmt.Errorf("no candidate of %q has the value or the key %q", name, to)}
+	case 1:
+		return cs[0], nil
+	}
+	keys := make([]string, len(cs))
+	for i, c := range cs {
+		keys[i] = c.Key
+	}
+	return leader.Candidate{}, usage("--to %s: several candidates have this value, so name one by its key: %s", to, strings.Join(keys, ", "))
+}
+
+func (a *app) current(ctx context.Context, elector *leader.Elector, name string) (leader.Candidate, error) {
+	ctx, cancel := context.WithTimeout(ctx, a.commandTimeout)
+	defer cancel()
+	return elector.Current(ctx, name)
+}
+
+func (a *app) newEvict() *cobra.Command {
+	var out format
+	var yes bool
+	cmd := &cobra.Command{
+		Use:   "evict NAME",
+		Short: "Ends the present term by force, as a last resort",
+		Long: `Ends the present term by force: it deletes the leader's key. The next candidate
+is elected at once, while the leader still learns of it. So both may work for
+milliseconds, or, if the leader is cut off from etcd, until its lease expires.
+A leader by "etcdctl elect" or concurrency.Election never learns of it: stop its
+process first. "leader transfer" has no such overlap.
+
+It asks before it does so. In a script it needs --yes. It prints the value of
+the leader that it has evicted.`,
+		Example: "  leader evict svc/jobs --yes",
+		Args:    cobra.ExactArgs(1),
+		RunE: a.bounded(func(ctx context.Context, client *clientv3.Client, args []string) error {
+			elector, err := a.elector(client)
+			if err != nil {
+				return err
+			}
+			evicted, err := a.current(ctx, elector, args[0])
+			if err != nil {
+				return a.unreachable(err)
+			}
+			if !yes {
+				if err := confirm(ctx, args[0], evicted); err != nil {
+					return err
+				}
+				now, err := a.current(ctx, elector, args[0])
+				if err == nil && now.Token != evicted.Token {
+					err = fmt.Errorf("%s leads now, so nobody was evicted", quoted(now.Value))
+				}
+				if err != nil {
+					return a.unreachable(err)
+				}
+			}
+			ctx, cancel := context.WithTimeout(ctx, a.commandTimeout)
+			defer cancel()
+			if err := elector.Evict(ctx, args[0]); err != nil {
+				return a.unreachable(err)
+			}
+			return out.printLeader(args[0], evicted)
+		}),
+	}
+	out.addTo(cmd)
+	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
+	return cmd
+}
+
+// confirm asks on the terminal. It returns nil if the answer is yes.
+func confirm(ctx context.Context, name string, c leader.Candidate) error {
+	if !term.IsTerminal(int(os.Stdin.Fd())) {
+		return usage("evict ends a term by force: without a terminal to ask on it needs --yes")
+	}
+	fmt.Fprintf(os.Stderr, "%s leads %s, with token %d.\n", quoted(c.Value), quoted(name), c.Token)
+	fmt.Fprint(os.Stderr, "After an eviction two may work for a moment; \"leader transfer\" avoids that.\nEvict? [y/N] ")
+	answered := make(chan string, 1)
+	go func() { // it ends with the process if nobody answers
+		line, err := bufio.NewReader(os.Stdin).ReadString('\n')
+		if errors.Is(err, io.EOF) {
+			fmt.Fprintln(os.Stderr)
+		}
+		answered <- strings.ToLower(strings.TrimSpace(line))
+	}()
+	select {
+	case answer := <-answered:
+		if answer == "y" || answer == "yes" {
+			return nil
+		}
+		return errors.New("nobody was evicted")
+	case <-ctx.Done():
+		fmt.Fprintln(os.Stderr)
+		return ctx.Err()
+	}
+}

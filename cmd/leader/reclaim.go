@@ -1,0 +1,75 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"example.com/leader"
+	"example.com/leader/internal/retry"
+	"github.com/spf13/cobra"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"golang.org/x/sync/errgroup"
+)
+
+func (a *app) newReclaim() *cobra.Command {
+	var once bool
+	cmd := &cobra.Command{
+		Use:   "reclaim FILE...",
+		Short: "Revokes the leases of a process as soon as it has died",
+		Long: `Waits until the owner of a lease file dies and revokes its leases, so that the
+next candidate leads at once and not after the TTL. A lease file is written by
+"leader run --lease-file FILE" and by programs that use leader.WithLeaseFile.
+It works on Linux, on the machine of the owner, and needs the rights in etcd
+that the owner has.
+
+It waits for one owner after the other, for example in a sidecar, until it is
+stopped. With --once it returns when the leases of each owner are gone, at once
+if there are none. In a unit of systemd:
+
+  ExecStopPost=leader reclaim --once /run/jobs.lease`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: a.patient(func(ctx context.Context, client *clientv3.Client, files []string) error {
+			defer a.warnIfAway(ctx, client, a.commandTimeout)() // Reclaim does not say it
+			var reclaiming errgroup.Group
+			for _, file := range files {
+				reclaiming.Go(func() error {
+					if once {
+						return leader.Reclaim(ctx, client, file)
+					}
+					return keepReclaiming(ctx, client, file, newLog(true))
+				})
+			}
+			return reclaiming.Wait()
+		}),
+	}
+	cmd.Flags().BoolVar(&once, "once", false, "return when the leases of each present owner are gone")
+	return cmd
+}
+
+// keepReclaiming reclaims the leases of each owner of the file, until ctx ends. It logs the first error of a streak.
+func keepReclaiming(ctx context.Context, client *clientv3.Client, file string, log *slog.Logger) error {
+	// Between two owners Reclaim returns at once, after it has asked etcd for the last one's leases. So the pauses grow
+	// until there is an owner to wait for.
+	pause := retry.Backoff{Min: 50 * time.Millisecond, Max: time.Second}
+	failing := false
+	for {
+		began := time.Now()
+		err := leader.Reclaim(ctx, client, file)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil && !failing {
+			log.Warn("reclaim is being retried", "error", err)
+		} else if err == nil && failing {
+			log.Info("reclaim works again", "file", file)
+		}
+		failing = err != nil
+		if time.Since(began) > pause.Max {
+			pause.Reset()
+		}
+		if err := pause.Wait(ctx); err != nil {
+			return err
+		}
+	}
+}

@@ -1,0 +1,304 @@
+//go:build unix
+
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+
+	"example.com/leader/internal/etcdtest"
+	"github.com/creack/pty"
+)
+
+func TestTheTermIsInTheCommandsEnvironment(t *testing.T) {
+	t.Parallel()
+	const name = "run/environment"
+	leaderDo(t, "run", name, "--value", "host a", "--", "sh", "-c",
+		`[ "$LEADER_KEY" = "$(echo "$LEADER_KEY" | grep "^run/environment/[0-9a-f]*$")" ] && [ "$LEADER_TOKEN" -gt 0 ] &&
+		 [ "$LEADER_DEADLINE" -gt "$(date +%s)" ] && echo "$LEADER_ELECTION, $LEADER_VALUE"`).
+		want(t, 0, "run/environment, host a\n")
+	leaderDo(t, "run", name, "--", "sh", "-c", `echo "by default $LEADER_VALUE"`).want(t, 0, "by default "+hostname(t)+"-")
+}
+
+func hostname(t *testing.T) string {
+	t.Helper()
+	host, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return host
+}
+
+func TestRunExitsWithTheStatusOfItsCommand(t *testing.T) {
+	t.Parallel()
+	notExecutable := filepath.Join(t.TempDir(), "data")
+	if err := os.WriteFile(notExecutable, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for status, args := range map[int][]string{
+		0:   {"run", "run/status0", "--", "true"},
+		2:   {"run", "run/status2", "--", "sh", "-c", "exit 2"},
+		137: {"run", "run/status137", "--", "sh", "-c", "kill -9 $$"},
+		126: {"run", "run/status126", "--", notExecutable},
+		127: {"run", "run/status127", "--", "no-such-command"},
+	} {
+		leaderDo(t, args...).want(t, status)
+		if ks := keys(t, args[1]); ks != nil {
+			t.Errorf("left: %v", ks)
+		}
+	}
+	for _, args := range [][]string{
+		{"run", "run/usage"}, {"run", "run/usage", "true"}, {"run", "--", "true"}, {"run", "a", "b", "--", "true"},
+		{"run", "run/usage/", "--", "true"}, {"run", "run/usage", "--ttl", "1ms", "--", "true"}, {"run", "run/usage", "--nonsense", "--", "true"},
+	} {
+		leaderDo(t, args...).want(t, 125, "leader: ")
+	}
+}
+
+// The TTL is longer than the test waits.
+func TestTheNextLeadsAtOnceWhenTheCommandExits(t *testing.T) {
+	t.Parallel()
+	const name = "run/next"
+	cmd := command(t, "run", name, "--ttl", "5m", "--", "sh", "-c", "read line; exit 3")
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := begin(t, cmd)
+	first.line(t, "the command runs")
+	second := leaderBegin(t, "run", name, "--", "echo", "I lead")
+	second.line(t, "joined the queue")
+	if _, err := stdin.Write([]byte("a line\n")); err != nil {
+		t.Fatal(err)
+	}
+	second.line(t, "I lead")
+	first.end(t, 3)
+	second.end(t, 0)
+}
+
+func TestTheCommandIsStoppedWhenItsTermEnds(t *testing.T) {
+	t.Parallel()
+	const name = "run/stopped"
+	p := leaderBegin(t, "run", name, "--", "sh", "-c", `trap 'echo stopping; exit 0' TERM; echo ready; while :; do sleep 0.05; done`)
+	p.line(t, "ready")
+	leaderDo(t, "evict", name, "--yes").want(t, 0)
+	p.line(t, "stopping")
+	p.end(t, 124)
+	if !strings.Contains(p.said(), "ended by somebody else") {
+		t.Error("the reason is missing")
+	}
+}
+
+func TestRestartRunsTheCommandAgainInALaterTerm(t *testing.T) {
+	t.Parallel()
+	const name = "run/restart"
+	p := leaderBegin(t, "run", name, "--restart", "--", "sh", "-c", `trap 'exit 5' USR1; echo "token=$LEADER_TOKEN;"; while :; do sleep 0.05; done`)
+	first := p.line(t, "token=")
+	leaderDo(t, "evict", name, "--yes").want(t, 0)
+	p.line(t, "lost")
+	for second := first; second == first; {
+		second = p.line(t, ";")
+	}
+	p.signal(t, syscall.SIGUSR1)
+	p.end(t, 5) // a command that exits by itself is not run again
+}
+
+// The second instance looks for the processes of the first one as soon as it is elected.
+func TestWhatIgnoresSIGTERMIsDeadBeforeTheNextLeads(t *testing.T) {
+	t.Parallel()
+	const name = "run/stubborn"
+	link := etcdtest.NewLink(t, member)
+	pids := filepath.Join(t.TempDir(), "pids")
+	stubborn := `trap '' TERM; sh -c 'trap "" TERM; echo $$ >>` + pids + `; while :; do sleep 0.1; done' & echo $$ >>` + pids + `
+		while :; do sleep 0.1; done`
+	first := leaderBegin(t, "run", name, "--endpoints", link.Endpoint, "--ttl", "6s", "--margin", "3s", "--", "sh", "-c", stubborn)
+	first.line(t, "the command runs")
+	await(t, "two processes", func() bool { text, _ := os.ReadFile(pids); return strings.Count(string(text), "\n") == 2 })
+	text, err := os.ReadFile(pids)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, pid := range strings.Fields(string(text)) {
+		if !alive(pid) {
+			t.Fatalf("process %s does not run", pid)
+		}
+	}
+	second := leaderBegin(t, "run", name, "--", "sh", "-c", `for p in $(cat `+pids+`); do
+		if kill -0 $p && ! grep -q ') Z' /proc/$p/stat; then echo "$p is alive"; fi; done; echo looked`)
+	second.line(t, "joined the queue")
+	link.Darken()
+	second.line(t, "looked")
+	link.Heal()
+	if strings.Contains(second.said(), "is alive") {
+		t.Error("the first command, or its child, works while the second one leads")
+	}
+	first.end(t, 124)
+}
+
+func TestWhatTheCommandLeavesInItsGroupIsKilled(t *testing.T) {
+	t.Parallel()
+	r := leaderDo(t, "run", "run/group", "-q", "--", "sh", "-c", "sleep 1000 >/dev/null 2>&1 & echo $!; exit 4")
+	r.want(t, 4)
+	if alive(r.out) {
+		t.Errorf("process %s is alive", r.out)
+	}
+}
+
+// A signal is the command's affair: it may ignore SIGINT, and it has the lead as long as it works.
+func TestSignalsReachTheCommandBeforeTheResignation(t *testing.T) {
+	t.Parallel()
+	const name = "run/signals"
+	p := leaderBegin(t, "run", name, "--value", "me", "--", "sh", "-c", `trap 'echo interrupted' INT; trap '`+os.Args[0]+` list `+name+`; exit 9' USR1
+		echo ready; while :; do sleep 0.05; done`)
+	p.line(t, "ready")
+	p.signal(t, syscall.SIGINT)
+	p.line(t, "interrupted")
+	p.signal(t, syscall.SIGUSR1)
+	p.line(t, "\tme")
+	p.end(t, 9)
+	if ks := keys(t, name); ks != nil {
+		t.Errorf("left: %v", ks)
+	}
+}
+
+func TestASignalInTheQueueWithdrawsTheCandidate(t *testing.T) {
+	t.Parallel()
+	const name = "run/withdraw"
+	first := leaderBegin(t, "run", name, "--ttl", "5m", "--", "sleep", "1000")
+	first.line(t, "the command runs")
+	for _, s := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+		p := leaderBegin(t, "run", name, "--ttl", "5m", "--", "true")
+		p.line(t, "joined the queue")
+		p.signal(t, s)
+		p.end(t, 128+int(s))
+		if ks := keys(t, name); len(ks) != 1 {
+			t.Errorf("after %v: %v", s, ks)
+		}
+	}
+}
+
+func TestAKilledRunTakesItsCommandWithItAndTheNextLeadsAtOnce(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("only Linux has lease files and PDEATHSIG")
+	}
+	t.Parallel()
+	const name = "run/killed"
+	file := filepath.Join(t.TempDir(), "lease")
+	first := leaderBegin(t, "run", name, "--ttl", "5m", "--lease-file", file, "--", "sh", "-c", "echo pid $$; exec sleep 1000")
+	pid := strings.TrimPrefix(first.line(t, "pid "), "pid ")
+	second := leaderBegin(t, "run", name, "--ttl", "5m", "--", "echo", "I lead")
+	second.line(t, "joined the queue")
+	if !alive(pid) {
+		t.Fatal("the command does not run")
+	}
+	leaderBegin(t, "reclaim", filepath.Join(t.TempDir(), "nothing"), file)
+	once := leaderBegin(t, "reclaim", "--once", file)
+	first.signal(t, syscall.SIGKILL)
+	second.line(t, "I lead")
+	once.end(t, 0)
+	await(t, "the command's end", func() bool { return !alive(pid) })
+}
+
+func TestRunResignsEvenIfNobodyReadsItsMessages(t *testing.T) {
+	t.Parallel()
+	const name = "run/unread"
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	cmd := command(t, "run", name, "--", "sh", "-c", "exit 6")
+	cmd.Stderr = w
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	_ = cmd.Wait() // its status says it
+	if got := cmd.ProcessState.ExitCode(); got != 6 {
+		t.Errorf("status %d, want 6", got)
+	}
+	if ks := keys(t, name); ks != nil {
+		t.Errorf("left: %v", ks)
+	}
+}
+
+// onTerminal starts a command on a terminal of its own.
+func onTerminal(t *testing.T, args ...string) (p *running, terminal *os.File) {
+	t.Helper()
+	cmd := command(t, args...)
+	terminal, err := pty.StartWithSize(cmd, &pty.Winsize{Rows: 24, Cols: 80})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p = &running{Cmd: cmd}
+	p.follow(t, terminal)
+	return p, terminal
+}
+
+// shell starts a script on a terminal, in which $leader is the command.
+func shell(t *testing.T, script string) (p *running, keyboard func(string)) {
+	t.Helper()
+	cmd := command(t)
+	cmd.Env = append(cmd.Env, "leader="+cmd.Path)
+	cmd.Path, cmd.Args = "/bin/sh", []string{"sh", "-c", script}
+	terminal, err := pty.StartWithSize(cmd, &pty.Winsize{Rows: 24, Cols: 80})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p = &running{Cmd: cmd}
+	p.follow(t, terminal)
+	return p, func(text string) {
+		t.Helper()
+		if _, err := terminal.WriteString(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestTheCommandHasTheTerminalAndGivesItBack(t *testing.T) {
+	t.Parallel()
+	p, keyboard := shell(t, `$leader run run/terminal -- sh -c 'echo ready; read a; echo "got:$a"'; read b; echo "back:$b"`)
+	p.line(t, "ready")
+	keyboard("one\n")
+	p.line(t, "got:one")
+	p.line(t, "resigned")
+	keyboard("two\n")
+	p.line(t, "back:two")
+	p.end(t, 0)
+}
+
+func TestCtrlCEndsTheCommandAndResigns(t *testing.T) {
+	t.Parallel()
+	const name = "run/interrupt"
+	p, keyboard := shell(t, `trap : INT; $leader run `+name+` -- sleep 1000; echo "status:$?"`)
+	p.line(t, "the command runs")
+	keyboard("\x03")
+	p.line(t, "status:130")
+	p.end(t, 0)
+	if ks := keys(t, name); ks != nil {
+		t.Errorf("left: %v", ks)
+	}
+}
+
+func TestCtrlZDoesNotSuspendTheCommand(t *testing.T) {
+	t.Parallel()
+	p, keyboard := shell(t, `$leader run run/suspend -- sh -c 'echo ready; read a; echo "got:$a"'`)
+	p.line(t, "ready")
+	keyboard("\x1a")
+	p.line(t, "cannot be suspended")
+	keyboard("one\n")
+	p.line(t, "got:one")
+	p.end(t, 0)
+}
+
+// A command that reads from the terminal in the background would be stopped by the kernel, for ever.
+func TestInAPipelineTheCommandDoesNotReadFromTheTerminal(t *testing.T) {
+	t.Parallel()
+	p, _ := shell(t, `$leader run run/pipeline -- sh -c 'read a || echo nothing to read' | cat`)
+	p.line(t, "nothing to read")
+	p.end(t, 0)
+}
