@@ -67,7 +67,7 @@ func run(ctx context.Context, cfg config, log *slog.Logger) error {
 	if s.elector, err = leader.New(client, options...); err != nil {
 		return fmt.Errorf("-ttl or -lease-file: %w", err)
 	}
-	defer s.close()
+	defer s.close(context.WithoutCancel(ctx))
 	// Not the default registry: the embedded etcd puts its own metrics there.
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collector, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))

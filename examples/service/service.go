@@ -213,8 +213,8 @@ func (s *service) healthy(context.Context, string) error {
 }
 
 // close unlocks the lease file. The terms have ended before.
-func (s *service) close() {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+func (s *service) close(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	if err := s.elector.Close(ctx); err != nil {
 		s.log.Warn("the lease will expire", "error", err)

@@ -126,6 +126,10 @@ func (c *checker) checkBeliefs() {
 		case reclaimed:
 			c.checkBelief(t, l.gone.to, false, "its lease had been revoked, because it was dead", l.deleted)
 		case expired:
+			if c.reclaimable(l) != nil {
+				c.checkBelief(t, l.gone.to, false, "its lease had been revoked, because it was dead, or had expired", l.deleted)
+				continue
+			}
 			c.checkBelief(t, l.gone.to-c.margin(t.proc())+c.slack(rounding), true, "the margin before its lease expired had begun", l.deleted)
 		}
 	}

@@ -45,10 +45,10 @@ func (c *checker) endingOf(l *life, by int64) (ending, *Entry) {
 		}
 		expiry -= max(0, c.margin(l.owner))
 	}
-	switch x := c.exitOf(l.lease); {
+	switch x := c.reclaimable(l); {
 	case l.gone.to >= expiry:
 		return expired, nil
-	case x != nil && x.Op != "" && x.Err != "" && lived(x) <= l.gone.to:
+	case x != nil:
 		return reclaimed, x
 	}
 	return early, nil

@@ -17,6 +17,15 @@ func (c *checker) exitOf(lease int64) *Entry {
 // lived returns until when a process certainly lived. That it has ended is known only some time after it has.
 func lived(exit *Entry) int64 { return cmp.Or(exit.From, exit.T) }
 
+// reclaimable returns the end of a process that was killed before its key had gone, if others may have revoked its lease
+// then. Without a renewal nobody knows when a lease would have expired: it may have gone later than it could.
+func (c *checker) reclaimable(l *life) *Entry {
+	if x := c.exitOf(l.lease); x != nil && x.Op != "" && x.Err != "" && lived(x) <= l.gone.to {
+		return x
+	}
+	return nil
+}
+
 // checkRevocations flags the revocation of a lease whose process lives, by another process or by a later one of the same
 // name.
 func (c *checker) checkRevocations() {
