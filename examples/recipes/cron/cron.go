@@ -23,8 +23,13 @@ type Elector struct {
 	elector  *leader.Elector
 	election string
 
-	mu   sync.RWMutex    // each job holds it for reading as long as it runs
-	lead context.Context // of the function that leads; nil while it does not run
+	mu   sync.RWMutex // each job holds it for reading as long as it runs
+	term *term        // nil while the function that leads does not run
+}
+
+type term struct {
+	ctx    context.Context // of the function that leads
+	leader *leader.Leader
 }
 
 // New returns an Elector for gocron. It takes part in the election only in Run.
@@ -35,8 +40,8 @@ func New(elector *leader.Elector, election string) *Elector {
 // Run campaigns and leads until ctx ends or a campaign fails. When a term ends, it waits for the jobs: nobody else is
 // elected before they have returned, unless the term was lost and a job ignores that for longer than the margin.
 func (e *Elector) Run(ctx context.Context, value string) error {
-	return e.elector.Run(ctx, e.election, value, func(ctx context.Context, _ *leader.Leader) error {
-		e.set(ctx)
+	return e.elector.Run(ctx, e.election, value, func(ctx context.Context, l *leader.Leader) error {
+		e.set(&term{ctx, l})
 		<-ctx.Done()
 		e.set(nil)
 		return ctx.Err()
@@ -44,10 +49,10 @@ func (e *Elector) Run(ctx context.Context, value string) error {
 }
 
 // set waits for the jobs that run.
-func (e *Elector) set(ctx context.Context) {
+func (e *Elector) set(t *term) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.lead = ctx
+	e.term = t
 }
 
 // IsLeader is what gocron calls before each job. It reads the clocks and sends no request.
@@ -61,17 +66,16 @@ func (e *Elector) IsLeader(context.Context) error {
 // Job makes a function for gocron.NewTask. The context of job ends with the term and with the scheduler. What job
 // writes, it protects by the token or guard of l: a process may be paused between any check and the write.
 func (e *Elector) Job(job func(ctx context.Context, l *leader.Leader) error) func(context.Context) error {
-	return func(ctx context.Context) error {
+	return func(ctx context.Context) error { //nolint:contextcheck // of its two contexts, either may end first
 		e.mu.RLock()
 		defer e.mu.RUnlock()
-		l, ok := e.elector.Leading(e.election) // the term may have ended since gocron asked
-		lead := e.lead
-		if !ok || lead == nil || lead.Err() != nil {
+		t := e.term // it may have ended since gocron asked
+		if t == nil || t.ctx.Err() != nil || !t.leader.IsLeader() {
 			return leader.ErrNotLeader
 		}
 		ctx, cancel := context.WithCancelCause(ctx)
 		defer cancel(nil)
-		defer context.AfterFunc(lead, func() { cancel(context.Cause(lead)) })()
-		return job(ctx, l)
+		defer context.AfterFunc(t.ctx, func() { cancel(context.Cause(t.ctx)) })()
+		return job(ctx, t.leader)
 	}
 }

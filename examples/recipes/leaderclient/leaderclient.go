@@ -76,39 +76,45 @@ func (f *follower) Close() {
 
 // A Gate is open while this instance leads. One Gate is for one election. The zero value is closed.
 type Gate struct {
-	mu   sync.RWMutex    // each handler holds it for reading as long as it runs
-	ctx  context.Context // of Lead; nil while the gate is closed
-	term *leader.Leader
+	mu   sync.RWMutex // each handler holds it for reading as long as it runs
+	term *term        // nil while the gate is closed
+}
+
+type term struct {
+	ctx    context.Context // of Lead
+	leader *leader.Leader
 }
 
 // Lead is for [leader.Run]. It returns when the term is over and all handlers have returned.
 func (g *Gate) Lead(ctx context.Context, l *leader.Leader) error {
-	g.set(ctx, l)
+	g.set(&term{ctx, l})
 	<-ctx.Done()
-	g.set(nil, nil)
+	g.set(nil)
 	return ctx.Err()
 }
 
-func (g *Gate) set(ctx context.Context, l *leader.Leader) {
+func (g *Gate) set(t *term) {
 	g.mu.Lock() // waits for the handlers
 	defer g.mu.Unlock()
-	g.ctx, g.term = ctx, l
+	g.term = t
 }
 
 // Unary is for grpc.UnaryInterceptor; one for streams looks the same. The context of a handler ends with the term. What
 // a handler writes, it protects by the term's token or guard, which leader.Elector.Leading gives it.
+//
+//nolint:contextcheck // of its two contexts, either may end first
 func (g *Gate) Unary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	refused := status.Error(codes.Unavailable, "this instance does not lead")
 	if !g.mu.TryRLock() { // not RLock, with which a call would wait for those that wind down
 		return nil, refused
 	}
 	defer g.mu.RUnlock()
-	lead := g.ctx
-	if lead == nil || lead.Err() != nil || !g.term.IsLeader() {
+	t := g.term
+	if t == nil || t.ctx.Err() != nil || !t.leader.IsLeader() {
 		return nil, refused
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	defer context.AfterFunc(lead, func() { cancel(context.Cause(lead)) })()
+	defer context.AfterFunc(t.ctx, func() { cancel(context.Cause(t.ctx)) })()
 	return handler(ctx, req)
 }

@@ -2,8 +2,10 @@ package leaderclient_test
 
 import (
 	"context"
+	"errors"
 	"net"
 	"testing"
+	"time"
 
 	"example.com/leader"
 	"example.com/leader/examples/recipes/internal/recipetest"
@@ -21,17 +23,18 @@ import (
 
 const election = "shop/api"
 
-// A server answers with its name, or, if it is asked for "wait", when its context has ended.
+// A server answers with its name, or, if it is asked for "wait", when its context has ended and finish is closed.
 type server struct {
 	health.UnimplementedHealthServer
-	name    string
-	waiting chan struct{}
+	name            string
+	waiting, finish chan struct{}
 }
 
 func (s *server) Check(ctx context.Context, r *health.HealthCheckRequest) (*health.HealthCheckResponse, error) {
 	if r.Service == "wait" {
 		s.waiting <- struct{}{}
 		<-ctx.Done()
+		<-s.finish
 		return nil, context.Cause(ctx)
 	}
 	return &health.HealthCheckResponse{}, grpc.SetHeader(ctx, metadata.Pairs("name", s.name))
@@ -51,7 +54,7 @@ func serve(t *testing.T, client *clientv3.Client, name string) *instance {
 		t.Fatal(err)
 	}
 	i := &instance{
-		server:  &server{name: name, waiting: make(chan struct{}, 1)},
+		server:  &server{name: name, waiting: make(chan struct{}, 1), finish: make(chan struct{})},
 		client:  client,
 		address: listener.Addr().String(),
 	}
@@ -160,8 +163,15 @@ func TestGateEndsTheCallsOfATermAndRefusesOthers(t *testing.T) {
 		t.Errorf("b, which does not lead: %v", err)
 	}
 	etcdtest.Await(t, "a's handler", a.waiting)
-	recipetest.Transfer(t, client, election) // returns when a's handler has
-	err := etcdtest.Await(t, "a's answer", asked)
+	recipetest.AwaitQueue(t, client, election, 2)
+	brief, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	err := recipetest.NewElector(t, client).Transfer(brief, election, leader.Candidate{})
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Transfer while a handler runs: %v", err)
+	}
+	close(a.finish)
+	err = etcdtest.Await(t, "a's answer", asked)
 	if status.Code(err) != codes.Unknown || status.Convert(err).Message() != leader.ErrTransferred.Error() {
 		t.Errorf("a call when the term ends: %v", err)
 	}

@@ -17,9 +17,6 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// patience is how long a write may take until the copy has it.
-const patience = 5 * time.Second
-
 // State is a copy of the keys below a prefix in etcd. Use a new one for each Run.
 type State struct {
 	Client *clientv3.Client
@@ -44,11 +41,12 @@ func (s *State) Run(ctx context.Context, election, value string, lead func(conte
 	for _, kv := range resp.Kvs {
 		s.values[string(kv.Key)] = string(kv.Value)
 	}
+	watching, stop := context.WithCancel(context.WithoutCancel(ctx)) // since lead may write until it has returned
 	ctx, cancel := context.WithCancelCause(ctx)
 	var following sync.WaitGroup
-	following.Go(func() { cancel(s.follow(ctx, resp.Header.Revision+1)) }) // who cannot follow must not lead
+	following.Go(func() { cancel(s.follow(watching, resp.Header.Revision+1)) }) // who cannot follow must not lead
 	defer following.Wait()
-	defer cancel(nil)
+	defer stop()
 	return leader.Run(ctx, s.Client, election, value, func(ctx context.Context, l *leader.Leader) error {
 		// The copy may lack the last writes of former leaders. It has them as soon as it has this one, which is newer.
 		if err := s.Put(ctx, l, "leader", fmt.Sprint(l.Token())); err != nil {
@@ -85,9 +83,9 @@ func (s *State) Get(key string) string {
 	return s.values[s.Prefix+key]
 }
 
-// Put writes a key if the term l still holds, and waits until Get has the new value.
+// Put writes a key if the term l still holds, and waits until Get has the new value, 5 s at most.
 func (s *State) Put(ctx context.Context, l *leader.Leader, key, value string) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	resp, err := s.Client.Txn(ctx).If(l.Guard()).Then(clientv3.OpPut(s.Prefix+key, value)).Commit()
 	if err != nil {

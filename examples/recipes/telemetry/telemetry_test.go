@@ -2,6 +2,7 @@ package telemetry_test
 
 import (
 	"context"
+	"errors"
 	"testing"
 
 	"example.com/leader"
@@ -92,7 +93,9 @@ func TestMetricsAndASpanFollowATermThroughAHandoff(t *testing.T) {
 
 	recipetest.Transfer(t, client, election)
 	second := etcdtest.Await(t, "b's term", b.leads)
-	etcdtest.Await(t, "the end of a's term", a.ended)
+	if cause := etcdtest.Await(t, "the end of a's term", a.ended); !errors.Is(cause, leader.ErrTransferred) {
+		t.Errorf("a's term has ended: %v", cause)
+	}
 	if got := a.data(t); got["leader.leading"] != 0 || got["leader.terms.ended leader: term transferred"] != 1 {
 		t.Errorf("a: %v", got)
 	}
@@ -107,7 +110,9 @@ func TestMetricsAndASpanFollowATermThroughAHandoff(t *testing.T) {
 	if err := recipetest.NewElector(t, client).Evict(t.Context(), election); err != nil {
 		t.Fatal(err)
 	}
-	etcdtest.Await(t, "the end of b's term", b.ended)
+	if cause := etcdtest.Await(t, "the end of b's term", b.ended); !errors.Is(cause, leader.ErrEvicted) {
+		t.Errorf("b's term has ended: %v", cause)
+	}
 	checkSpan(t, b, second, codes.Error, leader.ErrEvicted)
 }
 
