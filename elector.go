@@ -32,9 +32,10 @@ import (
 // and other terms keep the lease alive, the join may still arrive. So the next campaign in the same election takes
 // another lease. It also does so if another user of etcd has attached a key to the lease.
 //
-// An Elector that is not in use has no goroutines and nothing in etcd, so it need not be closed. Two things may
-// continue after the use: a grant that was cut short is awaited for at most 5 s, and its lease revoked; and the lease
-// of a term that expired is revoked as soon as etcd can be reached again, within an hour.
+// An Elector that is not in use has no goroutines and nothing in etcd, so it need not be closed, unless it has a lease
+// file ([WithLeaseFile]). Two things may continue after the use: a grant that was cut short is awaited for at most 5 s,
+// and its lease revoked; and the lease of a term that expired, or that a dead owner of the lease file has left, is revoked
+// as soon as etcd can be reached again, within an hour.
 type Elector struct {
 	client   *clientv3.Client
 	opts     options
