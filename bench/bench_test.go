@@ -171,11 +171,16 @@ func check(tb testing.TB, row row) *result {
 	}
 	dir := tb.TempDir()
 	for _, f := range res.figures {
-		file, err := save(f, dir)
+		file, title, err := save(f, dir)
 		if err != nil {
-			tb.Error(err)
-		} else if !strings.HasSuffix(file, ".svg") {
-			tb.Errorf("a plot is called %q", file)
+			tb.Fatal(err)
+		}
+		svg, err := os.ReadFile(filepath.Join(dir, file))
+		if err == nil {
+			err = xml.Unmarshal(svg, new(struct{}))
+		}
+		if err != nil || title == "" || strings.Contains(string(svg), "%!") || strings.Contains(string(svg), "NaN") || !strings.Contains(string(svg), "<polyline") {
+			tb.Errorf("the plot %q in %s: %v\n%s", title, file, err, svg)
 		}
 	}
 	return res

@@ -30,9 +30,6 @@ const (
 	shortest, longest  = time.Millisecond, 30 * time.Second // of the axis, which is logarithmic
 )
 
-// colorOf is a contestant's, everywhere in the picture. It is readable on white and on black.
-var colorOf = map[string]string{ours.name: "#0a84c6", stock.name: "#e0701a", clientGo.name: "#8a8f98"}
-
 // x is where a duration is on the axis.
 func x(d time.Duration) float64 {
 	share := math.Log(float64(max(d, shortest))/float64(shortest)) / math.Log(float64(longest)/float64(shortest))
@@ -55,7 +52,7 @@ func drawBars(bars []bar, file string) error {
 		} else {
 			end := x(bar.gap)
 			fmt.Fprintf(&b, "<rect x=\"%d\" y=\"%d\" width=\"%.1f\" height=\"%d\" rx=\"2\" fill=\"%s\"/>\n",
-				left, y+3, max(end-left, 2), rowHeight-6, colorOf[bar.contestant.name])
+				left, y+3, max(end-left, 2), rowHeight-6, colorFor(bar.contestant.name))
 			fmt.Fprintf(&b, "<text class=\"value\" x=\"%.1f\" y=\"%d\">%s</text>\n", end+6, middle+4, inWords(bar.gap))
 		}
 		y += rowHeight
@@ -68,29 +65,11 @@ func drawBars(bars []bar, file string) error {
 	}
 	svg := fmt.Sprintf(`<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %[1]d %[2]d" role="img">
 <title>For how long nobody leads</title>
-<style>
-text { font: 13px sans-serif; fill: #24292f }
-.title { font-size: 17px; font-weight: bold }
-.scene { font-weight: bold }
-.name { text-anchor: end }
-.tick { text-anchor: middle; fill: #6b7280; font-size: 12px }
-.about { fill: #6b7280; font-size: 12px }
-.bad { fill: #d1242f; font-weight: bold }
-.grid { stroke: #d0d7de }
-.back { fill: #ffffff }
-@media (prefers-color-scheme: dark) {
-text { fill: #e6edf3 }
-.tick, .about { fill: #9aa4af }
-.bad { fill: #ff7b72 }
-.grid { stroke: #30363d }
-.back { fill: #0d1117 }
-}
-</style>
-<rect class="back" width="100%%" height="100%%" rx="6"/>
+%s<rect class="back" width="100%%" height="100%%" rx="6"/>
 <text class="title" x="16" y="30">For how long nobody leads</text>
 <text class="about" x="16" y="50">Median, on a logarithmic axis: each line is ten times as long as the one before. Shorter is better.</text>
 %s%s</svg>
-`, width, height, axis.String(), b.String())
+`, width, height, style, axis.String(), b.String())
 	return os.WriteFile(file, []byte(svg), 0o644)
 }
 

@@ -31,11 +31,11 @@ func (rep *report) add(row row, res *result, took time.Duration) error {
 	}
 	text := fmt.Sprintf("*%s, `%s`, %v*\n%s", time.Now().Format(time.DateOnly), rep.command, took.Round(time.Second), res)
 	for _, f := range res.figures {
-		file, err := save(f, rep.dir)
+		file, title, err := save(f, rep.dir)
 		if err != nil {
 			return err
 		}
-		text += fmt.Sprintf("\n![](%s)\n", file)
+		text += fmt.Sprintf("\n![%s](%s)\n", title, file)
 	}
 	rep.bars = append(rep.bars, res.bars...)
 	for _, t := range res.targets {
