@@ -24,6 +24,8 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -154,20 +156,35 @@ func (o options) mutate(ctx context.Context, control, dir string, m *mutation) (
 	return true, nil
 }
 
-// mutateAll takes out one safeguard after the other. It reports whether one was missed.
+// mutateAll takes out one safeguard after the other, several at a time. It reports whether one was missed.
 func (o options) mutateAll(ctx context.Context, control, dir string) (missed bool, err error) {
-	o.quiet = true
-	for _, m := range mutations {
-		found, err := o.mutate(ctx, control, dir, &m)
-		if ctx.Err() != nil {
-			return true, err
-		}
-		if err != nil {
-			fmt.Printf("%-24s %v\n", m.name, err)
-		}
-		missed = missed || !found
+	together := o.jobs
+	o.quiet, o.jobs = true, 1
+	todo := make(chan *mutation)
+	var anyMissed atomic.Bool
+	var all sync.WaitGroup
+	for range together {
+		all.Go(func() {
+			for m := range todo {
+				found, err := o.mutate(ctx, control, dir, m)
+				if err != nil {
+					fmt.Printf("%-24s %v\n", m.name, err)
+				}
+				if !found {
+					anyMissed.Store(true)
+				}
+			}
+		})
 	}
-	return missed, nil
+	for i := range mutations {
+		if ctx.Err() != nil {
+			break
+		}
+		todo <- &mutations[i]
+	}
+	close(todo)
+	all.Wait()
+	return anyMissed.Load(), ctx.Err()
 }
 
 // chooseFaults returns the sorts that a list names.
