@@ -305,9 +305,10 @@ func openChecked(path string, flags int, mayOwn func(uid uint32) bool) (fd int, 
 	case err != nil:
 		return -1, place{}, fmt.Errorf("%w: %w", ErrUnusable, err)
 	}
+	opened := fd // fd is what is returned
 	defer func() {
 		if err != nil {
-			_ = syscall.Close(fd)
+			_ = syscall.Close(opened)
 		}
 	}()
 	if err := again(func() error { return syscall.Fstat(fd, &stat) }); err != nil {

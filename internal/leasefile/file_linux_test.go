@@ -473,3 +473,34 @@ func TestANilFileDoesNothing(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Another machine may give up the lock of a process that lives.
+func TestARemoteFileSystemIsRefused(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "lease")
+	open1(t, path).Release()
+	var system syscall.Statfs_t
+	if err := syscall.Statfs(path, &system); err != nil {
+		t.Fatal(err)
+	}
+	remote[uint32(system.Type)] = "a test's"
+	defer delete(remote, uint32(system.Type))
+	descriptors := func() int {
+		open, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(open)
+	}
+	before := descriptors()
+	for range 10 {
+		if _, err := Open(path); err == nil || errors.Is(err, ErrUnusable) || !strings.Contains(err.Error(), "local file system, not on a test's") {
+			t.Fatalf("Open returned %v", err)
+		}
+		if _, err := Await(t.Context(), path); err == nil || !strings.Contains(err.Error(), "local file system") {
+			t.Fatalf("Await returned %v", err)
+		}
+	}
+	if after := descriptors(); after >= before+10 {
+		t.Errorf("%d descriptors are open, and %d before", after, before)
+	}
+}
