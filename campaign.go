@@ -102,7 +102,7 @@ func (c *claim) release() {
 		c.health.stop()
 	}
 	if e.once {
-		e.file.Release()
+		e.release()
 	}
 }
 

@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"example.com/leader/internal/lease"
-	"example.com/leader/internal/leasefile"
 	"example.com/leader/internal/queue"
 	"example.com/leader/internal/retry"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -40,8 +39,8 @@ type Elector struct {
 	client   *clientv3.Client
 	opts     options
 	pool     *lease.Pool
-	file     *leasefile.File // nil without WithLeaseFile
-	once     bool            // for one campaign: then the lease file is not used any more
+	release  func() // says, the first time, that this Elector does not own its lease file any more
+	once     bool   // for one campaign: then the lease file is not used any more
 	identity string
 	ctx      context.Context // ends when Close is called
 	cancel   context.CancelFunc
@@ -58,8 +57,9 @@ type Elector struct {
 }
 
 // New returns an Elector, or an error for a nil client or a bad option. It sends no request, and blocks only for up to
-// 1 s, if another process has locked the file of [WithLeaseFile]. The client must stay open while the Elector is in use; the Elector never closes it. A client whose KV,
-// Watcher and Lease are those of go.etcd.io/etcd/client/v3/namespace works too.
+// 1 s, if another process has locked the file of [WithLeaseFile]. The client must stay open while the Elector is in
+// use; the Elector never closes it. A client whose KV, Watcher and Lease are those of
+// go.etcd.io/etcd/client/v3/namespace works too.
 func New(client *clientv3.Client, opts ...Option) (*Elector, error) {
 	if client == nil {
 		return nil, errors.New("leader: client: must not be nil")
@@ -77,11 +77,13 @@ func New(client *clientv3.Client, opts ...Option) (*Elector, error) {
 		observers: make(map[string]*claim),
 		checking:  make(map[string]time.Time),
 	}
-	if e.file, err = o.openLeaseFile(); err != nil {
+	file, err := o.openLeaseFile()
+	if err != nil {
 		return nil, err
 	}
+	e.release = sync.OnceFunc(file.Release) // the next owner's claim to it is not ours to give up
 	e.ctx, e.cancel = context.WithCancel(context.Background())
-	e.pool = lease.NewPool(client, lease.Config{TTL: o.ttl, Margin: o.margin, Renewal: e.renewal, File: e.file, Log: o.log})
+	e.pool = lease.NewPool(client, lease.Config{TTL: o.ttl, Margin: o.margin, Renewal: e.renewal, File: file, Log: o.log})
 	return e, nil
 }
 
@@ -427,7 +429,7 @@ func (e *Elector) Close(ctx context.Context) error {
 		}
 	}
 	// Also after an error: the next Elector of this process may use the file, together with what this one has left in it.
-	defer e.file.Release()
+	defer e.release()
 	if err := retry.Wait(ctx, e.idle); err != nil {
 		_ = e.pool.Close(ctx) // it fails, as ctx has ended, but stops the renewals of leases that nobody uses
 		return fmt.Errorf("leader: close: a campaign or Run has not returned: %w", err)

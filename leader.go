@@ -125,7 +125,7 @@ func Campaign(ctx context.Context, client *clientv3.Client, name, value string, 
 	e.once = true
 	l, err := e.Campaign(ctx, name, value)
 	if err != nil {
-		e.file.Release()
+		e.release()
 	}
 	return l, err
 }
@@ -137,7 +137,7 @@ func Run(ctx context.Context, client *clientv3.Client, name, value string, lead 
 	if err != nil {
 		return err
 	}
-	defer e.file.Release()
+	defer e.release()
 	return e.Run(ctx, name, value, lead)
 }
 

@@ -268,6 +268,41 @@ func TestALeaseFileServesAnElectorAfterAnother(t *testing.T) {
 	}
 }
 
+// The first Elector leaves a lease in the file, and so the next one takes the file over while it is locked.
+func TestClosingAgainDoesNotTakeTheLeaseFileFromTheNextElector(t *testing.T) {
+	_, client := start(t)
+	file := leader.WithLeaseFile(leaseFile(t))
+	denying := wrapped(client)
+	denying.Lease = denied(client)
+	first, err := leader.New(denying, long, file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	left := leaseOf(t, client, lead(t, first, "jobs", ""))
+	if err := first.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	second := newElector(t, client, file)
+	lead(t, second, "others", "")
+	if err := first.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := leader.New(client, file); err == nil || !strings.Contains(err.Error(), "owner is alive") {
+		t.Errorf("New returned %v while another Elector uses the file", err)
+	}
+	if _, err := client.Revoke(t.Context(), left); err != nil {
+		t.Error(err)
+	}
+}
+
+// denied returns a Lease that may revoke nothing.
+func denied(client *clientv3.Client) *brokenLease {
+	lease := &brokenLease{Lease: client.Lease}
+	deny := func() error { return rpctypes.ErrPermissionDenied }
+	lease.revoke.Store(&deny)
+	return lease
+}
+
 // Each lease is in the file before a key is on it, and until etcd has confirmed that it is gone.
 func TestALeaseFileNamesTheLeasesThatThereAre(t *testing.T) {
 	_, client := start(t)
@@ -352,9 +387,7 @@ func TestALeaseThatCannotBeRevokedDelaysNobody(t *testing.T) {
 	owner := startOwner(t, m, path)
 	kill(t, owner)
 	denying := wrapped(client)
-	lease := &brokenLease{Lease: client.Lease}
-	deny := func() error { return rpctypes.ErrPermissionDenied }
-	lease.revoke.Store(&deny)
+	lease := denied(client)
 	denying.Lease = lease
 	logged := new(logRecorder)
 	if err := leader.Reclaim(t.Context(), denying, path); !errors.Is(err, rpctypes.ErrPermissionDenied) {
