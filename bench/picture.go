@@ -88,7 +88,7 @@ func number2(v float64) string {
 	return fmt.Sprintf("%.1f", v)
 }
 
-// picture draws all bars to ../docs, if the run has measured each scene.
+// picture draws all bars beside the other plots, if the run has measured each scene.
 func (rep *report) picture() error {
 	var bars []bar
 	for _, scene := range []string{resignation, crashed, cutFromEtcd} {

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -178,7 +179,8 @@ func simulate(ctx context.Context, binary string, j world.Job) (_ *world.Result,
 	defer cancel()
 	cmd := exec.CommandContext(ctx, binary, "-test.run=^TestJob$", "-test.timeout="+(maxTime+time.Minute).String(), "-job="+string(text))
 	cmd.ExtraFiles = []*os.File{w}
-	cmd.Env = append(os.Environ(), "GOMAXPROCS=1") // from the first moment: a sync.Pool has a part for each P
+	// What it leaves in its temporary directory if it is killed goes with the program.
+	cmd.Env = append(os.Environ(), "TMPDIR="+filepath.Dir(binary), "GOMAXPROCS=1") // from the first moment: a sync.Pool has a part for each P
 	var output bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &output, &output
 	err = cmd.Start()
