@@ -314,6 +314,7 @@ func (p *process) lead(ctx context.Context, c *call, l *leader.Leader) error {
 
 // leads records for how long the context of the function that Run has called is live, until stop is called.
 func (p *process) leads(ctx context.Context, l *leader.Leader, c *call) (stop func()) {
+	p.w.sees(c, l) // first, for it may be stopped there: no belief may be told of before its term
 	e := oracle.Entry{Kind: oracle.Belief, From: p.w.now(), Election: c.election, Token: l.Token(), Op: oracle.ByRun}
 	told := func() { p.w.tell(c.el, e) }
 	if ctx.Err() != nil {
