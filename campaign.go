@@ -257,6 +257,10 @@ type campaign struct {
 	began time.Time
 	unfit bool // it was logged that it is not in the queue because of its health
 
+	// The candidate that has stepped back, until the next one has taken its lease over. Otherwise it would be revoked,
+	// and another granted, while the leader hands over: on a busy etcd that slows the handoff. See bench/README.md, row 14.
+	former *Leader
+
 	requests *retry.Loop
 	rejoins  *retry.Loop // of candidacies, each of which was lost
 	denials  *retry.Loop // of leases, to each of which somebody else has attached a key
@@ -289,6 +293,7 @@ func (e *Elector) newCampaign(ctx context.Context, name, value string, by caller
 // win returns the candidate that is elected, or why none can be.
 func (k *campaign) win() (*Leader, error) {
 	k.e.pool.Inherit(k.ctx)
+	defer k.finishFormer() // also if the logger panics
 	for {
 		joined := time.Now()
 		l, err := k.candidate()
@@ -351,6 +356,7 @@ func (k *campaign) failure(err error) error {
 
 // unhealthy reports that the campaign has left the queue because of its health, or cannot join.
 func (k *campaign) unhealthy(err error) {
+	k.finishFormer()
 	if !k.unfit {
 		k.unfit = true
 		k.e.log(k.claim.election).Warn("unhealthy, not in the queue", "error", err)
@@ -390,6 +396,10 @@ func (k *campaign) candidate() (*Leader, error) {
 		done: make(chan struct{}), resigning: make(chan struct{}, 1),
 	}
 	l.ctx, l.cancel = context.WithCancelCause(context.WithoutCancel(k.ctx))
+	if k.former != nil {
+		l.tracked = k.former.tracked.Rejoin(l.evict)
+		k.finishFormer()
+	}
 	for l.tracked == nil {
 		var err error
 		l.tracked, err = e.pool.Track(k.ctx, k.requests, q.Key, l.evict)
@@ -404,6 +414,19 @@ func (k *campaign) candidate() (*Leader, error) {
 	return l, nil
 }
 
+// finishFormer gives the lease of the candidate that has stepped back to etcd, unless somebody uses it.
+func (k *campaign) finishFormer() {
+	l := k.former
+	if k.former = nil; l == nil {
+		return
+	}
+	cctx, cancel := retry.Cleanup(k.ctx)
+	defer cancel()
+	if err := l.giveBack(cctx, nil); err != nil {
+		l.warnLeft(err)
+	}
+}
+
 // joinAndWait joins the queue and waits. It returns nil when the candidate is elected. If its lease or its key was
 // lost, or the campaign is over, it removes the candidate and returns why.
 //
@@ -411,7 +434,7 @@ func (k *campaign) candidate() (*Leader, error) {
 // row 9.
 func (l *Leader) joinAndWait(k *campaign) error {
 	l.stand(k.ctx)
-	defer l.settle(k.ctx) // also if the logger panics
+	defer l.settle(k) // also if the logger panics
 	err := l.take(k)
 	if err == nil {
 		err = l.wait(k.requests)
@@ -441,13 +464,13 @@ func (l *Leader) stand(ctx context.Context) {
 }
 
 // settle withdraws the candidate unless it was elected.
-func (l *Leader) settle(ctx context.Context) {
+func (l *Leader) settle(k *campaign) {
 	l.unbind()
 	l.mu.Lock()
 	elected := l.elected
 	l.mu.Unlock()
 	if !elected {
-		l.withdraw(ctx)
+		l.withdraw(k)
 	}
 }
 
@@ -599,13 +622,18 @@ func (l *Leader) elect() error {
 	return nil
 }
 
-// withdraw removes a candidate that was not elected. The key comes first, because closing the watch may wait for the
-// user's logger.
-func (l *Leader) withdraw(ctx context.Context) {
+// withdraw removes a candidate that was not elected. One that has stepped back keeps its lease for the next candidate of
+// the campaign. The key comes first, because closing the watch may wait for the user's logger.
+func (l *Leader) withdraw(k *campaign) {
 	l.end(ErrResigned)
-	cctx, cancel := retry.Cleanup(ctx)
+	cctx, cancel := retry.Cleanup(k.ctx)
 	defer cancel()
-	err := l.remove(cctx)
+	err := l.leaveQueue(cctx)
+	if err == nil && transferred(context.Cause(l.ctx)) {
+		k.former = l
+	} else {
+		err = l.giveBack(cctx, err)
+	}
 	switch {
 	case l.watching:
 		<-l.done
@@ -613,6 +641,10 @@ func (l *Leader) withdraw(ctx context.Context) {
 		l.deletion.Close()
 	}
 	if err != nil {
-		l.e.log(l.claim.election).Warn("candidate could not be withdrawn, the lease will expire", "key", l.key, "error", err)
+		l.warnLeft(err)
 	}
+}
+
+func (l *Leader) warnLeft(err error) {
+	l.e.log(l.claim.election).Warn("candidate could not be withdrawn, the lease will expire", "key", l.key, "error", err)
 }

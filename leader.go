@@ -542,30 +542,36 @@ func (l *Leader) leave(ctx context.Context) error {
 //
 // It may be called again after an error.
 func (l *Leader) remove(ctx context.Context) error {
-	l.mu.Lock()
-	cause := context.Cause(l.ctx)
-	elected := l.elected
-	l.mu.Unlock()
-	lost := elected && !keepsKey(cause)
-	var err error
-	if l.token != 0 && !lost && !l.session.Gone() {
-		err = retry.Persist(ctx, l.e.client, func(ctx context.Context) error {
-			switch {
-			case transferred(cause):
-				return l.queue.StepBack(ctx, l.key, l.token)
-			case !elected: // a candidate needs no [concurrency.Session], which costs a goroutine
-				return l.queue.Remove(ctx, l.key, l.token)
-			}
-			return l.session.Election(l.queue.Prefix(), l.key, l.token).Resign(ctx) // it forgets the key, answered or not
-		})
+	return l.giveBack(ctx, l.leaveQueue(ctx))
+}
+
+// leaveQueue takes the first two steps of remove.
+func (l *Leader) leaveQueue(ctx context.Context) error {
+	defer l.unwatch()
+	elected, lost, cause := l.ending()
+	if l.token == 0 || lost || l.session.Gone() {
+		return nil
 	}
-	l.unwatch()
+	return retry.Persist(ctx, l.e.client, func(ctx context.Context) error {
+		switch {
+		case transferred(cause):
+			return l.queue.StepBack(ctx, l.key, l.token)
+		case !elected: // a candidate needs no [concurrency.Session], which costs a goroutine
+			return l.queue.Remove(ctx, l.key, l.token)
+		}
+		return l.session.Election(l.queue.Prefix(), l.key, l.token).Resign(ctx) // it forgets the key, answered or not
+	})
+}
+
+// giveBack takes the other two. err is what leaveQueue has returned.
+func (l *Leader) giveBack(ctx context.Context, err error) error {
 	if err == nil {
 		l.tracked.Drop()
 	} else {
 		l.tracked.Abandon()
 	}
 	err = errors.Join(err, l.session.Finish(ctx))
+	_, lost, _ := l.ending()
 	switch {
 	case l.session.Gone():
 		return nil
@@ -573,6 +579,15 @@ func (l *Leader) remove(ctx context.Context) error {
 		return l.tracked.Remove(ctx)
 	}
 	return err
+}
+
+// ending says how the candidacy or the term has ended. lost means that it was a term, whose key is gone or goes with the
+// lease.
+func (l *Leader) ending() (elected, lost bool, cause error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	cause = context.Cause(l.ctx)
+	return l.elected, l.elected && !keepsKey(cause), cause
 }
 
 // abandon ends the term and leaves its key to whoever renews the lease, or to the lease's end.

@@ -106,11 +106,11 @@ func (t *transfer) run(ctx context.Context) error {
 	defer cancel()
 	watcher.Go(func() { t.watch(watching) })
 	for {
-		cs, err := retry.Do(ctx, t.loop, t.q.List)
+		listing, err := retry.Do(ctx, t.loop, t.q.ListWithRequests)
 		if err != nil {
 			return err
 		}
-		over, err := t.step(ctx, cs)
+		over, err := t.step(ctx, listing)
 		if over || err != nil {
 			return err
 		}
@@ -141,7 +141,8 @@ func (t *transfer) read() {
 }
 
 // step does what the queue as it is now asks for. over says that the transfer is done.
-func (t *transfer) step(ctx context.Context, cs []queue.Candidate) (over bool, err error) {
+func (t *transfer) step(ctx context.Context, listing queue.Listing) (over bool, err error) {
+	cs := listing.Candidates
 	if len(cs) > 0 && t.first == (queue.Candidate{}) {
 		t.first = cs[0]
 	}
@@ -165,7 +166,7 @@ func (t *transfer) step(ctx context.Context, cs []queue.Candidate) (over bool, e
 	} else if err := t.ask(ctx, cs[0], t.to); err != nil {
 		return false, err
 	}
-	t.forget(ctx, cs) // last: the requests share a lease, which is given back with the last of them
+	t.forget(ctx, listing) // last: the requests share a lease, which is given back with the last of them
 	return false, nil
 }
 
@@ -242,16 +243,20 @@ func (t *transfer) ask(ctx context.Context, c, successor queue.Candidate) error 
 	return nil
 }
 
-// forget deletes the requests to those who have left.
-func (t *transfer) forget(ctx context.Context, cs []queue.Candidate) {
+// forget deletes the requests to those who have left. Who has stepped back has deleted its own: deleting it again would
+// cost etcd a write each, just as the leader hands over.
+func (t *transfer) forget(ctx context.Context, listing queue.Listing) {
 	for key, a := range t.asked {
-		if slices.ContainsFunc(cs, a.Is) {
+		if slices.ContainsFunc(listing.Candidates, a.Is) {
 			continue
 		}
 		delete(t.asked, key)
-		_, err := retry.First(ctx, t.e.client, func(ctx context.Context) (struct{}, error) {
-			return struct{}{}, t.q.Remove(ctx, queue.Request(a.Candidate), a.rev)
-		})
+		var err error
+		if request := queue.Request(a.Candidate); listing.Requests[request] == a.rev { // it was put before the listing
+			_, err = retry.First(ctx, t.e.client, func(ctx context.Context) (struct{}, error) {
+				return struct{}{}, t.q.Remove(ctx, request, a.rev)
+			})
+		}
 		if err == nil {
 			a.request.Drop()
 		} else {

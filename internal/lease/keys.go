@@ -106,7 +106,7 @@ func (k *Key) disownLocked(to keyState) (last bool) {
 	case k.state == dropped:
 	// The owner says that the key is not in etcd, but it cannot know: a join may still arrive, or may have been carried
 	// out without the owner hearing of it, even after the owner deleted the key.
-	case to == dropped && (k.unanswered > 0 || k.unheard > 0 || k.put && k.rev == 0):
+	case to == dropped && k.uncertainLocked():
 		k.state = abandoned
 	case to == dropped:
 		k.dropLocked()
@@ -114,6 +114,24 @@ func (k *Key) disownLocked(to keyState) (last bool) {
 		k.state = to
 	}
 	return last
+}
+
+// uncertainLocked reports whether the key may be in etcd although its owner says that it is not.
+func (k *Key) uncertainLocked() bool { return k.unanswered > 0 || k.unheard > 0 || k.put && k.rev == 0 }
+
+// Rejoin is Drop and [Pool.Track] in one. It returns a key that takes this one's place, with the same name, so that the
+// session is not closed in between. It returns nil, and k keeps its owner, if the session cannot take the name again.
+func (k *Key) Rejoin(gone func()) *Key {
+	s := k.s
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if k.state != owned || k.uncertainLocked() || s.denied || !s.validLocked() {
+		return nil
+	}
+	k.dropLocked()
+	again := &Key{s: s, name: k.name, gone: gone}
+	s.keys[k.name] = again
+	return again
 }
 
 // Attempt sends a request that may put the key. If ctx ends first it returns ctx's error. The request continues then,

@@ -11,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"example.com/leader/internal/retry"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
@@ -375,6 +376,90 @@ func TestNameWhoseJoinsWereAllRefusedIsNotReadAnyMore(t *testing.T) {
 }
 
 // The worst case: it has the same revision, so that the guard would hold.
+// The session is not closed in between, although it has no other key.
+func TestKeyThatRejoinsKeepsItsSession(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		p := newPool(e)
+		k := lend(t, p, "k")
+		k.Joined(5)
+		again := k.Rejoin(func() { t.Error("gone called for a key that is there") })
+		if again == nil || again.Session() != k.Session() || again.Name() != k.Name() {
+			t.Fatalf("Rejoin() = %+v, want a key of the same name and session", again)
+		}
+		k.Drop() // it has no owner any more, so this does nothing
+		if err := k.Session().Finish(t.Context()); err != nil || !k.Session().Valid() {
+			t.Fatalf("the session was closed, error %v", err)
+		}
+		e.put(again.Name(), 7)
+		again.Joined(7)
+		e.waitUntil(3*third + soon)
+		if log := e.log(); len(log.deletes) != 0 || len(log.asked) != 1 || !again.Session().Valid() {
+			t.Errorf("deleted %v, asked for %d leases, valid: %v", log.deletes, len(log.asked), again.Session().Valid())
+		}
+		again.Drop()
+		if err := again.Session().Finish(t.Context()); err != nil || again.Session().Valid() {
+			t.Errorf("the session was not closed after its last key, error %v", err)
+		}
+	})
+}
+
+// A read that was sent before the key was deleted, and is answered afterwards, is about the earlier key.
+func TestOldReadSaysNothingAboutAKeyThatHasRejoined(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		e.onRead = takes[read](soon)
+		p := newPool(e)
+		gone := false
+		k, err := p.Track(t.Context(), &retry.Loop{Client: p.client}, func(clientv3.LeaseID) string { return "k" }, func() { gone = true })
+		if err != nil {
+			t.Fatal(err)
+		}
+		cleanUp(t, k)
+		k.Joined(5) // and was deleted
+		e.waitUntil(third + soon/2)
+		again := k.Rejoin(func() { t.Error("gone called for a key that is there") })
+		e.put("k", 7)
+		again.Joined(7)
+		e.waitUntil(2*third + 2*soon)
+		if !gone {
+			t.Error("the read was not answered after the key had joined again")
+		}
+	})
+}
+
+func TestKeyDoesNotRejoinWhereItsNameOrLeaseIsOfNoMoreUse(t *testing.T) {
+	for name, spoil := range map[string]func(t *testing.T, k *Key){
+		"a join is unanswered": func(t *testing.T, k *Key) {
+			_, _ = Attempt(t.Context(), k, func(context.Context) (int, error) { return 0, rpctypes.ErrTimeout })
+		},
+		"nobody has waited for the answer to a join": func(t *testing.T, k *Key) {
+			ctx, cancel := context.WithCancel(t.Context())
+			_, _ = Attempt(ctx, k, func(context.Context) (int, error) { cancel(); time.Sleep(soon); return 0, nil })
+			time.Sleep(2 * soon)
+		},
+		"it may have been put":    func(_ *testing.T, k *Key) { k.put, k.rev = true, 0 },
+		"it was abandoned":        func(_ *testing.T, k *Key) { k.Abandon() },
+		"it was dropped":          func(_ *testing.T, k *Key) { k.Drop() },
+		"it has rejoined":         func(_ *testing.T, k *Key) { k.Rejoin(nil) },
+		"the lease is gone":       func(_ *testing.T, k *Key) { k.Session().Revoked() },
+		"the lease is denied":     func(_ *testing.T, k *Key) { k.Session().Deny() },
+		"the session was retired": func(t *testing.T, k *Key) { _ = k.Session().Close(t.Context()) },
+	} {
+		bubble(t, name, func(t *testing.T) {
+			e := newEtcd(t)
+			p := newPool(e)
+			lend(t, p, "other")
+			k := lend(t, p, "k")
+			k.Joined(5)
+			spoil(t, k)
+			if again := k.Rejoin(func() {}); again != nil {
+				t.Error("it rejoins")
+			}
+		})
+	}
+}
+
 func TestNameThatIsUsedAgainWhileItIsReadIsNotDeleted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEtcd(t)

@@ -185,7 +185,9 @@ func (q *Queue) Touch(ctx context.Context, key string, token int64) (rev int64, 
 // request is the key by which the candidate with this key is asked to step back. It is no candidate's, because its last
 // part is no lease in hex. Its value is the token of the candidate that is asked, in decimal, so that it is not about
 // the next candidate under the same key.
-func request(key string) string { return key + "/stepback" }
+func request(key string) string { return key + stepback }
+
+const stepback = "/stepback"
 
 // ErrAsked is returned when somebody asks the candidate to step back.
 var ErrAsked = errors.New("the candidate is asked to step back")
@@ -329,13 +331,40 @@ func (q *Queue) List(ctx context.Context) ([]Candidate, error) {
 	return cs, err
 }
 
+// A Listing is the candidates in the order of the queue, and the create revisions of the requests to step back, by their
+// keys.
+type Listing struct {
+	Candidates []Candidate
+	Requests   map[string]int64
+}
+
+// ListWithRequests returns what a transfer has to know. It sends one request, bounded by ctx.
+func (q *Queue) ListWithRequests(ctx context.Context) (Listing, error) {
+	resp, err := q.all(ctx)
+	if err != nil {
+		return Listing{}, err
+	}
+	requests := make(map[string]int64)
+	for _, kv := range resp.Kvs {
+		if key, ok := strings.CutSuffix(string(kv.Key), stepback); ok {
+			if _, ok := q.ParseKey(key); ok {
+				requests[string(kv.Key)] = kv.CreateRevision
+			}
+		}
+	}
+	return Listing{q.list(resp.Kvs), requests}, nil
+}
+
 func (q *Queue) read(ctx context.Context) ([]Candidate, int64, error) {
-	resp, err := q.client.Get(ctx, q.prefix, clientv3.WithPrefix(),
-		clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
+	resp, err := q.all(ctx)
 	if err != nil {
 		return nil, 0, err
 	}
 	return q.list(resp.Kvs), resp.Header.Revision, nil
+}
+
+func (q *Queue) all(ctx context.Context) (*clientv3.GetResponse, error) {
+	return q.client.Get(ctx, q.prefix, clientv3.WithPrefix(), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
 }
 
 // Oldest returns the candidate with the oldest key below the election's name, or the zero value if that key is no

@@ -196,13 +196,13 @@ var mutations = []mutation{
 		{term, "guarded := lease.WithGuard(ctx, clientv3.Compare(clientv3.ModRevision(l.key), \"=\", modified))", "guarded := lease.WithGuard(ctx, clientv3.Compare(clientv3.ModRevision(l.key), \">\", modified-modified))"},
 	}, adjust: calm(8 * time.Second)},
 	{name: "unanswered-join", safeguard: "a key whose join has no answer is looked for", changes: []change{
-		{keys, "	case to == dropped && (k.unanswered > 0 || k.unheard > 0 || k.put && k.rev == 0):\n		k.state = abandoned\n", ""},
+		{keys, "	case to == dropped && k.uncertainLocked():\n		k.state = abandoned\n", ""},
 	}, adjust: calm(8 * time.Second)},
 	{name: "sweep", safeguard: "renewals delete keys that nobody owns", changes: []change{
 		{renewal, "s.sweep(orphans, attempt)", "_ = orphans"},
 	}, adjust: calm(8 * time.Second)},
 	{name: "withdraw", safeguard: "a campaign that fails deletes its key", changes: []change{
-		{term, "if l.token != 0 && !lost && !l.session.Gone() {", "if l.elected && !lost && !l.session.Gone() {"},
+		{term, "if l.token == 0 || lost || l.session.Gone() {", "if l.token == 0 || lost || !elected || l.session.Gone() {"},
 	}, adjust: calm(0)},
 	{name: "abandon", safeguard: "a key whose deletion has failed is looked for", changes: []change{
 		{term, "	} else {\n		l.tracked.Abandon()\n	}\n	err = errors.Join", "	} else {\n		l.tracked.Drop()\n	}\n	err = errors.Join"},
