@@ -380,6 +380,43 @@ func TestLeaseFileOfAnotherClusterRevokesNothing(t *testing.T) {
 	}
 }
 
+// Its leases are not there, and nothing tells the cluster from the one before. etcd does not grant their IDs again: an ID
+// has the time in it.
+func TestLeaseFileOfAWipedClusterDelaysNobody(t *testing.T) {
+	data := t.TempDir()
+	m := etcdtest.Start(t, etcdtest.Settings{"data-dir": data})
+	path := leaseFile(t)
+	owner := startOwner(t, m, path)
+	client := etcdtest.NewClient(t, m.Endpoint)
+	before, err := client.Status(t.Context(), m.Endpoint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Stop()
+	kill(t, owner)
+	if err := os.RemoveAll(data); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Start(); err != nil {
+		t.Fatal(err)
+	}
+	client = etcdtest.NewClient(t, m.Endpoint)
+	if after, err := client.Status(t.Context(), m.Endpoint); err != nil || after.Header.ClusterId != before.Header.ClusterId {
+		t.Fatalf("the cluster is %v, %v; want the same ID as %v", after, err, before)
+	}
+	living := lead(t, newElector(t, client), "others", "")
+	if err := leader.Reclaim(t.Context(), client, path); err != nil {
+		t.Error(err)
+	}
+	e := newElector(t, client, leader.WithLeaseFile(path))
+	l, err := e.TryCampaign(t.Context(), "jobs", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	resign(t, l)
+	resign(t, living)
+}
+
 // Without permission to revoke, for example because of another user, a restarted process waits as without a file.
 func TestALeaseThatCannotBeRevokedDelaysNobody(t *testing.T) {
 	m, client := start(t)

@@ -414,6 +414,13 @@ func TestAFileThatBreaksARuleIsRefused(t *testing.T) {
 	}
 }
 
+// As in a directory that is read-only. Not even root may create a file in sysfs.
+func TestAFileThatCannotBeCreatedIsUnusable(t *testing.T) {
+	if f, err := Open("/sys/leader.lease"); !errors.Is(err, ErrUnusable) {
+		t.Errorf("Open returned %v, %v; want ErrUnusable", f, err)
+	}
+}
+
 // As on a full disk. The next write that succeeds writes all.
 func TestAFailureToWriteIsToldAndPasses(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "lease")
