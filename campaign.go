@@ -356,7 +356,7 @@ func (k *campaign) failure(err error) error {
 
 // unhealthy reports that the campaign has left the queue because of its health, or cannot join.
 func (k *campaign) unhealthy(err error) {
-	k.finishFormer()
+	k.finishFormer() // the next candidate may be long in coming
 	if !k.unfit {
 		k.unfit = true
 		k.e.log(k.claim.election).Warn("unhealthy, not in the queue", "error", err)
