@@ -414,7 +414,11 @@ func TestTwoTransfersAtOnceBothEnd(t *testing.T) {
 			if place == 0 {
 				to = leader.Candidate{}
 			}
+			asked := client.Watch(ctx, "jobs/", clientv3.WithPrefix(), clientv3.WithFilterDelete())
 			other := transfer(ctx, newElector(t, client), "jobs", to)
+			if place == 0 { // if it began when the last one leads, it would hand over from that one, rightly
+				etcdtest.Await(t, "the request to step back", asked)
+			}
 			if err := ops.Transfer(ctx, "jobs", cs[3]); err != nil {
 				t.Errorf("the Transfer to the last: %v", err)
 			}
