@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
+	"strconv"
+	"sync"
 	"testing"
 	"time"
 
@@ -43,6 +46,53 @@ func TestCurrentCandidatesAndEvict(t *testing.T) {
 	}
 	awaitEnd(t, l, leader.ErrEvicted)
 	awaitLeader(t, next)
+}
+
+// An etcd that is restored from a backup, or replaced by an empty one, has smaller revisions. A watch that is resumed
+// where it ended sees nothing until they have grown. Each change would be seen only when the leader is read again.
+func TestObserveFollowsAnEtcdThatHasGoneBackInTime(t *testing.T) {
+	data := t.TempDir()
+	m := etcdtest.Start(t, etcdtest.Settings{"data-dir": data})
+	client := etcdtest.NewClient(t, m.Endpoint)
+	for range 3000 { // more than there are changes below
+		if _, err := client.Put(t.Context(), "revisions", "grow"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	observed := observe(t, newElector(t, client), "jobs") // it reads the leader again once in a TTL
+	etcdtest.Await(t, "the vacancy", observed)
+	old := lead(t, newElector(t, client), "jobs", "before")
+	awaitThat(t, "the leader", observed, func(c leader.Candidate) bool { return c.Value == "before" })
+	m.Stop()
+	if err := os.RemoveAll(data); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Start(); err != nil {
+		t.Fatal(err)
+	}
+	etcdtest.Await(t, "the end of the term", old.Context().Done())
+	l := lead(t, newElector(t, client, long), "jobs", "after")
+	awaitThat(t, "the leader", observed, func(c leader.Candidate) bool { return c.Value == "after" })
+	ctx, cancel := context.WithCancel(t.Context())
+	var proclaiming sync.WaitGroup
+	defer proclaiming.Wait()
+	defer cancel()
+	proclaiming.Go(func() {
+		for i := 0; ctx.Err() == nil; i++ {
+			_ = l.Proclaim(ctx, fmt.Sprint(i))
+			time.Sleep(100 * time.Millisecond)
+		}
+	})
+	last := -1
+	awaitThat(t, "each change", observed, func(c leader.Candidate) bool {
+		i, err := strconv.Atoi(c.Value)
+		if err != nil {
+			return false
+		}
+		next := last >= 0 && i == last+1
+		last = i
+		return next
+	})
 }
 
 // etcd-io/etcd#18163: when several changes come at once, stock may report one that does not lead.

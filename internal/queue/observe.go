@@ -3,6 +3,7 @@ package queue
 import (
 	"cmp"
 	"context"
+	"errors"
 	"slices"
 	"sync"
 	"time"
@@ -181,6 +182,10 @@ func (o *observer) follow(ctx context.Context) error {
 	}
 }
 
+// errBack is the error of a watch of an etcd that was restored from a backup, or replaced by an empty one. clientv3
+// resumes the watch at a revision that is still to come, and there are no events until then.
+var errBack = errors.New("etcd has gone back in time")
+
 // watch follows one watch until it ends. It returns how long the watch lived.
 func (o *observer) watch(ctx context.Context) (lived time.Duration, err error) {
 	var beside sync.WaitGroup
@@ -206,9 +211,11 @@ func (o *observer) watch(ctx context.Context) (lived time.Duration, err error) {
 			o.loop.OK()
 		}
 	}
+	var newest int64 // revision that the watch has come to, at least
 	type result struct {
 		snapshot
-		err error
+		err  error
+		back bool // etcd has gone back in time
 	}
 	var reads chan result // nil while the queue is not being read
 	read := func() {
@@ -217,9 +224,10 @@ func (o *observer) watch(ctx context.Context) (lived time.Duration, err error) {
 		}
 		found := make(chan result, 1)
 		reads, o.since = found, make(map[string]*clientv3.Event)
+		reached := newest
 		beside.Go(func() {
 			now, err := retry.Ask(ctx, o.q.client, fail, o.read)
-			found <- result{now, err}
+			found <- result{now, err, now.rev < reached}
 		})
 	}
 	var leaders chan Candidate // nil while the leader is not being read
@@ -234,6 +242,7 @@ func (o *observer) watch(ctx context.Context) (lived time.Duration, err error) {
 			if err := watch.failed(&resp); err != nil {
 				return watch.lived(), err
 			}
+			newest = max(newest, resp.Header.GetRevision())
 			if resp.Created {
 				watch.exists()
 				o.tries = 0
@@ -244,6 +253,9 @@ func (o *observer) watch(ctx context.Context) (lived time.Duration, err error) {
 			reads = nil
 			if now.err != nil {
 				return 0, now.err
+			}
+			if now.back {
+				return watch.lived(), errBack
 			}
 			ok()
 			o.apply(now.snapshot)
