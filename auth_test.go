@@ -39,9 +39,9 @@ func TestExpiredAuthTokensAndARoleForThePrefixOnly(t *testing.T) {
 	as := func(user string) *clientv3.Client {
 		return etcdtest.NewClientFrom(t, clientv3.Config{Endpoints: []string{m.Endpoint}, Username: user, Password: user})
 	}
-	e := newElector(t, as("service"), leader.WithPrefix("svc"))
+	e := newExpiring(t, as("service"), leader.WithPrefix("svc"))
 	l := lead(t, e, "jobs", "first")
-	next := campaign(t.Context(), newElector(t, as("service"), leader.WithPrefix("svc")), "jobs", "second")
+	next := campaign(t.Context(), newExpiring(t, as("service"), leader.WithPrefix("svc")), "jobs", "second")
 	awaitQueue(t, as("root"), "svc/jobs", queued(2))
 	select {
 	case <-l.Context().Done():
@@ -95,9 +95,9 @@ func TestCandidateThatIsDeniedAfterItHasJoinedIsNotForgotten(t *testing.T) {
 	if _, err := root.RoleRevokePermission(t.Context(), "candidate", "svc/", clientv3.GetPrefixRangeEnd("svc/")); err != nil {
 		t.Fatal(err)
 	}
-	e := newElector(t, as("service"))
+	e := newExpiring(t, as("service"))
 	other := lead(t, e, "svc/other", "") // keeps the lease
-	first := lead(t, newElector(t, root), "svc/jobs", "first")
+	first := lead(t, newExpiring(t, root), "svc/jobs", "first")
 	next := campaign(t.Context(), e, "svc/jobs", "second")
 	awaitQueue(t, root, "svc/jobs", queued(2))
 	permit(clientv3.PermissionType(clientv3.PermWrite))
@@ -390,7 +390,7 @@ func TestTermsOutliveTheTokensOfTheirClients(t *testing.T) {
 				RenewFailed: func(_ clientv3.LeaseID, took time.Duration, err error) { t.Logf("after %v: %v", took, err) },
 			}))
 			l := lead(t, e, "svc/jobs", "")
-			next := campaign(t.Context(), newElector(t, etcdtest.NewClientFrom(t, withPassword(m))), "svc/jobs", "")
+			next := campaign(t.Context(), newExpiring(t, etcdtest.NewClientFrom(t, withPassword(m))), "svc/jobs", "")
 			survive(t, []*leader.Leader{l}, []chan struct{}{renewed}, 4)
 			if err := l.Proclaim(t.Context(), "still"); err != nil {
 				t.Errorf("Proclaim: %v", err)

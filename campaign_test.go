@@ -88,9 +88,9 @@ func TestWaitingCandidateWhoseKeyIsDeletedJoinsAgain(t *testing.T) {
 // The same where nobody but the clock ends the lease.
 func TestWaitingCandidateWhoseLeaseExpiresJoinsAgain(t *testing.T) {
 	m, client := start(t)
-	first := lead(t, newElector(t, client), "jobs", "first")
+	first := lead(t, newExpiring(t, client), "jobs", "first")
 	link := etcdtest.NewLink(t, m)
-	next := campaign(t.Context(), newElector(t, etcdtest.NewClient(t, link.Endpoint)), "jobs", "second")
+	next := campaign(t.Context(), newExpiring(t, etcdtest.NewClient(t, link.Endpoint)), "jobs", "second")
 	old := awaitQueue(t, client, "jobs", queued(2))[1]
 	link.Darken()
 	awaitQueue(t, client, "jobs", queued(1))
@@ -181,11 +181,11 @@ func recovered(campaign func() outcome) <-chan outcome {
 func TestCampaignReturnsWhenItsClientIsClosedAsItIsElected(t *testing.T) {
 	_, client := start(t)
 	for range 30 {
-		first := lead(t, newElector(t, client, long), "jobs", "")
+		first := lead(t, newExpiring(t, client), "jobs", "")
 		cctx, closeClient := context.WithCancel(t.Context())
 		c := clientv3.NewCtxClient(cctx)
 		c.KV, c.Watcher, c.Lease = client.KV, endingWatcher{client.Watcher, first.Key(), closeClient}, client.Lease
-		e := newElector(t, c, long)
+		e := newExpiring(t, c)
 		next := recovered(func() outcome {
 			l, err := e.Campaign(t.Context(), "jobs", "")
 			return outcome{l: l, err: err}
@@ -295,7 +295,7 @@ func TestErrorOfACampaignNamesNoFailureThatHasHealed(t *testing.T) {
 	_, client := start(t)
 	lead(t, newElector(t, client, leader.WithTTL(time.Minute)), "jobs", "first")
 	renewed := make(chan struct{}, 100)
-	e := newElector(t, client, leader.WithHooks(leader.Hooks{
+	e := newExpiring(t, client, leader.WithHooks(leader.Hooks{
 		Renewed: func(clientv3.LeaseID, time.Duration, time.Time) { renewed <- struct{}{} },
 	}))
 	ctx, cancel := context.WithCancel(t.Context())
@@ -364,8 +364,8 @@ func TestCampaignWhoseContextHasEndedDoesNotBlameEtcd(t *testing.T) {
 // A context may have been ended by another Elector, such as that of an outer election.
 func TestCallThatEndsWithAContextOfAnotherElectorReturnsTheContextsError(t *testing.T) {
 	_, client := start(t)
-	outer, inner := newElector(t, client, long), newElector(t, client, long)
-	held := lead(t, newElector(t, client, long), "held", "")
+	outer, inner := newElector(t, client), newElector(t, client)
+	held := lead(t, newElector(t, client), "held", "")
 	results := make(chan map[string]error, 1)
 	running := make(chan struct{})
 	go func() {

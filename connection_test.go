@@ -33,7 +33,7 @@ func TestKeepaliveBringsLeaderCandidateAndObserverBackFromAForgottenConnection(t
 	m, direct := start(t)
 	link := etcdtest.NewForgetfulLink(t, m)
 	process := func() *leader.Elector {
-		return newElector(t, etcdtest.NewClientFrom(t, clientv3.Config{
+		return newExpiring(t, etcdtest.NewClientFrom(t, clientv3.Config{
 			Endpoints: []string{link.Endpoint}, DialKeepAliveTime: 10 * time.Second, DialKeepAliveTimeout: 2 * time.Second,
 		}))
 	}
@@ -148,7 +148,7 @@ func TestRetriedCampaignNamesTheCureForAForgottenConnection(t *testing.T) {
 		link := etcdtest.NewForgetfulLink(t, m)
 		client := etcdtest.NewClient(t, link.Endpoint)
 		log := make(logChannel, 1000)
-		e := newElector(t, client, leader.WithLogger(slog.New(log)))
+		e := newExpiring(t, client, leader.WithLogger(slog.New(log)))
 		resign(t, lead(t, e, t.Name(), "")) // it has a connection
 		var campaigns <-chan outcome
 		forget(link, func() { campaigns = campaign(t.Context(), e, name, "me") })
@@ -251,7 +251,7 @@ func TestCampaignIsBackSoonAfterALongOutage(t *testing.T) {
 	patient := etcdtest.NewClientFrom(t, clientv3.Config{Endpoints: []string{link.Endpoint}, DialOptions: []grpc.DialOption{
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: time.Minute, Multiplier: 1, MaxDelay: time.Minute}}),
 	}})
-	e := newElector(t, patient)
+	e := newExpiring(t, patient)
 	l := lead(t, e, "jobs", "")
 	link.Cut()
 	awaitEnd(t, l, leader.ErrExpired)
@@ -304,7 +304,7 @@ func TestCampaignsAndObserversWhoseClientIsClosedSaySo(t *testing.T) {
 	m, direct := start(t)
 	link := etcdtest.NewLink(t, m)
 	client := etcdtest.NewClient(t, link.Endpoint)
-	e := newElector(t, client)
+	e := newExpiring(t, client)
 	lead(t, e, "jobs", "") // there is a lease
 	link.Darken()
 	const n = 100

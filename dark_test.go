@@ -43,7 +43,7 @@ func TestJoinThatTakesTwoRequestsNeedsOneEndpointOfTwo(t *testing.T) {
 	losing := &brokenKV{KV: dark.KV}
 	broken.KV = losing
 	losing.loseReplies(1)
-	next := campaign(t.Context(), newElector(t, broken, long), "jobs", "")
+	next := campaign(t.Context(), newElector(t, broken), "jobs", "")
 	o := awaitBefore(t, "Campaign", next, kv)
 	if o.err != nil {
 		t.Fatal(o.err)
@@ -55,12 +55,12 @@ func TestJoinThatTakesTwoRequestsNeedsOneEndpointOfTwo(t *testing.T) {
 // Then these reads meet the dark endpoint again and again.
 func TestDeadWatchIsNoticedThoughReadsMeetTheDarkEndpoint(t *testing.T) {
 	m, client := start(t)
-	first := lead(t, newElector(t, client, long), "jobs", "")
+	first := lead(t, newElector(t, client), "jobs", "")
 	var calls rpcCounter
 	dark, kv := darkened(etcdtest.NewClientFrom(t, calls.config(m.Endpoint)), func(string) bool { return false })
 	watcher := &deafWatcher{Watcher: dark.Watcher}
 	dark.Watcher = watcher
-	next := campaign(t.Context(), newElector(t, dark), "jobs", "")
+	next := campaign(t.Context(), newExpiring(t, dark), "jobs", "")
 	awaitQueue(t, client, "jobs", queued(2))
 	awaitCalls(t, calls.reads, 2) // it watches the key before it and its own
 	watcher.deaf.Store(true)
@@ -86,14 +86,14 @@ func TestChangesAreToldWhileAReadIsNotAnswered(t *testing.T) {
 	for _, by := range []string{"Observe", "LeaderChanged"} {
 		t.Run(by, func(t *testing.T) {
 			name := t.Name()
-			l := lead(t, newElector(t, client, long), name, "one")
+			l := lead(t, newElector(t, client), name, "one")
 			dark, kv := darkened(client, func(string) bool { return false })
 			var told <-chan leader.Candidate
 			if by == "Observe" {
-				told = observe(t, newElector(t, dark), name)
+				told = observe(t, newExpiring(t, dark), name)
 			} else {
 				changes := make(chan leader.Candidate, 100)
-				e := newElector(t, dark, leader.WithHooks(leader.Hooks{
+				e := newExpiring(t, dark, leader.WithHooks(leader.Hooks{
 					LeaderChanged: func(_ string, c leader.Candidate) { changes <- c },
 				}))
 				ctx, cancel := context.WithCancel(t.Context())
@@ -361,7 +361,7 @@ func TestCampaignIsBackSoonThoughItsClientHasStartedBesideADarkEndpoint(t *testi
 	dark, failing := etcdtest.NewLink(t, m), etcdtest.NewLink(t, m)
 	dark.Darken()
 	failing.Cut()
-	waiting := campaign(t.Context(), newElector(t, etcdtest.NewClient(t, dark.Endpoint, failing.Endpoint)), "jobs", "")
+	waiting := campaign(t.Context(), newExpiring(t, etcdtest.NewClient(t, dark.Endpoint, failing.Endpoint)), "jobs", "")
 	time.Sleep(11500 * time.Millisecond) // gRPC's pause is 4 s or more by now
 	began := time.Now()
 	failing.Heal()

@@ -94,17 +94,17 @@ func TestDeletionOfAnEarlierKeyOfTheSameNameElectsNobody(t *testing.T) {
 	for _, before := range []int{1, 2} {
 		t.Run(fmt.Sprintf("behind %d", before), func(t *testing.T) {
 			name := t.Name()
-			earlier, first := again(t, newElector(t, client, long), name, "first")
+			earlier, first := again(t, newElector(t, client), name, "first")
 			lag, w := lagging(client)
 			w.now.Store(earlier.Token())
 			ctx, leave := context.WithCancel(t.Context())
 			defer leave()
 			var middle <-chan outcome
 			if before == 2 { // it does not know then that the first one is the oldest
-				middle = campaign(ctx, newElector(t, client, long), name, "middle")
+				middle = campaign(ctx, newElector(t, client), name, "middle")
 				awaitQueue(t, client, name, queued(2))
 			}
-			next := campaign(t.Context(), newElector(t, lag, long), name, "next")
+			next := campaign(t.Context(), newElector(t, lag), name, "next")
 			awaitQueue(t, client, name, queued(before+1))
 			if middle != nil {
 				leave()
@@ -131,7 +131,7 @@ func TestDeletionOfAnEarlierKeyOfTheSameNameElectsNobody(t *testing.T) {
 func TestDeletionOfAnEarlierOwnKeyEndsNoTermAndNoOldTokenLeadsAgain(t *testing.T) {
 	_, client := start(t)
 	lag, w := lagging(client)
-	e := newElector(t, lag, long)
+	e := newElector(t, lag)
 	earlier, l := again(t, e, "jobs", "")
 	resign(t, l)
 	w.now.Store(earlier.Token())
@@ -166,14 +166,14 @@ func TestDeletionOfAnEarlierOwnKeyEndsNoTermAndNoOldTokenLeadsAgain(t *testing.T
 func TestDeletionOfAnEarlierOwnKeyCostsNoCandidateItsPlace(t *testing.T) {
 	_, client := start(t)
 	lag, w := lagging(client)
-	e := newElector(t, lag, long)
+	e := newElector(t, lag)
 	earlier, l := again(t, e, "jobs", "")
 	resign(t, l)
-	first := lead(t, newElector(t, client, long), "jobs", "first")
+	first := lead(t, newElector(t, client), "jobs", "first")
 	w.now.Store(earlier.Token())
 	next := campaign(t.Context(), e, "jobs", "second")
 	second := awaitQueue(t, client, "jobs", queued(2))[1]
-	third := campaign(t.Context(), newElector(t, client, long), "jobs", "third")
+	third := campaign(t.Context(), newElector(t, client), "jobs", "third")
 	awaitQueue(t, client, "jobs", queued(3))
 	for string(etcdtest.Await(t, "the deletion of the earlier key", w.told).Kv.Key) != second.Key {
 		continue
@@ -190,13 +190,13 @@ func TestDeletionOfAnEarlierOwnKeyCostsNoCandidateItsPlace(t *testing.T) {
 // The member tells of the earlier term after Observe has read of the present one.
 func TestObserveDoesNotGoBackWhereAMemberLags(t *testing.T) {
 	_, client := start(t)
-	earlier, l := again(t, newElector(t, client, long), "jobs", "one")
+	earlier, l := again(t, newElector(t, client), "jobs", "one")
 	if err := l.Proclaim(t.Context(), "two"); err != nil {
 		t.Fatal(err)
 	}
 	lag, w := lagging(client)
 	w.now.Store(earlier.Token())
-	observed := observe(t, newElector(t, lag, long), "jobs")
+	observed := observe(t, newElector(t, lag), "jobs")
 	if c := etcdtest.Await(t, "the leader", observed); c.Value != "two" || c.Token != l.Token() {
 		t.Errorf("observed %+v, want token %d", c, l.Token())
 	}
@@ -256,9 +256,9 @@ func TestNextInLineLearnsThatItLeadsThoughItsWatchIsDead(t *testing.T) {
 	deaf := wrapped(client)
 	watcher := &deafWatcher{Watcher: client.Watcher}
 	deaf.Watcher = watcher
-	first := lead(t, newElector(t, client), "jobs", "first")
-	next := campaign(t.Context(), newElector(t, deaf), "jobs", "second")
-	observed := observe(t, newElector(t, deaf), "jobs")
+	first := lead(t, newExpiring(t, client), "jobs", "first")
+	next := campaign(t.Context(), newExpiring(t, deaf), "jobs", "second")
+	observed := observe(t, newExpiring(t, deaf), "jobs")
 	if c := etcdtest.Await(t, "the leader", observed); c.Value != "first" {
 		t.Errorf("observed %+v", c)
 	}
@@ -286,7 +286,7 @@ func TestLeaderLearnsThatItsKeyIsDeletedThoughItsWatchIsDead(t *testing.T) {
 	deaf := wrapped(client)
 	watcher := &deafWatcher{Watcher: client.Watcher}
 	deaf.Watcher = watcher
-	e := newElector(t, deaf)
+	e := newExpiring(t, deaf)
 	lead(t, e, "other", "") // keeps the lease
 	l := lead(t, e, "jobs", "")
 	time.Sleep(100 * time.Millisecond) // the own key is read once, when its watch has been created

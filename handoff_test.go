@@ -273,7 +273,7 @@ func TestTouchThatFindsTheKeyGoneEndsTheTerm(t *testing.T) {
 // what it does to its key next tells it.
 func TestCandidateWhoseKeyIsDeletedTogetherWithTheLeadersDoesNotLeadOn(t *testing.T) {
 	m, client := start(t)
-	first := lead(t, newElector(t, client, long), "jobs", "first")
+	first := lead(t, newElector(t, client), "jobs", "first")
 	var calls rpcCounter
 	muted := wrapped(etcdtest.NewClientFrom(t, calls.config(m.Endpoint)))
 	watcher := &mutedWatcher{Watcher: muted.Watcher}
@@ -282,7 +282,7 @@ func TestCandidateWhoseKeyIsDeletedTogetherWithTheLeadersDoesNotLeadOn(t *testin
 	second := awaitQueue(t, client, "jobs", queued(2))[1]
 	awaitCalls(t, calls.reads, 2) // it watches both keys
 	watcher.key.Store(&second.Key)
-	third := campaign(t.Context(), newElector(t, client, long), "jobs", "third")
+	third := campaign(t.Context(), newElector(t, client), "jobs", "third")
 	awaitQueue(t, client, "jobs", queued(3))
 	if _, err := client.Txn(t.Context()).Then(clientv3.OpDelete(first.Key()), clientv3.OpDelete(second.Key)).Commit(); err != nil {
 		t.Fatal(err)

@@ -101,7 +101,7 @@ func TestWhoeverIsUnhealthyNeitherJoinsNorWaitsNorLeads(t *testing.T) {
 			if _, err := e.Campaign(ctx, election, ""); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, leader.ErrUnhealthy) {
 				t.Errorf("Campaign: %v", err)
 			}
-			first := lead(t, newElector(t, client, long), election, "")
+			first := lead(t, newElector(t, client), election, "")
 			second := campaign(t.Context(), e, election, "")
 
 			// It waits.
@@ -115,7 +115,7 @@ func TestWhoeverIsUnhealthyNeitherJoinsNorWaitsNorLeads(t *testing.T) {
 			// It leads.
 			resign(t, first)
 			l := awaitLeader(t, second)
-			third := campaign(t.Context(), newElector(t, client, long), election, "")
+			third := campaign(t.Context(), newElector(t, client), election, "")
 			awaitQueue(t, client, election, queued(2))
 			heal = test.ill(&p)
 			began := time.Now()
@@ -310,11 +310,11 @@ func TestCheckThatFailsWithTheErrorOfAnEarlierTermEndsTheTermAsUnhealthy(t *test
 func TestFunctionThatCloseWaitsForStaysHealthy(t *testing.T) {
 	_, client := start(t)
 	var p patient
-	e := newElector(t, client, leader.WithHealth(p.check))
+	e := newExpiring(t, client, leader.WithHealth(p.check))
 	release := make(chan struct{})
 	terms, ran := runHeld(t.Context(), e, "", release)
 	l := etcdtest.Await(t, "the term", terms)
-	next := campaign(t.Context(), newElector(t, client, long), "jobs", "")
+	next := campaign(t.Context(), newElector(t, client), "jobs", "")
 	awaitQueue(t, client, "jobs", queued(2))
 	closed := make(chan error, 1)
 	go func() { closed <- e.Close(t.Context()) }()
@@ -338,7 +338,7 @@ func TestCheckThatIsUnderWayIsToldWhenItsElectionIsOver(t *testing.T) {
 	_, client := start(t)
 	var p patient
 	checking := make(chan struct{}, 10)
-	e := newElector(t, client, long, leader.WithHealth(p.check))
+	e := newElector(t, client, leader.WithHealth(p.check))
 	p.do(func(ctx context.Context) error { checking <- struct{}{}; <-ctx.Done(); return ctx.Err() })
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
@@ -367,7 +367,7 @@ func TestFunctionThatHangsWhileItsCheckFailsHoldsUpNobody(t *testing.T) {
 	defer stop()
 	terms, ran := runHeld(ctx, e, "", release)
 	l := etcdtest.Await(t, "the term", terms)
-	next := campaign(t.Context(), newElector(t, client, long), "jobs", "")
+	next := campaign(t.Context(), newElector(t, client), "jobs", "")
 	awaitQueue(t, client, "jobs", queued(2))
 	p.fail(errSick)
 	awaitEnd(t, l, leader.ErrUnhealthy)

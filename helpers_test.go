@@ -59,7 +59,7 @@ func TestMain(m *testing.M) {
 // that the event did not come.
 const patience = etcdtest.Patience
 
-// ttl is what tests lead with: long enough for a busy machine, short enough to wait for.
+// ttl is for terms that expire: long enough for a busy machine, short enough to wait for.
 const ttl = 2 * time.Second
 
 // long is for terms that nothing ends but what the test does: no renewal comes, and no machine is too slow
@@ -105,10 +105,10 @@ func leavesNothing(t *testing.T, client *clientv3.Client) {
 	})
 }
 
-// newElector returns an Elector that is closed with the test.
+// newElector returns an Elector that is closed with the test. Its leases do not expire while the test runs.
 func newElector(t *testing.T, client *clientv3.Client, opts ...leader.Option) *leader.Elector {
 	t.Helper()
-	e, err := leader.New(client, append([]leader.Option{leader.WithTTL(ttl)}, opts...)...)
+	e, err := leader.New(client, append([]leader.Option{long}, opts...)...)
 	if err != nil {
 		t.Fatalf("New: %v", err)
 	}
@@ -120,6 +120,12 @@ func newElector(t *testing.T, client *clientv3.Client, opts ...leader.Option) *l
 		}
 	})
 	return e
+}
+
+// newExpiring is newElector for tests in which leases expire, or that wait for renewals.
+func newExpiring(t *testing.T, client *clientv3.Client, opts ...leader.Option) *leader.Elector {
+	t.Helper()
+	return newElector(t, client, append([]leader.Option{leader.WithTTL(ttl)}, opts...)...)
 }
 
 // lead campaigns and must win.
@@ -702,10 +708,10 @@ type stockBetween struct {
 func newStockBetween(t *testing.T) *stockBetween {
 	t.Helper()
 	_, client := start(t)
-	q := &stockBetween{client: client, l: lead(t, newElector(t, client, long), "jobs", "leads")}
+	q := &stockBetween{client: client, l: lead(t, newElector(t, client), "jobs", "leads")}
 	q.leaves = standStock(t, nil, client)
 	awaitQueue(t, client, "jobs", queued(2))
-	q.next = campaign(t.Context(), newElector(t, client, long), "jobs", "waits")
+	q.next = campaign(t.Context(), newElector(t, client), "jobs", "waits")
 	q.cs = awaitQueue(t, client, "jobs", queued(3))
 	return q
 }

@@ -350,7 +350,7 @@ func TestMutationsThatArriveLateOrTwiceDoNoHarm(t *testing.T) {
 					by, c := couriered(client)
 					s = &stage{
 						client: client, courier: c, how: how, name: t.Name(),
-						by: by, e: newElector(t, by), others: newElector(t, client),
+						by: by, e: newExpiring(t, by), others: newExpiring(t, client),
 					}
 					if !m.alone {
 						lead(t, s.e, s.name+"-other", "") // keeps the lease
@@ -393,12 +393,12 @@ func TestMutationsThatArriveLateOrTwiceDoNoHarm(t *testing.T) {
 func TestLateJoinAfterItsTermIsDeleted(t *testing.T) {
 	_, client := start(t)
 	by, c := couriered(client)
-	e := newElector(t, by)
+	e := newExpiring(t, by)
 	other := lead(t, e, "other", "")
 	kept := c.delay("join", "jobs", silent)
 	resign(t, lead(t, e, "jobs", "first")) // its second join was answered
 	etcdtest.Await(t, "a join", kept)()
-	next := campaign(t.Context(), newElector(t, client), "jobs", "second")
+	next := campaign(t.Context(), newExpiring(t, client), "jobs", "second")
 	l := awaitLeader(t, next)
 	if !other.IsLeader() {
 		t.Errorf("the term in the other election has ended: %v", context.Cause(other.Context()))
@@ -409,7 +409,7 @@ func TestLateJoinAfterItsTermIsDeleted(t *testing.T) {
 func TestLateJoinOfACampaignThatWasGivenUpIsDeletedAfterALaterTerm(t *testing.T) {
 	_, client := start(t)
 	by, c := couriered(client)
-	e := newElector(t, by)
+	e := newExpiring(t, by)
 	lead(t, e, "other", "") // keeps the lease
 	kept := c.delay("join", "jobs", silent)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -422,7 +422,7 @@ func TestLateJoinOfACampaignThatWasGivenUpIsDeletedAfterALaterTerm(t *testing.T)
 	resign(t, lead(t, e, "jobs", "second"))
 	arrive()
 	awaitQueue(t, client, "jobs", queued(0))
-	resign(t, lead(t, newElector(t, client), "jobs", "third"))
+	resign(t, lead(t, newExpiring(t, client), "jobs", "third"))
 }
 
 // A campaign that is given up while its join has no answer does not know whether it has a key. What it
@@ -462,7 +462,7 @@ func TestJoinThatArrivesAfterItsCampaignFailedIsSweptAway(t *testing.T) {
 	broken := wrapped(client)
 	kv := &brokenKV{KV: client.KV}
 	broken.KV = kv
-	e := newElector(t, broken)
+	e := newExpiring(t, broken)
 	l := lead(t, e, "other", "")
 	ctx, cancel := context.WithCancel(t.Context())
 	fail := func(*clientv3.TxnResponse, error) (*clientv3.TxnResponse, error) {
@@ -490,7 +490,7 @@ func TestLeaderHasTheValueOfItsOwnCampaign(t *testing.T) {
 	for _, how := range []delay{silent, lost, doubled} {
 		t.Run(string(how), func(t *testing.T) {
 			by, c := couriered(client)
-			e, name := newElector(t, by), t.Name()
+			e, name := newExpiring(t, by), t.Name()
 			lead(t, e, name+"-other", "") // keeps the lease
 			kept := c.delay("join", name, how)
 			ctx, cancel := context.WithCancel(t.Context())
@@ -524,8 +524,8 @@ func TestLateProclaimDoesNotReplaceALaterValue(t *testing.T) {
 		t.Run(string(how), func(t *testing.T) {
 			by, c := couriered(client)
 			name := t.Name()
-			first := lead(t, newElector(t, client, long), name, "")
-			next := campaign(t.Context(), newElector(t, by, long), name, "zero")
+			first := lead(t, newElector(t, client), name, "")
+			next := campaign(t.Context(), newElector(t, by), name, "zero")
 			awaitQueue(t, client, name, queued(2))
 			resign(t, first)
 			l := awaitLeader(t, next)
@@ -546,7 +546,7 @@ func TestLateProclaimDoesNotReplaceALaterValue(t *testing.T) {
 func TestLeaseIsRevokedWhenItsGrantWasCutShort(t *testing.T) {
 	_, client := start(t)
 	by, c := couriered(client)
-	e := newElector(t, by, long)
+	e := newExpiring(t, by)
 	kept := c.delay("grant", "", silent)
 	ctx, cancel := context.WithCancel(t.Context())
 	given := campaign(ctx, e, "jobs", "")
@@ -563,7 +563,7 @@ func TestLeaseThatIsGrantedLateIsRevokedWhileTheTermIsOnAnother(t *testing.T) {
 	_, client := start(t)
 	by, c := couriered(client)
 	kept := c.delay("grant", "", silent)
-	l := lead(t, newElector(t, by, long), "jobs", "")
+	l := lead(t, newElector(t, by), "jobs", "")
 	etcdtest.Await(t, "a grant", kept)()
 	own := awaitQueue(t, client, "jobs", queued(1))[0].Lease
 	for began := time.Now(); ; time.Sleep(10 * time.Millisecond) {
@@ -661,8 +661,8 @@ func TestCloseWaitsForALeaseThatIsBeingGranted(t *testing.T) {
 
 func TestTryCampaignIsNotHeldByAKeyOfItsOwn(t *testing.T) {
 	_, client := start(t)
-	e := newElector(t, client, long) // no renewal comes
-	lead(t, e, "other", "")          // keeps the lease
+	e := newElector(t, client) // no renewal comes
+	lead(t, e, "other", "")    // keeps the lease
 	leaveKey(t, e, "jobs")
 	l, err := e.TryCampaign(t.Context(), "jobs", "me")
 	if err != nil {

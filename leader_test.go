@@ -58,7 +58,7 @@ func TestFirstComeFirstServed(t *testing.T) {
 	const n = 6
 	var next [n]<-chan outcome
 	for i := range n {
-		next[i] = campaign(t.Context(), newElector(t, client, long), "jobs", fmt.Sprint(i))
+		next[i] = campaign(t.Context(), newElector(t, client), "jobs", fmt.Sprint(i))
 		awaitQueue(t, client, "jobs", queued(i+1))
 	}
 	var last int64
@@ -95,7 +95,7 @@ func TestContextCarriesTheCampaignsValues(t *testing.T) {
 func TestTermOutlivesTheCampaignsCtx(t *testing.T) {
 	_, client := start(t)
 	renewed := make(chan struct{}, 1000)
-	e := newElector(t, client, leader.WithHooks(leader.Hooks{
+	e := newExpiring(t, client, leader.WithHooks(leader.Hooks{
 		Renewed: func(clientv3.LeaseID, time.Duration, time.Time) { renewed <- struct{}{} },
 	}))
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -386,7 +386,7 @@ func TestBadInputIsRefusedAndNothingIsWritten(t *testing.T) {
 		t.Errorf("bad input left leases: %v, %v", leases, err)
 	}
 	// The largest value fits, and the largest margin.
-	l := lead(t, newElector(t, client, long, leader.WithMargin(30*time.Second)), "jobs", strings.Repeat("x", 1<<20))
+	l := lead(t, newElector(t, client, leader.WithMargin(30*time.Second)), "jobs", strings.Repeat("x", 1<<20))
 	if err := l.Proclaim(t.Context(), strings.Repeat("y", 1<<20+1)); err == nil || errors.Is(err, leader.ErrNotLeader) || !l.IsLeader() {
 		t.Errorf("Proclaim of a large value: %v", err)
 	}
@@ -488,7 +488,7 @@ func TestStockCandidateUnderANegativeLeaseIsNotOverlooked(t *testing.T) {
 	if err := election.Campaign(t.Context(), "stock"); err != nil {
 		t.Fatal(err)
 	}
-	e := newElector(t, client, long)
+	e := newElector(t, client)
 	if c, err := e.Current(t.Context(), "jobs"); err != nil || c.Token != election.Rev() || c.Lease != id {
 		t.Errorf("Current is %+v, %v, want token %d", c, err, election.Rev())
 	}

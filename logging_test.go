@@ -30,7 +30,7 @@ func TestPanicAndGoexitInALogHandlerThatIsToldOfAGrantLeaveNoLease(t *testing.T)
 				runtime.Goexit()
 			})
 			m.armed.Store(true)
-			e := newElector(t, c, append(m.options(), long)...)
+			e := newElector(t, c, m.options()...)
 			ended := ending(func() { _, _ = e.Campaign(t.Context(), "jobs", "") })
 			if got := etcdtest.Await(t, "the caller's end", ended); got != how {
 				t.Fatalf("the call has ended by %v, want %v", got, how)
@@ -68,12 +68,12 @@ func (kv *leaderReads) Get(ctx context.Context, key string, opts ...clientv3.OpO
 // What is only logged must not keep the event waiting that elects.
 func TestElectionDoesNotWaitForTheReadThatIsLogged(t *testing.T) {
 	_, client := start(t)
-	l := lead(t, newElector(t, client, long), "jobs", "first")
+	l := lead(t, newElector(t, client), "jobs", "first")
 	c := wrapped(client)
 	kv := &leaderReads{KV: client.KV, hung: make(chan struct{}, 1)}
 	c.KV = kv
 	var log logRecorder
-	next := campaign(t.Context(), newElector(t, c, long, leader.WithLogger(slog.New(&log))), "jobs", "second")
+	next := campaign(t.Context(), newElector(t, c, leader.WithLogger(slog.New(&log))), "jobs", "second")
 	etcdtest.Await(t, "the read", kv.hung)
 	resigned := time.Now()
 	resign(t, l)
@@ -87,7 +87,7 @@ func TestElectionDoesNotWaitForTheReadThatIsLogged(t *testing.T) {
 // A log handler that takes its time must not make a stream that works look dark.
 func TestWatchIsNotLateBecauseTheLogHandlerIsSlow(t *testing.T) {
 	_, client := start(t)
-	l := lead(t, newElector(t, client, long), "jobs", "first")
+	l := lead(t, newElector(t, client), "jobs", "first")
 	var log logRecorder
 	slow := handler(func(r slog.Record) {
 		if r.Message == "joined the queue" {
@@ -95,7 +95,7 @@ func TestWatchIsNotLateBecauseTheLogHandlerIsSlow(t *testing.T) {
 		}
 		_ = log.Handle(t.Context(), r)
 	})
-	e := newElector(t, wrapped(client), long, leader.WithLogger(slog.New(slow)))
+	e := newElector(t, wrapped(client), leader.WithLogger(slog.New(slow)))
 	next := campaign(t.Context(), e, "jobs", "second")
 	log.await(t, "INFO joined the queue")
 	time.Sleep(500 * time.Millisecond) // what must not happen has no event
@@ -117,7 +117,7 @@ func TestNobodyIsElectedWhoseKeyWasDeletedWhileTheLogHandlerBlocked(t *testing.T
 			t.Run(fmt.Sprint(line, i), func(t *testing.T) {
 				t.Parallel()
 				name := fmt.Sprint(line, i)
-				l := lead(t, newElector(t, client, long), name, "first")
+				l := lead(t, newElector(t, client), name, "first")
 				reached, release := make(chan struct{}), make(chan struct{})
 				var once atomic.Bool
 				slow := handler(func(r slog.Record) {
@@ -131,7 +131,7 @@ func TestNobodyIsElectedWhoseKeyWasDeletedWhileTheLogHandlerBlocked(t *testing.T
 				if line == "requests of the campaign work again" {
 					c.KV = &refusingKV{KV: client.KV}
 				}
-				e := newElector(t, c, long, leader.WithLogger(slog.New(slow)), leader.WithHooks(leader.Hooks{
+				e := newElector(t, c, leader.WithLogger(slog.New(slow)), leader.WithHooks(leader.Hooks{
 					Elected: func(_ string, l *leader.Leader, _ time.Duration) { elected <- l },
 				}))
 				next := campaign(t.Context(), e, name, "second")
@@ -188,12 +188,12 @@ func TestWhatIsLoggedCostsNoReadOfAllValues(t *testing.T) {
 	if _, err := client.Put(t.Context(), "jobs/nested/x", ""); err != nil {
 		t.Fatal(err)
 	}
-	l := lead(t, newElector(t, client, long), "jobs", "first")
+	l := lead(t, newElector(t, client), "jobs", "first")
 	c := wrapped(client)
 	kv := &valueReads{KV: client.KV}
 	c.KV = kv
 	log := make(logChannel, 100)
-	next := campaign(t.Context(), newElector(t, c, long, leader.WithLogger(slog.New(log))), "jobs", "second")
+	next := campaign(t.Context(), newElector(t, c, leader.WithLogger(slog.New(log))), "jobs", "second")
 	awaitRecord(t, log, "joined the queue", next)
 	if got := kv.reads.Load(); got > 0 {
 		t.Errorf("%d reads of the values of all candidates", got)

@@ -121,13 +121,13 @@ func TestWhatHappensMidwayThroughATransfer(t *testing.T) {
 				leavesNothing(t, h.client)
 				h.target, h.askerLink = etcdtest.NewLink(t, h.m), etcdtest.NewLink(t, h.m)
 				h.askerClient = etcdtest.NewClient(t, h.askerLink.Endpoint)
-				h.asker = newElector(t, h.askerClient)
+				h.asker = newExpiring(t, h.askerClient)
 
 				rctx, stopLeader := context.WithCancel(t.Context())
 				defer stopLeader()
 				h.stopLeader = stopLeader
 				release := make(chan struct{})
-				terms, ran := runHeld(rctx, newElector(t, h.client, long), "leads", release)
+				terms, ran := runHeld(rctx, newElector(t, h.client), "leads", release)
 				h.l = etcdtest.Await(t, "the term", terms)
 				waiting, stockLeaves := 2, func() {}
 				if asked == "one between" {
@@ -142,7 +142,7 @@ func TestWhatHappensMidwayThroughATransfer(t *testing.T) {
 				awaitQueue(t, h.client, "jobs", queued(waiting))
 				ctx, stop := context.WithCancel(t.Context())
 				defer stop()
-				third := campaign(ctx, newElector(t, h.client, long), "jobs", "third")
+				third := campaign(ctx, newElector(t, h.client), "jobs", "third")
 				h.cs = awaitQueue(t, h.client, "jobs", queued(waiting+1))
 				actx, cancel := context.WithCancel(ctx)
 				defer cancel()

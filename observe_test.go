@@ -59,9 +59,9 @@ func TestObserveFollowsAnEtcdThatHasGoneBackInTime(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	observed := observe(t, newElector(t, client), "jobs") // it reads the leader again once in a TTL
+	observed := observe(t, newExpiring(t, client), "jobs") // it reads the leader again once in a TTL
 	etcdtest.Await(t, "the vacancy", observed)
-	old := lead(t, newElector(t, client), "jobs", "before")
+	old := lead(t, newExpiring(t, client), "jobs", "before")
 	awaitThat(t, "the leader", observed, func(c leader.Candidate) bool { return c.Value == "before" })
 	m.Stop()
 	if err := os.RemoveAll(data); err != nil {
@@ -71,7 +71,7 @@ func TestObserveFollowsAnEtcdThatHasGoneBackInTime(t *testing.T) {
 		t.Fatal(err)
 	}
 	etcdtest.Await(t, "the end of the term", old.Context().Done())
-	l := lead(t, newElector(t, client, long), "jobs", "after")
+	l := lead(t, newExpiring(t, client), "jobs", "after")
 	awaitThat(t, "the leader", observed, func(c leader.Candidate) bool { return c.Value == "after" })
 	ctx, cancel := context.WithCancel(t.Context())
 	var proclaiming sync.WaitGroup

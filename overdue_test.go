@@ -120,7 +120,7 @@ func TestOverdueHookThatBlocksOrExitsHoldsUpNoKey(t *testing.T) {
 
 func TestLeadingIsTheTermThatHoldsNow(t *testing.T) {
 	_, client := start(t)
-	e := newElector(t, client, long, leader.WithPrefix("svc"))
+	e := newElector(t, client, leader.WithPrefix("svc"))
 	wantNone := func(when, name string) {
 		t.Helper()
 		if l, ok := e.Leading(name); ok || l != nil {
@@ -131,7 +131,7 @@ func TestLeadingIsTheTermThatHoldsNow(t *testing.T) {
 	for _, bad := range []string{"", "jobs/"} {
 		wantNone("for a bad name", bad)
 	}
-	first := lead(t, newElector(t, client, long, leader.WithPrefix("svc")), "jobs", "")
+	first := lead(t, newElector(t, client, leader.WithPrefix("svc")), "jobs", "")
 	next := campaign(t.Context(), e, "jobs", "")
 	awaitQueue(t, client, "svc/jobs", queued(2))
 	wantNone("while it waits", "jobs")
@@ -157,9 +157,9 @@ func TestLeadingIsOverWithTheTerm(t *testing.T) {
 			var p patient
 			broken, lease := wrapped(client), &brokenLease{Lease: client.Lease}
 			broken.Lease = lease
-			e := newElector(t, broken, leader.WithMargin(ttl/2), leader.WithHealth(p.check))
+			e := newExpiring(t, broken, leader.WithMargin(ttl/2), leader.WithHealth(p.check))
 			l := lead(t, e, "jobs", "")
-			next := campaign(t.Context(), newElector(t, client, long), "jobs", "")
+			next := campaign(t.Context(), newElector(t, client), "jobs", "")
 			awaitQueue(t, client, "jobs", queued(2))
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
@@ -223,7 +223,7 @@ func TestOverdueIsReportedWhateverEndsContextAndFunction(t *testing.T) {
 			})
 			l := etcdtest.Await(t, "the term", terms)
 			ops := newElector(t, client)
-			next := campaign(ctx, newElector(t, client, long), "jobs", "")
+			next := campaign(ctx, newElector(t, client), "jobs", "")
 			awaitQueue(t, client, "jobs", queued(2))
 			closed := make(chan error, 1)
 			switch test.context {
@@ -260,7 +260,7 @@ func TestOverdueIsReportedWhateverEndsContextAndFunction(t *testing.T) {
 func TestOverdueIsReportedAgainAfterAHookThatExits(t *testing.T) {
 	_, client := start(t)
 	calls, release := make(chan time.Duration, 10), make(chan struct{})
-	e := newElector(t, client, leader.WithMargin(50*time.Millisecond), leader.WithHooks(leader.Hooks{
+	e := newExpiring(t, client, leader.WithMargin(50*time.Millisecond), leader.WithHooks(leader.Hooks{
 		Overdue: func(_ string, _ *leader.Leader, late time.Duration) {
 			calls <- late
 			if late > 0 {

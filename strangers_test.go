@@ -94,7 +94,7 @@ func TestCandidateTakesAnotherLeaseWhereAStrangerHasAttachedAKey(t *testing.T) {
 	service := as("service")
 	victim, attack := attacked(service, as("stranger"), 3)
 	renewed := make(chan struct{}, 1000)
-	e := newElector(t, victim, leader.WithHooks(leader.Hooks{
+	e := newExpiring(t, victim, leader.WithHooks(leader.Hooks{
 		Renewed: func(clientv3.LeaseID, time.Duration, time.Time) { renewed <- struct{}{} },
 	}))
 	l := lead(t, e, "svc/jobs", "")
@@ -146,7 +146,7 @@ func TestStrangersWhoAttachKeysToEveryNewLeaseEndNoCampaign(t *testing.T) {
 	campaigns, ended := 0, 0
 	for campaigns < 30 || attached.Load() < 5 {
 		ctx, cancel := context.WithTimeout(t.Context(), patience)
-		l, err := newElector(t, service).Campaign(ctx, "svc/jobs", "")
+		l, err := newExpiring(t, service).Campaign(ctx, "svc/jobs", "")
 		cancel()
 		if campaigns++; err != nil {
 			ended++
@@ -224,7 +224,7 @@ func TestResignAndCloseSucceedThoughAStrangerHasAttachedAKeyToTheLease(t *testin
 	victim := wrapped(service)
 	lease := &brokenLease{Lease: service.Lease}
 	victim.Lease = lease
-	e := newElector(t, victim)
+	e := newExpiring(t, victim)
 	l := lead(t, e, "svc/jobs", "")
 	id := clientv3.LeaseID(onlyKey(t, service, "svc/jobs/").Lease)
 	attach := func() error {
@@ -330,7 +330,7 @@ func TestLargeValueOfAnotherEndsNoWatchForGood(t *testing.T) {
 	m, client := start(t)
 	const ttl = 5 * time.Minute // no renewal and no regular read finds out what a watch should
 	log := make(logChannel, 1000)
-	other, small := newElector(t, client), receivesLittle(t, m)
+	other, small := newExpiring(t, client), receivesLittle(t, m)
 	e := newElector(t, small, leader.WithTTL(ttl), leader.WithLogger(slog.New(log)))
 	noisy, held := lead(t, other, "noisy", "quiet"), lead(t, other, "held", "")
 	mine := lead(t, e, "mine", "")

@@ -125,7 +125,7 @@ func TestContextEndsAtTheDeadlineThoughARequestHangs(t *testing.T) {
 	deaf := wrapped(etcdtest.NewClient(t, link.Endpoint))
 	kv := &hangingKV{KV: deaf.KV, release: make(chan struct{})}
 	deaf.KV = kv
-	l := lead(t, newElector(t, deaf), "jobs", "") // the own key's watch hangs in its first read
+	l := lead(t, newExpiring(t, deaf), "jobs", "") // the own key's watch hangs in its first read
 	link.Darken()
 	awaitEnd(t, l, leader.ErrExpired)
 	close(kv.release)
@@ -150,7 +150,7 @@ func TestEmptyAnswersAreErrors(t *testing.T) {
 	broken := wrapped(client)
 	lease := &brokenLease{Lease: client.Lease}
 	broken.Lease = lease
-	l := lead(t, newElector(t, broken), "jobs", "")
+	l := lead(t, newExpiring(t, broken), "jobs", "")
 	empty := func(context.Context) (*clientv3.LeaseKeepAliveResponse, error) { return nil, nil }
 	lease.keepAlive.Store(&empty)
 	awaitEnd(t, l, leader.ErrExpired)
@@ -225,9 +225,9 @@ func TestTermSurvivesAChangeOfEtcdsLeader(t *testing.T) {
 // An etcd that is out of space refuses puts, but still renews leases and deletes keys.
 func TestLeaderAndCampaignOutliveAFullEtcd(t *testing.T) {
 	m, client := start(t)
-	l := lead(t, newElector(t, client), "jobs", "")
+	l := lead(t, newExpiring(t, client), "jobs", "")
 	renewed := make(chan struct{}, 1000)
-	other := lead(t, newElector(t, client, leader.WithHooks(leader.Hooks{
+	other := lead(t, newExpiring(t, client, leader.WithHooks(leader.Hooks{
 		Renewed: func(clientv3.LeaseID, time.Duration, time.Time) { renewed <- struct{}{} },
 	})), "other", "")
 	status, err := client.Status(t.Context(), m.Endpoint)
@@ -242,7 +242,7 @@ func TestLeaderAndCampaignOutliveAFullEtcd(t *testing.T) {
 	if _, err := client.Put(t.Context(), "x", "y"); !errors.Is(err, rpctypes.ErrNoSpace) {
 		t.Fatalf("etcd is not full: %v", err)
 	}
-	next := campaign(t.Context(), newElector(t, client), "jobs", "")
+	next := campaign(t.Context(), newExpiring(t, client), "jobs", "")
 	for range 4 {
 		etcdtest.Await(t, "a renewal", renewed)
 	}
@@ -317,7 +317,7 @@ func TestExpiredTermKeepsOthersOutForTheMargin(t *testing.T) {
 		}, leader.WithTTL(ttl), leader.WithMargin(margin))
 	}()
 	etcdtest.Await(t, "lead", working)
-	next := campaign(t.Context(), newElector(t, client), "jobs", "")
+	next := campaign(t.Context(), newExpiring(t, client), "jobs", "")
 	o := etcdtest.Await(t, "Campaign", next)
 	if o.err != nil {
 		t.Fatal(o.err)
@@ -487,7 +487,7 @@ func TestLeaseIsRevokedAfterTheLastLeader(t *testing.T) {
 func TestResignAndCloseReturnWhenCtxEndsWithoutEtcd(t *testing.T) {
 	m, client := start(t)
 	link := etcdtest.NewLink(t, m)
-	e := newElector(t, etcdtest.NewClient(t, link.Endpoint))
+	e := newExpiring(t, etcdtest.NewClient(t, link.Endpoint))
 	a := lead(t, e, "a", "")
 	b := lead(t, e, "b", "")
 	link.Darken()
@@ -512,7 +512,7 @@ func TestKeyLeftByAFailedResignExpires(t *testing.T) {
 	_, client := start(t)
 	cancelled, cancel := context.WithCancel(t.Context())
 	cancel()
-	l := lead(t, newElector(t, client), "jobs", "")
+	l := lead(t, newExpiring(t, client), "jobs", "")
 	if err := l.Resign(cancelled); !errors.Is(err, context.Canceled) {
 		t.Errorf("Resign with a cancelled ctx returned %v", err)
 	}
@@ -526,7 +526,7 @@ func TestKeyLeftByAFailedResignIsDeletedWhileTheLeaseLives(t *testing.T) {
 	_, client := start(t)
 	cancelled, cancel := context.WithCancel(t.Context())
 	cancel()
-	e := newElector(t, client)
+	e := newExpiring(t, client)
 	lead(t, e, "other", "")
 	l := lead(t, e, "jobs", "")
 	if err := l.Resign(cancelled); err == nil {
@@ -601,7 +601,7 @@ func TestCloseCanBeRetried(t *testing.T) {
 // While Close waits for Run, the lease is renewed; what Close has ended is deleted all the same.
 func TestCloseThatFailsDoesNotKeepEndedTermsAlive(t *testing.T) {
 	_, client := start(t)
-	e := newElector(t, client)
+	e := newExpiring(t, client)
 	working, finish, ran := make(chan struct{}), make(chan struct{}), make(chan error, 1)
 	go func() {
 		ran <- e.Run(t.Context(), "slow", "", func(context.Context, *leader.Leader) error {

@@ -29,10 +29,10 @@ func TestTransferHandsOverWithoutAnOverlap(t *testing.T) {
 					name := t.Name()
 					ctx, stop := context.WithCancel(t.Context())
 					defer stop()
-					first, ran := leadBy(ctx, t, newElector(t, client, long, leader.WithMargin(50*time.Millisecond)), by, name)
+					first, ran := leadBy(ctx, t, newElector(t, client, leader.WithMargin(50*time.Millisecond)), by, name)
 					var next []<-chan outcome
 					for i := range between + 2 {
-						next = append(next, campaign(ctx, newElector(t, client, long), name, fmt.Sprint("waits-", i)))
+						next = append(next, campaign(ctx, newElector(t, client), name, fmt.Sprint("waits-", i)))
 						awaitQueue(t, client, name, queued(i+2))
 					}
 					cs := awaitQueue(t, client, name, queued(between+3))
@@ -319,7 +319,7 @@ func TestTransferPastToAndFromAStockCandidate(t *testing.T) {
 					if i == test.stock {
 						stockLeaves = stand(t, m, client)
 					} else {
-						e := newElector(t, client, long, leader.WithMargin(50*time.Millisecond))
+						e := newElector(t, client, leader.WithMargin(50*time.Millisecond))
 						ours = append(ours, campaign(ctx, e, "jobs", fmt.Sprint("ours-", i)))
 					}
 					awaitQueue(t, client, "jobs", queued(i+1))
@@ -446,7 +446,7 @@ func TestTransferByAnElectorThatTakesPart(t *testing.T) {
 			var es []*leader.Elector
 			var terms []<-chan outcome
 			for i := range 4 {
-				es = append(es, newElector(t, client, long, leader.WithMargin(50*time.Millisecond)))
+				es = append(es, newElector(t, client, leader.WithMargin(50*time.Millisecond)))
 				terms = append(terms, campaign(ctx, es[i], "jobs", ""))
 				awaitQueue(t, client, "jobs", queued(i+1))
 			}
@@ -479,7 +479,7 @@ func TestTransferInElectionsWhoseNamesNest(t *testing.T) {
 			var terms []<-chan outcome
 			for i := range 3 { // in turns, so that each stands between those of the other
 				for _, n := range names {
-					e := newElector(t, client, long, leader.WithPrefix("svc"), leader.WithMargin(50*time.Millisecond))
+					e := newElector(t, client, leader.WithPrefix("svc"), leader.WithMargin(50*time.Millisecond))
 					terms = append(terms, campaign(ctx, e, n, fmt.Sprint(n, " ", i)))
 					queues[n] = awaitQueue(t, client, "svc/"+n, queued(i+1))
 				}
@@ -565,15 +565,15 @@ func TestRunGoesOnThoughAnotherResignOfATransferredTermIsUnderWay(t *testing.T) 
 	m := etcdtest.StartProcesses(t, 1)[0]
 	client := etcdtest.NewClient(t, m.Endpoint)
 	leavesNothing(t, client)
-	e := newElector(t, client, long)
+	e := newElector(t, client)
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	dark := make(chan struct{})
 	terms, ran := runHeld(ctx, e, "first", dark)
 	l := etcdtest.Await(t, "the term", terms)
-	next := campaign(t.Context(), newElector(t, client, long), "jobs", "second")
+	next := campaign(t.Context(), newElector(t, client), "jobs", "second")
 	awaitQueue(t, client, "jobs", queued(2))
-	transferred := transfer(t.Context(), newElector(t, client, long), "jobs", leader.Candidate{})
+	transferred := transfer(t.Context(), newElector(t, client), "jobs", leader.Candidate{})
 	etcdtest.Await(t, "the end of the term", l.Context().Done())
 	if err := m.Pause(); err != nil {
 		t.Fatal(err)
@@ -602,8 +602,8 @@ func TestRunGoesOnThoughAnotherResignOfATransferredTermIsUnderWay(t *testing.T) 
 // An outage that begins while a candidate is being asked lasts for longer than the lease of the requests.
 func TestTransferSurvivesAnOutageThatItsLeaseDoesNot(t *testing.T) {
 	_, client := start(t)
-	l := lead(t, newElector(t, client, long), "jobs", "leads")
-	next := campaign(t.Context(), newElector(t, client, long), "jobs", "waits")
+	l := lead(t, newElector(t, client), "jobs", "leads")
+	next := campaign(t.Context(), newElector(t, client), "jobs", "waits")
 	awaitQueue(t, client, "jobs", queued(2))
 	var out atomic.Bool
 	out.Store(true)
@@ -636,7 +636,7 @@ func TestTransferDoesNotSaveAHungLeaderFromItsCheck(t *testing.T) {
 	release := make(chan struct{})
 	terms, ran := runHeld(ctx, e, "", release)
 	l := etcdtest.Await(t, "the term", terms)
-	next := campaign(t.Context(), newElector(t, client, long), "jobs", "second")
+	next := campaign(t.Context(), newElector(t, client), "jobs", "second")
 	awaitQueue(t, client, "jobs", queued(2))
 	p.fail(errSick)
 	ops := newElector(t, client)
@@ -667,14 +667,14 @@ func TestTransferDeletesNoRequestOfAnother(t *testing.T) {
 	defer cancel()
 	transferred := q.transfer(ctx, t, newElector(t, q.client))
 	// One more that stands before to: it steps back, and its request is forgotten.
-	e := newElector(t, q.client, long)
+	e := newElector(t, q.client)
 	own := campaign(t.Context(), e, "jobs", "last")
 	awaitQueue(t, q.client, "jobs", queued(4))
 	ops := newElector(t, q.client)
 	second, stop := context.WithTimeout(t.Context(), patience)
 	defer stop()
 	// asks stock, waits and then last: only stock is left
-	tail := campaign(t.Context(), newElector(t, q.client, long), "jobs", "tail")
+	tail := campaign(t.Context(), newElector(t, q.client), "jobs", "tail")
 	cs := awaitQueue(t, q.client, "jobs", queued(5))
 	over := transfer(second, ops, "jobs", cs[4])
 	for {
@@ -793,7 +793,7 @@ func TestTransferWhoseLeaseIsGoneAsksTheNextOneWithAnother(t *testing.T) {
 func TestEndOfATransferredTermIsToldThoughTheFunctionHasNotReturned(t *testing.T) {
 	_, client := start(t)
 	ended, release := make(chan error, 10), make(chan struct{})
-	e := newElector(t, client, long, leader.WithHooks(leader.Hooks{
+	e := newElector(t, client, leader.WithHooks(leader.Hooks{
 		LeaderChanged: func(string, leader.Candidate) {},
 		Ended:         func(_ string, _ *leader.Leader, cause error) { ended <- cause },
 	}))
@@ -801,7 +801,7 @@ func TestEndOfATransferredTermIsToldThoughTheFunctionHasNotReturned(t *testing.T
 	defer stop()
 	terms, ran := runHeld(ctx, e, "first", release)
 	etcdtest.Await(t, "the term", terms)
-	next := campaign(t.Context(), newElector(t, client, long), "jobs", "second")
+	next := campaign(t.Context(), newElector(t, client), "jobs", "second")
 	awaitQueue(t, client, "jobs", queued(2))
 	transferred := transfer(t.Context(), newElector(t, client), "jobs", leader.Candidate{})
 	select {

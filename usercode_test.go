@@ -121,7 +121,7 @@ func TestPanicAndGoexitReachTheCallerAndLeaveNothing(t *testing.T) {
 					broken := wrapped(client)
 					kv := &brokenKV{KV: client.KV}
 					broken.KV = kv
-					e, others := newElector(t, broken, append(m.options(), long)...), newElector(t, client)
+					e, others := newElector(t, broken, m.options()...), newElector(t, client)
 					name := t.Name()
 					if shared {
 						lead(t, e, name+"-other", "") // keeps the lease
