@@ -195,7 +195,7 @@ func TestTermSurvivesAChangeOfEtcdsLeader(t *testing.T) {
 	}
 	client := etcdtest.NewClient(t, endpoints...)
 	renewed := make(chan struct{}, 1000)
-	e := newElector(t, client, leader.WithTTL(3*time.Second), leader.WithHooks(leader.Hooks{
+	e := newElector(t, client, leader.WithTTL(6*time.Second), leader.WithHooks(leader.Hooks{
 		Renewed: func(clientv3.LeaseID, time.Duration, time.Time) { renewed <- struct{}{} },
 	}))
 	l := lead(t, e, "jobs", "")
