@@ -68,21 +68,17 @@ func TestEvictAsksFirst(t *testing.T) {
 	l := lead(t, name, "victim")
 	leaderDo(t, "evict", name).want(t, 2, "--yes")
 	for answer, status := range map[string]int{"\n": 1, "n\n": 1, "\x04": 1, "\x03": 130} {
-		p, terminal := onTerminal(t, "evict", name)
+		p, keyboard := onTerminal(t, "evict", name)
 		p.line(t, "two may work")
-		if _, err := terminal.WriteString(answer); err != nil {
-			t.Fatal(err)
-		}
+		keyboard(answer)
 		p.end(t, status)
 		if !l.IsLeader() {
 			t.Fatalf("evicted after %q", answer)
 		}
 	}
-	p, terminal := onTerminal(t, "evict", name)
+	p, keyboard := onTerminal(t, "evict", name)
 	p.line(t, "two may work")
-	if _, err := terminal.WriteString("y\n"); err != nil {
-		t.Fatal(err)
-	}
+	keyboard("y\n")
 	p.end(t, 0)
 	<-l.Context().Done()
 	if strings.Contains(strings.Join(keys(t, name), " "), l.Key()) {
@@ -96,15 +92,13 @@ func TestEvictSparesALaterTerm(t *testing.T) {
 	t.Parallel()
 	const name = "evict/later"
 	l := lead(t, name, "first")
-	p, terminal := onTerminal(t, "evict", name)
+	p, keyboard := onTerminal(t, "evict", name)
 	p.line(t, "two may work")
 	if err := l.Resign(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	second := lead(t, name, "second")
-	if _, err := terminal.WriteString("y\n"); err != nil {
-		t.Fatal(err)
-	}
+	keyboard("y\n")
 	p.end(t, 1)
 	if !second.IsLeader() {
 		t.Error("the later term was evicted")
