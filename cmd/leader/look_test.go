@@ -227,6 +227,11 @@ func TestWrongUsageHasAStatusOfItsOwn(t *testing.T) {
 	}
 }
 
+func TestASlipOfTheKeyboardGetsASuggestion(t *testing.T) {
+	t.Parallel()
+	leaderDo(t, "lst").want(t, 2, "\n\nDid you mean this?\n  list\n")
+}
+
 func TestCompletionKnowsTheSubcommands(t *testing.T) {
 	t.Parallel()
 	leaderDo(t, "completion", "bash").want(t, 0, "complete")

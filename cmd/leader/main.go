@@ -90,7 +90,7 @@ func execute() int {
 	if errors.As(err, &q) {
 		return int(q)
 	}
-	fmt.Fprintln(os.Stderr, "leader:", escaped(textOf(err.Error())))
+	fmt.Fprintln(os.Stderr, "leader:", inLines(textOf(err.Error())))
 	status := statusOf(err)
 	if cmd == root { // there is no such subcommand
 		status = exitUsage
@@ -104,9 +104,15 @@ func execute() int {
 	return status
 }
 
-// textOf returns the text of an error without the prefixes of the library.
+// textOf returns the text of an error without the prefixes of the library, and with flags for its options.
 func textOf(err string) string {
-	return strings.ReplaceAll(strings.TrimPrefix(err, "leader: "), ": leader: ", ": ")
+	text := strings.ReplaceAll(strings.TrimPrefix(err, "leader: "), ": leader: ", ": ")
+	for option, flag := range map[string]string{"WithTTL(": "--ttl ", "WithMargin(": "--margin ", "WithLeaseFile(": "--lease-file "} {
+		if rest, ok := strings.CutPrefix(text, option); ok {
+			return flag + strings.Replace(rest, "): ", ": ", 1)
+		}
+	}
+	return text
 }
 
 // statusOf returns the status to exit with after an error.

@@ -111,7 +111,7 @@ func TestReclaimTellsAnErrorOnceAndGoesOn(t *testing.T) {
 	leaderDo(t, "reclaim", "--once", dir).want(t, 1, "regular")
 	leaderDo(t, "reclaim", "--once", dir+"/missing").want(t, 0)
 	p := leaderBegin(t, "reclaim", dir)
-	p.line(t, "being retried")
+	p.line(t, `being retried: reclaim "`+dir+`": must be`)
 	select {
 	case <-p.ended:
 		t.Error("it has ended")
