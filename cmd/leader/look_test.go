@@ -218,6 +218,7 @@ func TestWrongUsageHasAStatusOfItsOwn(t *testing.T) {
 		{"frobnicate"}, {"--nonsense"}, {"list", "a", "b"}, {"list", "-o", "yaml"}, {"watch"}, {"watch", ""}, {"watch", "a/"},
 		{"wait", "a/"}, {"transfer", "a/"}, {"evict", "a/", "--yes"}, {"reclaim"}, {"list", "--dial-timeout", "soon"},
 		{"list", "--user", "somebody"}, {"list", "--cacert", "/nowhere"},
+		{"transfer", "a", "--to", ""}, {"transfer", "a", "--timeout", "0"},
 	} {
 		r := leaderDo(t, args...)
 		r.want(t, 2, "leader: ", "--help")

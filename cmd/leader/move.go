@@ -39,6 +39,15 @@ who has not left; a leader that was asked before may step back all the same.`,
   leader transfer svc/jobs --to newest
   leader transfer svc/jobs --to host-2`,
 		Args: cobra.ExactArgs(1),
+		PreRunE: func(cmd *cobra.Command, _ []string) error {
+			if to == "" && cmd.Flags().Changed("to") { // as by a variable of a script that is not set
+				return usage(`--to "": must not be empty`)
+			}
+			if timeout <= 0 {
+				return usage("--timeout %v: must be positive", timeout)
+			}
+			return nil
+		},
 		RunE: a.bounded(func(ctx context.Context, client *clientv3.Client, args []string) error {
 			elector, err := a.elector(client)
 			if err != nil {
@@ -62,7 +71,7 @@ who has not left; a leader that was asked before may step back all the same.`,
 	}
 	out.addTo(cmd)
 	cmd.Flags().StringVar(&to, "to", "", "`candidate` that is to lead: its value, its key, or newest")
-	cmd.Flags().DurationVar(&timeout, "timeout", time.Minute, "give up after that time; it should be longer than the TTL")
+	cmd.Flags().DurationVar(&timeout, "timeout", time.Minute, "give up after that time, which must be positive and should be longer than the TTL")
 	return cmd
 }
 

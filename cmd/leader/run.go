@@ -69,6 +69,9 @@ Exit status:
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if !cmd.Flags().Changed("margin") {
+				f.margin = f.ttl / 5
+			}
 			return f.run(cmd.Context(), a, args[0], args[1:])
 		},
 	}

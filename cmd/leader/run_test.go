@@ -55,9 +55,23 @@ func TestRunExitsWithTheStatusOfItsCommand(t *testing.T) {
 	}
 	for _, args := range [][]string{
 		{"run", "run/usage"}, {"run", "run/usage", "true"}, {"run", "--", "true"}, {"run", "a", "b", "--", "true"},
-		{"run", "run/usage/", "--", "true"}, {"run", "run/usage", "--ttl", "1ms", "--", "true"}, {"run", "run/usage", "--nonsense", "--", "true"},
+		{"run", "run/usage/", "--", "true"}, {"run", "run/usage", "--nonsense", "--", "true"},
 	} {
 		leaderDo(t, args...).want(t, 125, "leader: ")
+	}
+}
+
+func TestAFlagThatIsRefusedIsNamed(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for _, c := range []struct{ flag, value, want string }{
+		{"--ttl", "0", "leader: --ttl 0s: must"},
+		{"--ttl", "1ms", "leader: --ttl 1ms: must"},
+		{"--margin", "0", "leader: --margin 0s: must"},
+		{"--margin", "14s", "leader: --margin 14s: must"},
+		{"--lease-file", dir, `leader: --lease-file "` + dir + `": must`},
+	} {
+		leaderDo(t, "run", "run/refused", c.flag, c.value, "--", "true").want(t, 125, c.want)
 	}
 }
 
