@@ -47,7 +47,12 @@ with tabs in between: election, place, token, lease, seconds left, TTL, value.
 A value that is not printable is quoted. With -o json it prints an array.`,
 		Example: `  leader list svc
   leader list svc -o json | jq -r '.[] | .election + " " + .candidates[0].value'`,
-		Args: cobra.MaximumNArgs(1),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 1 {
+				return usage("list takes at most one prefix")
+			}
+			return nil
+		},
 		RunE: a.bounded(func(ctx context.Context, client *clientv3.Client, args []string) error {
 			ctx, cancel := context.WithTimeout(ctx, a.commandTimeout)
 			defer cancel()
@@ -211,7 +216,7 @@ value, with a tab in between. A value that is not printable is quoted. With
 It survives outages of etcd. It may leave out states that came and went in the
 meantime, but never the latest one.`,
 		Example: "  leader watch svc/jobs -o json",
-		Args:    cobra.ExactArgs(1),
+		Args:    oneName,
 		RunE: a.patient(func(ctx context.Context, client *clientv3.Client, args []string) error {
 			ctx, cancel := context.WithCancelCause(ctx)
 			defer cancel(nil)
@@ -276,7 +281,7 @@ for scripts that must not continue before. It also waits for etcd.
 
 Who leads may change at any time, also before the script's next line.`,
 		Example: "  leader wait svc/jobs --timeout 1m && echo ready",
-		Args:    cobra.ExactArgs(1),
+		Args:    oneName,
 		RunE: a.patient(func(ctx context.Context, client *clientv3.Client, args []string) error {
 			defer a.warnIfAway(ctx, client, cmp.Or(min(timeout/2, a.commandTimeout), a.commandTimeout))()
 			if timeout > 0 {

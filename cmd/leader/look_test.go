@@ -228,6 +228,27 @@ func TestWrongUsageHasAStatusOfItsOwn(t *testing.T) {
 	}
 }
 
+func TestAMistakenCallIsExplained(t *testing.T) {
+	t.Parallel()
+	for want, args := range map[string][]string{
+		"needs one name":   {"watch"},
+		"at most one":      {"list", "a", "b"},
+		"needs a lease":    {"reclaim"},
+		"comes after --\n": {"run", "t", "sh", "-c", "true"},
+	} {
+		r := leaderDo(t, args...)
+		r.want(t, r.status, want)
+		if r.status == 0 {
+			t.Errorf("%q succeeds", args)
+		}
+	}
+}
+
+func TestTheVersionIsPrinted(t *testing.T) {
+	t.Parallel()
+	leaderDo(t, "--version").want(t, 0, "leader version ")
+}
+
 func TestASlipOfTheKeyboardGetsASuggestion(t *testing.T) {
 	t.Parallel()
 	leaderDo(t, "lst").want(t, 2, "\n\nDid you mean this?\n  list\n")

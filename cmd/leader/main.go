@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"syscall"
@@ -155,6 +156,7 @@ Every flag about etcd can also be given as a variable, as for etcdctl:
 Results go to standard output, progress and errors to standard error.
 
 ` + codesHelp,
+		Version:       version(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
@@ -164,7 +166,12 @@ Results go to standard output, progress and errors to standard error.
 			return nil
 		},
 	}
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return statusError{exitUsage, err} })
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		if cmd.Name() == "run" {
+			return usage("%w; run's command, with its flags, comes after --", err)
+		}
+		return statusError{exitUsage, err}
+	})
 	f := root.PersistentFlags()
 	f.SortFlags = false
 	f.StringSliceVar(&a.spec.Endpoints, "endpoints", []string{"127.0.0.1:2379"}, "`addresses` of etcd, separated by commas")
@@ -183,16 +190,25 @@ Results go to standard output, progress and errors to standard error.
 	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), ".FlagUsages", ".FlagUsagesWrapped 80"))
 	for _, cmd := range root.Commands() {
 		cmd.DisableFlagsInUseLine = true
-		if args := cmd.Args; args != nil {
-			cmd.Args = func(cmd *cobra.Command, got []string) error {
-				if err := args(cmd, got); err != nil {
-					return statusError{exitUsage, err}
-				}
-				return nil
-			}
-		}
 	}
 	return root
+}
+
+// version returns that of the module from which the command was built.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	return cmp.Or(info.Main.Version, "unknown")
+}
+
+// oneName accepts one argument.
+func oneName(cmd *cobra.Command, args []string) error {
+	if len(args) != 1 {
+		return usage("%s needs one name, that of an election", cmd.Name())
+	}
+	return nil
 }
 
 // A work is what a subcommand does with a connection to etcd, until ctx ends.

@@ -10,8 +10,8 @@ import (
 func TestTransferChoosesByValueKeyOrAge(t *testing.T) {
 	t.Parallel()
 	const name = "transfer/choose"
-	leaderDo(t, "transfer", name).want(t, 3, "no leader")
-	leaderDo(t, "transfer", name, "--to", "newest").want(t, 3, "no leader")
+	leaderDo(t, "transfer", name).want(t, 3, `"`+name+`" has no leader`)
+	leaderDo(t, "transfer", name, "--to", "newest").want(t, 3, `"`+name+`" has no leader`)
 	enqueue(t, name, "a")
 	leaderDo(t, "wait", name).want(t, 0, "a\n")
 	leaderDo(t, "transfer", name).want(t, 3, "nobody waits")
@@ -64,7 +64,7 @@ func TestATransferThatTakesTooLongNamesWhoHasNotLeft(t *testing.T) {
 func TestEvictAsksFirst(t *testing.T) {
 	t.Parallel()
 	const name = "evict/asks"
-	leaderDo(t, "evict", name, "--yes").want(t, 3, "no leader")
+	leaderDo(t, "evict", name, "--yes").want(t, 3, `"`+name+`" has no leader`)
 	l := lead(t, name, "victim")
 	leaderDo(t, "evict", name).want(t, 2, "--yes")
 	for answer, status := range map[string]int{"\n": 1, "n\n": 1, "\x04": 1, "\x03": 130} {

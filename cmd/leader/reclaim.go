@@ -28,7 +28,12 @@ stopped. With --once it returns when the leases of each owner are gone, at once
 if there are none. In a unit of systemd:
 
   ExecStopPost=leader reclaim --once /run/jobs.lease`,
-		Args: cobra.MinimumNArgs(1),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return usage("reclaim needs a lease file")
+			}
+			return nil
+		},
 		RunE: a.patient(func(ctx context.Context, client *clientv3.Client, files []string) error {
 			defer a.warnIfAway(ctx, client, a.commandTimeout)() // Reclaim does not say it
 			var reclaiming errgroup.Group
