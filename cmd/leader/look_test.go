@@ -259,6 +259,10 @@ func TestCompletionKnowsTheSubcommands(t *testing.T) {
 	leaderDo(t, "completion", "bash").want(t, 0, "complete")
 	leaderDo(t, "__complete", "tr").want(t, 0, "transfer\t")
 	leaderDo(t, "__complete", "list", "-o", "").want(t, 0, "json")
+	leaderDo(t, "__complete", "run", "").want(t, 0, "NoFileComp")
+	leaderDo(t, "__complete", "run", "name", "--", "").want(t, 0, "ShellCompDirectiveDefault")
+	leaderDo(t, "__complete", "transfer", "--to", "").want(t, 0, "newest\n", "NoFileComp")
+	leaderDo(t, "__complete", "reclaim", "").want(t, 0, "ShellCompDirectiveDefault")
 }
 
 func TestAnEtcdThatIsAwayIsNamedWithTheReason(t *testing.T) {

@@ -190,6 +190,9 @@ Results go to standard output, progress and errors to standard error.
 	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), ".FlagUsages", ".FlagUsagesWrapped 80"))
 	for _, cmd := range root.Commands() {
 		cmd.DisableFlagsInUseLine = true
+		if cmd.Name() != "reclaim" {
+			cmd.ValidArgsFunction = completeArg
+		}
 	}
 	return root
 }
@@ -201,6 +204,14 @@ func version() string {
 		return "unknown"
 	}
 	return cmp.Or(info.Main.Version, "unknown")
+}
+
+// completeArg offers no files for the first argument, a name. What comes after it is the command of "leader run".
+func completeArg(_ *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	if len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveDefault
+	}
+	return nil, cobra.ShellCompDirectiveNoFileComp
 }
 
 // oneName accepts one argument.

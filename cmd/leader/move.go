@@ -71,6 +71,7 @@ who has not left; a leader that was asked before may step back all the same.`,
 	}
 	out.addTo(cmd)
 	cmd.Flags().StringVar(&to, "to", "", "`candidate` that is to lead: its value, its key, or newest")
+	_ = cmd.RegisterFlagCompletionFunc("to", cobra.FixedCompletions([]string{newest}, cobra.ShellCompDirectiveNoFileComp))
 	cmd.Flags().DurationVar(&timeout, "timeout", time.Minute, "give up after that time, which must be positive and should be longer than the TTL")
 	return cmd
 }

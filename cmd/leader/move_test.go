@@ -109,7 +109,8 @@ func TestReclaimTellsAnErrorOnceAndGoesOn(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	leaderDo(t, "reclaim", "--once", dir).want(t, 1, "regular")
-	leaderDo(t, "reclaim", "--once", dir+"/missing").want(t, 0)
+	leaderDo(t, "reclaim", "--once", dir+"/missing").want(t, 0, "no lease of a dead owner is left")
+	leaderDo(t, "reclaim", "--once", dir+"/nowhere/missing").want(t, 0, "does not exist")
 	p := leaderBegin(t, "reclaim", dir)
 	p.line(t, `being retried: reclaim "`+dir+`": must be`)
 	select {

@@ -172,6 +172,7 @@ func TestSignalsReachTheCommandBeforeTheResignation(t *testing.T) {
 		echo ready; while :; do sleep 0.05; done`)
 	p.line(t, "ready")
 	p.signal(t, syscall.SIGINT)
+	p.line(t, "passed on to the command, which still runs (signal=interrupt)")
 	p.line(t, "interrupted")
 	p.signal(t, syscall.SIGUSR1)
 	p.line(t, "\tme")
@@ -211,11 +212,15 @@ func TestAKilledRunTakesItsCommandWithItAndTheNextLeadsAtOnce(t *testing.T) {
 	if !alive(pid) {
 		t.Fatal("the command does not run")
 	}
-	leaderBegin(t, "reclaim", filepath.Join(t.TempDir(), "nothing"), file)
+	lasting := leaderBegin(t, "reclaim", filepath.Join(t.TempDir(), "nothing"), file)
 	once := leaderBegin(t, "reclaim", "--once", file)
+	lasting.line(t, "waits until the owner is dead and its leases are gone (file="+file+")")
+	once.line(t, "waits until")
 	first.signal(t, syscall.SIGKILL)
 	second.line(t, "I lead")
+	once.line(t, "no lease of a dead owner is left")
 	once.end(t, 0)
+	lasting.line(t, "no lease of a dead owner is left (file="+file+")")
 	await(t, "the command's end", func() bool { return !alive(pid) })
 }
 

@@ -197,6 +197,8 @@ func (r *runner) handle(s syscall.Signal) {
 		r.stopped = s
 		if r.child == nil {
 			r.cancel(signalled{s})
+		} else {
+			r.log.Info("passed on to the command, which still runs", "signal", s)
 		}
 	}
 	if r.child != nil {
