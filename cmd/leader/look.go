@@ -42,8 +42,9 @@ renewed before. "expired" means that the lease is gone and its key goes next.
 until somebody deletes it. etcd does not record when a term began; of two
 candidates, the one with the smaller token has joined the queue first.
 
-On a terminal it prints a table. Else it prints one line for each candidate,
-with tabs in between: election, place, token, lease, seconds left, TTL, value.
+On a terminal it prints a table, without LEASE and LEFT if that is narrow. Else
+it prints one line for each candidate, with tabs in between: election, place,
+token, lease, seconds left, TTL, value.
 A value that is not printable is quoted. With -o json it prints an array.`,
 		Example: `  leader list svc
   leader list svc -o json | jq -r '.[] | .election + " " + .candidates[0].value'`,
@@ -170,13 +171,13 @@ func printElections(elections []election, s *screen) error {
 		}
 		var table strings.Builder
 		t := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(t, "  \tTOKEN\tLEASE\tLEFT\tVALUE")
+		fmt.Fprintln(t, s.row("", "TOKEN", "LEASE", "LEFT", "VALUE"))
 		for i, c := range e.Candidates {
 			place := "leader"
 			if i > 0 {
 				place = strconv.Itoa(i + 1)
 			}
-			fmt.Fprintf(t, "  %s\t%d\t%s\t%s\t%s\n", place, c.Token, c.Lease, c.left(), quoted(c.Value))
+			fmt.Fprintln(t, s.row(place, strconv.FormatInt(c.Token, 10), c.Lease, c.left(), quoted(c.Value)))
 		}
 		_ = t.Flush() // to memory
 		fmt.Fprintln(out, s.fit(quoted(e.Name)))
@@ -188,6 +189,18 @@ func printElections(elections []election, s *screen) error {
 		}
 	}
 	return out.Flush()
+}
+
+// row returns a row of the table, for a tabwriter. On a narrow screen it leaves columns out, so that the value has room.
+func (s *screen) row(place, token, lease, left, value string) string {
+	cells := []string{"  " + place, token}
+	if s.width >= 70 {
+		cells = append(cells, lease)
+	}
+	if s.width >= 50 {
+		cells = append(cells, left)
+	}
+	return strings.Join(append(cells, value), "\t")
 }
 
 // left says how long the lease still lives.

@@ -154,6 +154,18 @@ func TestTablesFitTheTerminal(t *testing.T) {
 	}
 }
 
+func TestANarrowTableHasTheValue(t *testing.T) {
+	t.Parallel()
+	const name = "list/narrow"
+	lead(t, name, "the value")
+	for columns, head := range map[uint16]string{40: "TOKEN  VALUE", 60: "TOKEN  LEFT", 80: "TOKEN  LEASE"} {
+		p, _ := beginOnTerminal(t, command(t, "list", name), columns)
+		p.line(t, head)
+		p.line(t, "the value")
+		p.end(t, 0)
+	}
+}
+
 func TestWatchPrintsEachChangeAndVacancy(t *testing.T) {
 	t.Parallel()
 	const name = "watch/changes"
