@@ -15,8 +15,9 @@ import (
 
 // A child is a command in a process group of its own.
 type child struct {
-	pid      int  // of the command, and of its group
-	terminal bool // it is in the foreground of the terminal
+	pid      int         // of the command, and of its group
+	terminal bool        // it is in the foreground of the terminal
+	modes    *term.State // of the terminal, before the command
 	exited   chan struct{}
 	status   int // as a shell has it, once exited is closed
 
@@ -34,6 +35,8 @@ func startChild(cmd *exec.Cmd) (*child, error) {
 		c.terminal = err == nil && front == unix.Getpgrp() && term.IsTerminal(int(os.Stdout.Fd()))
 		if !c.terminal {
 			cmd.Stdin = nil // the kernel would stop a process in the background that reads from the terminal
+		} else if c.modes, err = term.GetState(stdin); err != nil {
+			return nil, err
 		}
 	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -50,11 +53,25 @@ func startChild(cmd *exec.Cmd) (*child, error) {
 	go func() {
 		c.wait()
 		if c.terminal {
-			_ = unix.IoctlSetPointerInt(stdin, unix.TIOCSPGRP, unix.Getpgrp())
+			c.leaveTerminal(stdin)
 		}
 		close(c.exited)
 	}()
 	return c, nil
+}
+
+// leaveTerminal takes the terminal back from the group, which has ended, and restores its modes, which a command that is
+// killed leaves as they are. Another group may have the terminal by now, such as the shell while this process was
+// stopped: then it keeps it.
+func (c *child) leaveTerminal(fd int) {
+	front, err := unix.IoctlGetInt(fd, unix.TIOCGPGRP)
+	// Other systems than Linux forget a group that is gone: they return 0, or a number that no group has.
+	gone := front == c.pid || front == 0 || errors.Is(unix.Kill(-front, 0), unix.ESRCH)
+	if err != nil || !gone {
+		return
+	}
+	_ = unix.IoctlSetPointerInt(fd, unix.TIOCSPGRP, unix.Getpgrp()) // fails if the terminal is gone
+	_ = term.Restore(fd, c.modes)
 }
 
 // wait returns when the command has ended and no process is left in its group. On Linux this process is the parent of

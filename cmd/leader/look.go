@@ -42,12 +42,18 @@ renewed before. "expired" means that the lease is gone and its key goes next.
 until somebody deletes it. etcd does not record when a term began; of two
 candidates, the one with the smaller token has joined the queue first.
 
-On a terminal it prints a table. Else it prints one line for each candidate,
-with tabs in between: election, place, token, lease, seconds left, TTL, value.
+On a terminal it prints a table, without LEASE and LEFT if that is narrow. Else
+it prints one line for each candidate, with tabs in between: election, place,
+token, lease, seconds left, TTL, value.
 A value that is not printable is quoted. With -o json it prints an array.`,
 		Example: `  leader list svc
   leader list svc -o json | jq -r '.[] | .election + " " + .candidates[0].value'`,
-		Args: cobra.MaximumNArgs(1),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 1 {
+				return usage("list takes at most one prefix")
+			}
+			return nil
+		},
 		RunE: a.bounded(func(ctx context.Context, client *clientv3.Client, args []string) error {
 			ctx, cancel := context.WithTimeout(ctx, a.commandTimeout)
 			defer cancel()
@@ -165,13 +171,13 @@ func printElections(elections []election, s *screen) error {
 		}
 		var table strings.Builder
 		t := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(t, "  \tTOKEN\tLEASE\tLEFT\tVALUE")
+		fmt.Fprintln(t, s.row("", "TOKEN", "LEASE", "LEFT", "VALUE"))
 		for i, c := range e.Candidates {
 			place := "leader"
 			if i > 0 {
 				place = strconv.Itoa(i + 1)
 			}
-			fmt.Fprintf(t, "  %s\t%d\t%s\t%s\t%s\n", place, c.Token, c.Lease, c.left(), quoted(c.Value))
+			fmt.Fprintln(t, s.row(place, strconv.FormatInt(c.Token, 10), c.Lease, c.left(), quoted(c.Value)))
 		}
 		_ = t.Flush() // to memory
 		fmt.Fprintln(out, s.fit(quoted(e.Name)))
@@ -183,6 +189,18 @@ func printElections(elections []election, s *screen) error {
 		}
 	}
 	return out.Flush()
+}
+
+// row returns a row of the table, for a tabwriter. On a narrow screen it leaves columns out, so that the value has room.
+func (s *screen) row(place, token, lease, left, value string) string {
+	cells := []string{"  " + place, token}
+	if s.width >= 70 {
+		cells = append(cells, lease)
+	}
+	if s.width >= 50 {
+		cells = append(cells, left)
+	}
+	return strings.Join(append(cells, value), "\t")
 }
 
 // left says how long the lease still lives.
@@ -211,7 +229,7 @@ value, with a tab in between. A value that is not printable is quoted. With
 It survives outages of etcd. It may leave out states that came and went in the
 meantime, but never the latest one.`,
 		Example: "  leader watch svc/jobs -o json",
-		Args:    cobra.ExactArgs(1),
+		Args:    oneName,
 		RunE: a.patient(func(ctx context.Context, client *clientv3.Client, args []string) error {
 			ctx, cancel := context.WithCancelCause(ctx)
 			defer cancel(nil)
@@ -276,7 +294,7 @@ for scripts that must not continue before. It also waits for etcd.
 
 Who leads may change at any time, also before the script's next line.`,
 		Example: "  leader wait svc/jobs --timeout 1m && echo ready",
-		Args:    cobra.ExactArgs(1),
+		Args:    oneName,
 		RunE: a.patient(func(ctx context.Context, client *clientv3.Client, args []string) error {
 			defer a.warnIfAway(ctx, client, cmp.Or(min(timeout/2, a.commandTimeout), a.commandTimeout))()
 			if timeout > 0 {

@@ -154,6 +154,18 @@ func TestTablesFitTheTerminal(t *testing.T) {
 	}
 }
 
+func TestANarrowTableHasTheValue(t *testing.T) {
+	t.Parallel()
+	const name = "list/narrow"
+	lead(t, name, "the value")
+	for columns, head := range map[uint16]string{40: "TOKEN  VALUE", 60: "TOKEN  LEFT", 80: "TOKEN  LEASE"} {
+		p, _ := beginOnTerminal(t, command(t, "list", name), columns)
+		p.line(t, head)
+		p.line(t, "the value")
+		p.end(t, 0)
+	}
+}
+
 func TestWatchPrintsEachChangeAndVacancy(t *testing.T) {
 	t.Parallel()
 	const name = "watch/changes"
@@ -218,6 +230,7 @@ func TestWrongUsageHasAStatusOfItsOwn(t *testing.T) {
 		{"frobnicate"}, {"--nonsense"}, {"list", "a", "b"}, {"list", "-o", "yaml"}, {"watch"}, {"watch", ""}, {"watch", "a/"},
 		{"wait", "a/"}, {"transfer", "a/"}, {"evict", "a/", "--yes"}, {"reclaim"}, {"list", "--dial-timeout", "soon"},
 		{"list", "--user", "somebody"}, {"list", "--cacert", "/nowhere"},
+		{"transfer", "a", "--to", ""}, {"transfer", "a", "--timeout", "0"},
 	} {
 		r := leaderDo(t, args...)
 		r.want(t, 2, "leader: ", "--help")
@@ -227,11 +240,41 @@ func TestWrongUsageHasAStatusOfItsOwn(t *testing.T) {
 	}
 }
 
+func TestAMistakenCallIsExplained(t *testing.T) {
+	t.Parallel()
+	for want, args := range map[string][]string{
+		"needs one name":   {"watch"},
+		"at most one":      {"list", "a", "b"},
+		"needs a lease":    {"reclaim"},
+		"comes after --\n": {"run", "t", "sh", "-c", "true"},
+	} {
+		r := leaderDo(t, args...)
+		r.want(t, r.status, want)
+		if r.status == 0 {
+			t.Errorf("%q succeeds", args)
+		}
+	}
+}
+
+func TestTheVersionIsPrinted(t *testing.T) {
+	t.Parallel()
+	leaderDo(t, "--version").want(t, 0, "leader version ")
+}
+
+func TestASlipOfTheKeyboardGetsASuggestion(t *testing.T) {
+	t.Parallel()
+	leaderDo(t, "lst").want(t, 2, "\n\nDid you mean this?\n  list\n")
+}
+
 func TestCompletionKnowsTheSubcommands(t *testing.T) {
 	t.Parallel()
 	leaderDo(t, "completion", "bash").want(t, 0, "complete")
 	leaderDo(t, "__complete", "tr").want(t, 0, "transfer\t")
 	leaderDo(t, "__complete", "list", "-o", "").want(t, 0, "json")
+	leaderDo(t, "__complete", "run", "").want(t, 0, "NoFileComp")
+	leaderDo(t, "__complete", "run", "name", "--", "").want(t, 0, "ShellCompDirectiveDefault")
+	leaderDo(t, "__complete", "transfer", "--to", "").want(t, 0, "newest\n", "NoFileComp")
+	leaderDo(t, "__complete", "reclaim", "").want(t, 0, "ShellCompDirectiveDefault")
 }
 
 func TestAnEtcdThatIsAwayIsNamedWithTheReason(t *testing.T) {

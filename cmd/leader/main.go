@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"syscall"
@@ -90,7 +91,7 @@ func execute() int {
 	if errors.As(err, &q) {
 		return int(q)
 	}
-	fmt.Fprintln(os.Stderr, "leader:", escaped(textOf(err.Error())))
+	fmt.Fprintln(os.Stderr, "leader:", inLines(textOf(err.Error())))
 	status := statusOf(err)
 	if cmd == root { // there is no such subcommand
 		status = exitUsage
@@ -104,9 +105,15 @@ func execute() int {
 	return status
 }
 
-// textOf returns the text of an error without the prefixes of the library.
+// textOf returns the text of an error without the prefixes of the library, and with flags for its options.
 func textOf(err string) string {
-	return strings.ReplaceAll(strings.TrimPrefix(err, "leader: "), ": leader: ", ": ")
+	text := strings.ReplaceAll(strings.TrimPrefix(err, "leader: "), ": leader: ", ": ")
+	for option, flag := range map[string]string{"WithTTL(": "--ttl ", "WithMargin(": "--margin ", "WithLeaseFile(": "--lease-file "} {
+		if rest, ok := strings.CutPrefix(text, option); ok {
+			return flag + strings.Replace(rest, "): ", ": ", 1)
+		}
+	}
+	return text
 }
 
 // statusOf returns the status to exit with after an error.
@@ -149,6 +156,7 @@ Every flag about etcd can also be given as a variable, as for etcdctl:
 Results go to standard output, progress and errors to standard error.
 
 ` + codesHelp,
+		Version:       version(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
@@ -158,7 +166,12 @@ Results go to standard output, progress and errors to standard error.
 			return nil
 		},
 	}
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return statusError{exitUsage, err} })
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		if cmd.Name() == "run" {
+			return usage("%w; run's command, with its flags, comes after --", err)
+		}
+		return statusError{exitUsage, err}
+	})
 	f := root.PersistentFlags()
 	f.SortFlags = false
 	f.StringSliceVar(&a.spec.Endpoints, "endpoints", []string{"127.0.0.1:2379"}, "`addresses` of etcd, separated by commas")
@@ -177,16 +190,36 @@ Results go to standard output, progress and errors to standard error.
 	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), ".FlagUsages", ".FlagUsagesWrapped 80"))
 	for _, cmd := range root.Commands() {
 		cmd.DisableFlagsInUseLine = true
-		if args := cmd.Args; args != nil {
-			cmd.Args = func(cmd *cobra.Command, got []string) error {
-				if err := args(cmd, got); err != nil {
-					return statusError{exitUsage, err}
-				}
-				return nil
-			}
+		if cmd.Name() != "reclaim" {
+			cmd.ValidArgsFunction = completeArg
 		}
 	}
 	return root
+}
+
+// version returns that of the module from which the command was built.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	return cmp.Or(info.Main.Version, "unknown")
+}
+
+// completeArg offers no files for the first argument, a name. What comes after it is the command of "leader run".
+func completeArg(_ *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	if len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveDefault
+	}
+	return nil, cobra.ShellCompDirectiveNoFileComp
+}
+
+// oneName accepts one argument.
+func oneName(cmd *cobra.Command, args []string) error {
+	if len(args) != 1 {
+		return usage("%s needs one name, that of an election", cmd.Name())
+	}
+	return nil
 }
 
 // A work is what a subcommand does with a connection to etcd, until ctx ends.

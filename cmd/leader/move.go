@@ -38,7 +38,16 @@ who has not left; a leader that was asked before may step back all the same.`,
 		Example: `  leader transfer svc/jobs
   leader transfer svc/jobs --to newest
   leader transfer svc/jobs --to host-2`,
-		Args: cobra.ExactArgs(1),
+		Args: oneName,
+		PreRunE: func(cmd *cobra.Command, _ []string) error {
+			if to == "" && cmd.Flags().Changed("to") { // as by a variable of a script that is not set
+				return usage(`--to "": must not be empty`)
+			}
+			if timeout <= 0 {
+				return usage("--timeout %v: must be positive", timeout)
+			}
+			return nil
+		},
 		RunE: a.bounded(func(ctx context.Context, client *clientv3.Client, args []string) error {
 			elector, err := a.elector(client)
 			if err != nil {
@@ -55,14 +64,15 @@ who has not left; a leader that was asked before may step back all the same.`,
 				chosen, err = a.current(ctx, elector, args[0])
 			}
 			if err != nil {
-				return a.unreachable(err)
+				return a.failed(args[0], err)
 			}
 			return out.printLeader(args[0], chosen)
 		}),
 	}
 	out.addTo(cmd)
 	cmd.Flags().StringVar(&to, "to", "", "`candidate` that is to lead: its value, its key, or newest")
-	cmd.Flags().DurationVar(&timeout, "timeout", time.Minute, "give up after that time; it should be longer than the TTL")
+	_ = cmd.RegisterFlagCompletionFunc("to", cobra.FixedCompletions([]string{newest}, cobra.ShellCompDirectiveNoFileComp))
+	cmd.Flags().DurationVar(&timeout, "timeout", time.Minute, "give up after that time, which must be positive and should be longer than the TTL")
 	return cmd
 }
 
@@ -98,6 +108,14 @@ func (a *app) choose(ctx context.Context, elector *leader.Elector, name, to stri
 	return leader.Candidate{}, usage("--to %s: several candidates have this value, so name one by its key: %s", to, strings.Join(keys, ", "))
 }
 
+// failed adds to an error which election has no leader, or which etcd has not answered.
+func (a *app) failed(name string, err error) error {
+	if errors.Is(err, leader.ErrNoLeader) {
+		return statusError{exitNobody, fmt.Errorf("%q has no leader", name)}
+	}
+	return a.unreachable(err)
+}
+
 func (a *app) current(ctx context.Context, elector *leader.Elector, name string) (leader.Candidate, error) {
 	ctx, cancel := context.WithTimeout(ctx, a.commandTimeout)
 	defer cancel()
@@ -119,7 +137,7 @@ process first. "leader transfer" has no such overlap.
 It asks before it does so. In a script it needs --yes. It prints the value of
 the leader that it has evicted.`,
 		Example: "  leader evict svc/jobs --yes",
-		Args:    cobra.ExactArgs(1),
+		Args:    oneName,
 		RunE: a.bounded(func(ctx context.Context, client *clientv3.Client, args []string) error {
 			elector, err := a.elector(client)
 			if err != nil {
@@ -127,7 +145,7 @@ the leader that it has evicted.`,
 			}
 			evicted, err := a.current(ctx, elector, args[0])
 			if err != nil {
-				return a.unreachable(err)
+				return a.failed(args[0], err)
 			}
 			if !yes {
 				if err := confirm(ctx, args[0], evicted); err != nil {
@@ -138,13 +156,13 @@ the leader that it has evicted.`,
 					err = fmt.Errorf("%s leads now, so nobody was evicted", quoted(now.Value))
 				}
 				if err != nil {
-					return a.unreachable(err)
+					return a.failed(args[0], err)
 				}
 			}
 			ctx, cancel := context.WithTimeout(ctx, a.commandTimeout)
 			defer cancel()
 			if err := elector.Evict(ctx, args[0]); err != nil {
-				return a.unreachable(err)
+				return a.failed(args[0], err)
 			}
 			return out.printLeader(args[0], evicted)
 		}),

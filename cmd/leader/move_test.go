@@ -10,8 +10,8 @@ import (
 func TestTransferChoosesByValueKeyOrAge(t *testing.T) {
 	t.Parallel()
 	const name = "transfer/choose"
-	leaderDo(t, "transfer", name).want(t, 3, "no leader")
-	leaderDo(t, "transfer", name, "--to", "newest").want(t, 3, "no leader")
+	leaderDo(t, "transfer", name).want(t, 3, `"`+name+`" has no leader`)
+	leaderDo(t, "transfer", name, "--to", "newest").want(t, 3, `"`+name+`" has no leader`)
 	enqueue(t, name, "a")
 	leaderDo(t, "wait", name).want(t, 0, "a\n")
 	leaderDo(t, "transfer", name).want(t, 3, "nobody waits")
@@ -64,25 +64,21 @@ func TestATransferThatTakesTooLongNamesWhoHasNotLeft(t *testing.T) {
 func TestEvictAsksFirst(t *testing.T) {
 	t.Parallel()
 	const name = "evict/asks"
-	leaderDo(t, "evict", name, "--yes").want(t, 3, "no leader")
+	leaderDo(t, "evict", name, "--yes").want(t, 3, `"`+name+`" has no leader`)
 	l := lead(t, name, "victim")
 	leaderDo(t, "evict", name).want(t, 2, "--yes")
 	for answer, status := range map[string]int{"\n": 1, "n\n": 1, "\x04": 1, "\x03": 130} {
-		p, terminal := onTerminal(t, "evict", name)
+		p, keyboard := onTerminal(t, "evict", name)
 		p.line(t, "two may work")
-		if _, err := terminal.WriteString(answer); err != nil {
-			t.Fatal(err)
-		}
+		keyboard(answer)
 		p.end(t, status)
 		if !l.IsLeader() {
 			t.Fatalf("evicted after %q", answer)
 		}
 	}
-	p, terminal := onTerminal(t, "evict", name)
+	p, keyboard := onTerminal(t, "evict", name)
 	p.line(t, "two may work")
-	if _, err := terminal.WriteString("y\n"); err != nil {
-		t.Fatal(err)
-	}
+	keyboard("y\n")
 	p.end(t, 0)
 	<-l.Context().Done()
 	if strings.Contains(strings.Join(keys(t, name), " "), l.Key()) {
@@ -96,15 +92,13 @@ func TestEvictSparesALaterTerm(t *testing.T) {
 	t.Parallel()
 	const name = "evict/later"
 	l := lead(t, name, "first")
-	p, terminal := onTerminal(t, "evict", name)
+	p, keyboard := onTerminal(t, "evict", name)
 	p.line(t, "two may work")
 	if err := l.Resign(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	second := lead(t, name, "second")
-	if _, err := terminal.WriteString("y\n"); err != nil {
-		t.Fatal(err)
-	}
+	keyboard("y\n")
 	p.end(t, 1)
 	if !second.IsLeader() {
 		t.Error("the later term was evicted")
@@ -115,9 +109,10 @@ func TestReclaimTellsAnErrorOnceAndGoesOn(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	leaderDo(t, "reclaim", "--once", dir).want(t, 1, "regular")
-	leaderDo(t, "reclaim", "--once", dir+"/missing").want(t, 0)
+	leaderDo(t, "reclaim", "--once", dir+"/missing").want(t, 0, "no lease of a dead owner is left")
+	leaderDo(t, "reclaim", "--once", dir+"/nowhere/missing").want(t, 0, "does not exist")
 	p := leaderBegin(t, "reclaim", dir)
-	p.line(t, "being retried")
+	p.line(t, `being retried: reclaim "`+dir+`": must be`)
 	select {
 	case <-p.ended:
 		t.Error("it has ended")

@@ -112,6 +112,15 @@ func escaped(s string) string {
 	return b.String()
 }
 
+// inLines escapes a text of several lines, each for itself.
+func inLines(s string) string {
+	lines := strings.Split(strings.TrimSpace(strings.ReplaceAll(s, "\t", "  ")), "\n")
+	for i, line := range lines {
+		lines[i] = escaped(line)
+	}
+	return strings.Join(lines, "\n")
+}
+
 // quoted returns s itself if it is printable, and as a Go string if not, or if it looks like one.
 func quoted(s string) string {
 	if s == "" || strings.HasPrefix(s, `"`) || escaped(s) != s {
@@ -149,7 +158,8 @@ func (s *screen) bold(line string) string {
 	return "\x1b[1m" + line + "\x1b[0m"
 }
 
-// A logHandler prints the log for people: "leader: elected (token=12 key=svc/jobs/1f)".
+// A logHandler prints the log for people: "leader: elected (token=12 key=svc/jobs/1f)". An error comes last:
+// "leader: warning: lost (token=12): the lease has expired".
 type logHandler struct {
 	mu    *sync.Mutex
 	level slog.Level
@@ -180,12 +190,17 @@ func (h logHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 // Handle prints one message. It ignores the error of a standard error that nobody reads.
 func (h logHandler) Handle(_ context.Context, r slog.Record) error {
 	var attrs []string
+	reason := ""
 	add := func(a slog.Attr) bool {
 		if a.Key != "election" { // it is on the command line
 			if a.Value.Kind() == slog.KindDuration {
 				a.Value = slog.DurationValue(a.Value.Duration().Round(time.Millisecond))
 			}
 			text := escaped(textOf(a.Value.String()))
+			if _, ok := a.Value.Any().(error); ok {
+				reason = ": " + text
+				return true
+			}
 			if strings.ContainsAny(text, " =()") {
 				text = `"` + text + `"`
 			}
@@ -207,6 +222,6 @@ func (h logHandler) Handle(_ context.Context, r slog.Record) error {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	fmt.Fprintln(os.Stderr, line)
+	fmt.Fprintln(os.Stderr, line+reason)
 	return nil
 }

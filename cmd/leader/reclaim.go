@@ -2,7 +2,11 @@ package main
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"time"
 
 	"example.com/leader"
@@ -28,16 +32,26 @@ stopped. With --once it returns when the leases of each owner are gone, at once
 if there are none. In a unit of systemd:
 
   ExecStopPost=leader reclaim --once /run/jobs.lease`,
-		Args: cobra.MinimumNArgs(1),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return usage("reclaim needs a lease file")
+			}
+			return nil
+		},
 		RunE: a.patient(func(ctx context.Context, client *clientv3.Client, files []string) error {
+			log := newLog(true)
 			defer a.warnIfAway(ctx, client, a.commandTimeout)() // Reclaim does not say it
 			var reclaiming errgroup.Group
 			for _, file := range files {
+				if _, err := os.Stat(filepath.Dir(file)); errors.Is(err, fs.ErrNotExist) {
+					log.Warn("the directory of the lease file does not exist", "file", file)
+				}
 				reclaiming.Go(func() error {
 					if once {
-						return leader.Reclaim(ctx, client, file)
+						_, err := reclaim(ctx, client, file, log, true)
+						return err
 					}
-					return keepReclaiming(ctx, client, file, newLog(true))
+					return keepReclaiming(ctx, client, file, log)
 				})
 			}
 			return reclaiming.Wait()
@@ -53,23 +67,38 @@ func keepReclaiming(ctx context.Context, client *clientv3.Client, file string, l
 	// until there is an owner to wait for.
 	pause := retry.Backoff{Min: 50 * time.Millisecond, Max: time.Second}
 	failing := false
-	for {
-		began := time.Now()
-		err := leader.Reclaim(ctx, client, file)
+	for first := true; ; first = false {
+		waited, err := reclaim(ctx, client, file, log, first || failing)
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
 		if err != nil && !failing {
 			log.Warn("reclaim is being retried", "error", err)
-		} else if err == nil && failing {
-			log.Info("reclaim works again", "file", file)
 		}
 		failing = err != nil
-		if time.Since(began) > pause.Max {
+		if waited {
 			pause.Reset()
 		}
 		if err := pause.Wait(ctx); err != nil {
 			return err
 		}
 	}
+}
+
+// reclaim reclaims the leases of one owner. It logs that it has to wait, which it reports too, and the success after
+// that, or after any call if always is true.
+func reclaim(ctx context.Context, client *clientv3.Client, file string, log *slog.Logger, always bool) (waited bool, err error) {
+	told := make(chan struct{})
+	waits := time.AfterFunc(time.Second, func() {
+		defer close(told)
+		log.Info("waits until the owner is dead and its leases are gone", "file", file)
+	})
+	err = leader.Reclaim(ctx, client, file)
+	if waited = !waits.Stop(); waited {
+		<-told
+	}
+	if err == nil && (waited || always) {
+		log.Info("no lease of a dead owner is left", "file", file)
+	}
+	return waited, err
 }

@@ -40,9 +40,9 @@ The command's environment:
                    renewed. It is as of the start; renewals move it.
 
 The command is in a process group of its own. If standard input and output are
-a terminal, it is in the foreground there; otherwise it cannot read from a
-terminal. Processes that leave the group are not stopped, such as the jobs of
-an interactive shell.
+a terminal, it is in the foreground there, and the terminal's modes are restored
+after it; otherwise it cannot read from a terminal. Processes that leave the
+group are not stopped, such as the jobs of an interactive shell.
 
 If "leader run" itself is killed, the kernel kills the command (on Linux), but
 not the command's own children. With --lease-file, "leader reclaim" or the next
@@ -69,6 +69,9 @@ Exit status:
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if !cmd.Flags().Changed("margin") {
+				f.margin = f.ttl / 5
+			}
 			return f.run(cmd.Context(), a, args[0], args[1:])
 		},
 	}

@@ -3,7 +3,9 @@
 package main
 
 import (
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -53,9 +55,23 @@ func TestRunExitsWithTheStatusOfItsCommand(t *testing.T) {
 	}
 	for _, args := range [][]string{
 		{"run", "run/usage"}, {"run", "run/usage", "true"}, {"run", "--", "true"}, {"run", "a", "b", "--", "true"},
-		{"run", "run/usage/", "--", "true"}, {"run", "run/usage", "--ttl", "1ms", "--", "true"}, {"run", "run/usage", "--nonsense", "--", "true"},
+		{"run", "run/usage/", "--", "true"}, {"run", "run/usage", "--nonsense", "--", "true"},
 	} {
 		leaderDo(t, args...).want(t, 125, "leader: ")
+	}
+}
+
+func TestAFlagThatIsRefusedIsNamed(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for _, c := range []struct{ flag, value, want string }{
+		{"--ttl", "0", "leader: --ttl 0s: must"},
+		{"--ttl", "1ms", "leader: --ttl 1ms: must"},
+		{"--margin", "0", "leader: --margin 0s: must"},
+		{"--margin", "14s", "leader: --margin 14s: must"},
+		{"--lease-file", dir, `leader: --lease-file "` + dir + `": must`},
+	} {
+		leaderDo(t, "run", "run/refused", c.flag, c.value, "--", "true").want(t, 125, c.want)
 	}
 }
 
@@ -156,6 +172,7 @@ func TestSignalsReachTheCommandBeforeTheResignation(t *testing.T) {
 		echo ready; while :; do sleep 0.05; done`)
 	p.line(t, "ready")
 	p.signal(t, syscall.SIGINT)
+	p.line(t, "passed on to the command, which still runs (signal=interrupt)")
 	p.line(t, "interrupted")
 	p.signal(t, syscall.SIGUSR1)
 	p.line(t, "\tme")
@@ -195,11 +212,15 @@ func TestAKilledRunTakesItsCommandWithItAndTheNextLeadsAtOnce(t *testing.T) {
 	if !alive(pid) {
 		t.Fatal("the command does not run")
 	}
-	leaderBegin(t, "reclaim", filepath.Join(t.TempDir(), "nothing"), file)
+	lasting := leaderBegin(t, "reclaim", filepath.Join(t.TempDir(), "nothing"), file)
 	once := leaderBegin(t, "reclaim", "--once", file)
+	lasting.line(t, "waits until the owner is dead and its leases are gone (file="+file+")")
+	once.line(t, "waits until")
 	first.signal(t, syscall.SIGKILL)
 	second.line(t, "I lead")
+	once.line(t, "no lease of a dead owner is left")
 	once.end(t, 0)
+	lasting.line(t, "no lease of a dead owner is left (file="+file+")")
 	await(t, "the command's end", func() bool { return !alive(pid) })
 }
 
@@ -227,25 +248,29 @@ func TestRunResignsEvenIfNobodyReadsItsMessages(t *testing.T) {
 }
 
 // onTerminal starts a command on a terminal of its own.
-func onTerminal(t *testing.T, args ...string) (p *running, terminal *os.File) {
+func onTerminal(t *testing.T, args ...string) (p *running, keyboard func(string)) {
 	t.Helper()
-	cmd := command(t, args...)
-	terminal, err := pty.StartWithSize(cmd, &pty.Winsize{Rows: 24, Cols: 80})
-	if err != nil {
-		t.Fatal(err)
-	}
-	p = &running{Cmd: cmd}
-	p.follow(t, terminal)
-	return p, terminal
+	return beginOnTerminal(t, command(t, args...), 80)
 }
 
 // shell starts a script on a terminal, in which $leader is the command.
 func shell(t *testing.T, script string) (p *running, keyboard func(string)) {
 	t.Helper()
+	return beginOnTerminal(t, program(t, "/bin/sh", "-c", script), 80)
+}
+
+// program returns a program in whose environment $leader is the command.
+func program(t *testing.T, path string, args ...string) *exec.Cmd {
+	t.Helper()
 	cmd := command(t)
 	cmd.Env = append(cmd.Env, "leader="+cmd.Path)
-	cmd.Path, cmd.Args = "/bin/sh", []string{"sh", "-c", script}
-	terminal, err := pty.StartWithSize(cmd, &pty.Winsize{Rows: 24, Cols: 80})
+	cmd.Path, cmd.Args = path, append([]string{path}, args...)
+	return cmd
+}
+
+func beginOnTerminal(t *testing.T, cmd *exec.Cmd, columns uint16) (p *running, keyboard func(string)) {
+	t.Helper()
+	terminal, err := pty.StartWithSize(cmd, &pty.Winsize{Rows: 24, Cols: columns})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -300,5 +325,50 @@ func TestInAPipelineTheCommandDoesNotReadFromTheTerminal(t *testing.T) {
 	t.Parallel()
 	p, _ := shell(t, `$leader run run/pipeline -- sh -c 'read a || echo nothing to read' | cat`)
 	p.line(t, "nothing to read")
+	p.end(t, 0)
+}
+
+func TestTheModesOfTheTerminalAreRestored(t *testing.T) {
+	t.Parallel()
+	p, _ := shell(t, `before=$(stty -g); $leader run run/modes -- sh -c 'stty -echo; echo "changed:$(stty -g)"; kill -9 $$'
+		echo "status:$?"; [ "$(stty -g)" = "$before" ] && echo restored`)
+	p.line(t, "changed:")
+	p.line(t, "status:137")
+	p.line(t, "restored")
+	p.end(t, 0)
+}
+
+// The shell takes the terminal when "leader run" is stopped. It would end if it could not read from it any more.
+func TestAShellThatHasTakenTheTerminalBackKeepsIt(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "pids")
+	cmd := program(t, "/bin/bash", "--noprofile", "--norc", "-i")
+	if _, err := exec.LookPath(cmd.Path); err != nil {
+		t.Skip("needs bash")
+	}
+	cmd.Env = append(cmd.Env, "HISTFILE=")
+	p, keyboard := beginOnTerminal(t, cmd, 80)
+	keyboard("$leader run run/taken -- sh -c 'echo $PPID $$ >" + file + "; exec sleep 1000'\n")
+	var run, child int
+	await(t, "two processes", func() bool {
+		text, _ := os.ReadFile(file)
+		n, _ := fmt.Sscan(string(text), &run, &child)
+		return n == 2
+	})
+	kill := func(pid int, s syscall.Signal) {
+		t.Helper()
+		if err := syscall.Kill(pid, s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kill(run, syscall.SIGSTOP)
+	p.line(t, "Stopped")
+	kill(run, syscall.SIGCONT)
+	kill(child, syscall.SIGKILL)
+	p.line(t, "resigned")
+	await(t, "the end of leader run", func() bool { return !alive(fmt.Sprint(run)) })
+	keyboard("echo sum:$((40 + 2))\n")
+	p.line(t, "sum:42")
+	keyboard("exit 0\n")
 	p.end(t, 0)
 }

@@ -45,9 +45,6 @@ func (f runFlags) run(ctx context.Context, a *app, name string, command []string
 		host, _ := os.Hostname()
 		f.value = fmt.Sprintf("%s-%d-%d", host, time.Now().UnixMilli(), os.Getpid())
 	}
-	if f.margin == 0 {
-		f.margin = f.ttl / 5
-	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	r := &runner{runFlags: f, name: name, command: command, log: newLog(!f.quiet), cancel: cancel}
@@ -200,6 +197,8 @@ func (r *runner) handle(s syscall.Signal) {
 		r.stopped = s
 		if r.child == nil {
 			r.cancel(signalled{s})
+		} else {
+			r.log.Info("passed on to the command, which still runs", "signal", s)
 		}
 	}
 	if r.child != nil {
