@@ -97,7 +97,7 @@ func TestCandidateThatIsDeniedAfterItHasJoinedIsNotForgotten(t *testing.T) {
 	}
 	e := newExpiring(t, as("service"))
 	other := lead(t, e, "svc/other", "") // keeps the lease
-	first := lead(t, newExpiring(t, root), "svc/jobs", "first")
+	first := lead(t, newElector(t, root), "svc/jobs", "first")
 	next := campaign(t.Context(), e, "svc/jobs", "second")
 	awaitQueue(t, root, "svc/jobs", queued(2))
 	permit(clientv3.PermissionType(clientv3.PermWrite))
@@ -390,7 +390,7 @@ func TestTermsOutliveTheTokensOfTheirClients(t *testing.T) {
 				RenewFailed: func(_ clientv3.LeaseID, took time.Duration, err error) { t.Logf("after %v: %v", took, err) },
 			}))
 			l := lead(t, e, "svc/jobs", "")
-			next := campaign(t.Context(), newExpiring(t, etcdtest.NewClientFrom(t, withPassword(m))), "svc/jobs", "")
+			next := campaign(t.Context(), newElector(t, etcdtest.NewClientFrom(t, withPassword(m))), "svc/jobs", "")
 			survive(t, []*leader.Leader{l}, []chan struct{}{renewed}, 4)
 			if err := l.Proclaim(t.Context(), "still"); err != nil {
 				t.Errorf("Proclaim: %v", err)

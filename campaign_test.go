@@ -88,7 +88,7 @@ func TestWaitingCandidateWhoseKeyIsDeletedJoinsAgain(t *testing.T) {
 // The same where nobody but the clock ends the lease.
 func TestWaitingCandidateWhoseLeaseExpiresJoinsAgain(t *testing.T) {
 	m, client := start(t)
-	first := lead(t, newExpiring(t, client), "jobs", "first")
+	first := lead(t, newElector(t, client), "jobs", "first")
 	link := etcdtest.NewLink(t, m)
 	next := campaign(t.Context(), newExpiring(t, etcdtest.NewClient(t, link.Endpoint)), "jobs", "second")
 	old := awaitQueue(t, client, "jobs", queued(2))[1]
@@ -181,7 +181,7 @@ func recovered(campaign func() outcome) <-chan outcome {
 func TestCampaignReturnsWhenItsClientIsClosedAsItIsElected(t *testing.T) {
 	_, client := start(t)
 	for range 30 {
-		first := lead(t, newExpiring(t, client), "jobs", "")
+		first := lead(t, newElector(t, client), "jobs", "")
 		cctx, closeClient := context.WithCancel(t.Context())
 		c := clientv3.NewCtxClient(cctx)
 		c.KV, c.Watcher, c.Lease = client.KV, endingWatcher{client.Watcher, first.Key(), closeClient}, client.Lease

@@ -256,7 +256,7 @@ func TestNextInLineLearnsThatItLeadsThoughItsWatchIsDead(t *testing.T) {
 	deaf := wrapped(client)
 	watcher := &deafWatcher{Watcher: client.Watcher}
 	deaf.Watcher = watcher
-	first := lead(t, newExpiring(t, client), "jobs", "first")
+	first := lead(t, newElector(t, client), "jobs", "first")
 	next := campaign(t.Context(), newExpiring(t, deaf), "jobs", "second")
 	observed := observe(t, newExpiring(t, deaf), "jobs")
 	if c := etcdtest.Await(t, "the leader", observed); c.Value != "first" {

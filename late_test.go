@@ -398,7 +398,7 @@ func TestLateJoinAfterItsTermIsDeleted(t *testing.T) {
 	kept := c.delay("join", "jobs", silent)
 	resign(t, lead(t, e, "jobs", "first")) // its second join was answered
 	etcdtest.Await(t, "a join", kept)()
-	next := campaign(t.Context(), newExpiring(t, client), "jobs", "second")
+	next := campaign(t.Context(), newElector(t, client), "jobs", "second")
 	l := awaitLeader(t, next)
 	if !other.IsLeader() {
 		t.Errorf("the term in the other election has ended: %v", context.Cause(other.Context()))
@@ -422,7 +422,7 @@ func TestLateJoinOfACampaignThatWasGivenUpIsDeletedAfterALaterTerm(t *testing.T)
 	resign(t, lead(t, e, "jobs", "second"))
 	arrive()
 	awaitQueue(t, client, "jobs", queued(0))
-	resign(t, lead(t, newExpiring(t, client), "jobs", "third"))
+	resign(t, lead(t, newElector(t, client), "jobs", "third"))
 }
 
 // A campaign that is given up while its join has no answer does not know whether it has a key. What it

@@ -121,7 +121,7 @@ func TestWhatHappensMidwayThroughATransfer(t *testing.T) {
 				leavesNothing(t, h.client)
 				h.target, h.askerLink = etcdtest.NewLink(t, h.m), etcdtest.NewLink(t, h.m)
 				h.askerClient = etcdtest.NewClient(t, h.askerLink.Endpoint)
-				h.asker = newExpiring(t, h.askerClient)
+				h.asker = newElector(t, h.askerClient)
 
 				rctx, stopLeader := context.WithCancel(t.Context())
 				defer stopLeader()

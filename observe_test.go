@@ -71,7 +71,7 @@ func TestObserveFollowsAnEtcdThatHasGoneBackInTime(t *testing.T) {
 		t.Fatal(err)
 	}
 	etcdtest.Await(t, "the end of the term", old.Context().Done())
-	l := lead(t, newExpiring(t, client), "jobs", "after")
+	l := lead(t, newElector(t, client), "jobs", "after")
 	awaitThat(t, "the leader", observed, func(c leader.Candidate) bool { return c.Value == "after" })
 	ctx, cancel := context.WithCancel(t.Context())
 	var proclaiming sync.WaitGroup

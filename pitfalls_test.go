@@ -88,7 +88,7 @@ func TestLeaderWhoseKeyIsDeletedStops(t *testing.T) {
 	if _, err := client.Delete(t.Context(), key); err != nil {
 		t.Fatal(err)
 	}
-	second := lead(t, newExpiring(t, client), "stock", "")
+	second := lead(t, newElector(t, client), "stock", "")
 	if election.Key() == key && second.IsLeader() {
 		t.Log("stock: still believes that it leads, beside its successor")
 	} else {
@@ -101,7 +101,7 @@ func TestCampaignReturnsWhenCtxEndsWithoutEtcd(t *testing.T) {
 	m, client := start(t)
 	link := etcdtest.NewLink(t, m)
 	far := etcdtest.NewClient(t, link.Endpoint)
-	first := lead(t, newExpiring(t, client), "jobs", "first")
+	first := lead(t, newElector(t, client), "jobs", "first")
 	ctx, cancel := context.WithCancel(t.Context())
 	next := campaign(ctx, newExpiring(t, far), "jobs", "second")
 	awaitQueue(t, client, "jobs", queued(2))
@@ -240,7 +240,7 @@ func TestBlackholedLeaderStopsBeforeItsSuccessorStarts(t *testing.T) {
 			old := lead(t, newExpiring(t, far), name, "old")
 			end := make(chan time.Time, 1)
 			context.AfterFunc(old.Context(), func() { end <- time.Now() })
-			pairs = append(pairs, pair{old, end, campaign(t.Context(), newExpiring(t, client), name, "next")})
+			pairs = append(pairs, pair{old, end, campaign(t.Context(), newElector(t, client), name, "next")})
 			awaitQueue(t, client, name, queued(2))
 			time.Sleep(ttl / 3 / together) // so that each is cut off at another point of its interval
 		}
@@ -258,7 +258,7 @@ func TestBlackholedLeaderStopsBeforeItsSuccessorStarts(t *testing.T) {
 				}
 				end := make(chan time.Time, 1)
 				go func() { <-s.Done(); end <- time.Now() }()
-				stocks = append(stocks, stockPair{end, campaign(t.Context(), newExpiring(t, client), name, "next")})
+				stocks = append(stocks, stockPair{end, campaign(t.Context(), newElector(t, client), name, "next")})
 				awaitQueue(t, client, name, queued(2))
 			}
 		}

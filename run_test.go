@@ -47,7 +47,7 @@ func TestRunReturnsCtxErrorJoinedWithLeads(t *testing.T) {
 		t.Errorf("Run returned %v", err)
 	}
 	// A campaign's end by ctx is Run's too.
-	l := lead(t, newExpiring(t, client), "jobs", "")
+	l := lead(t, newElector(t, client), "jobs", "")
 	ctx, cancel = context.WithCancel(t.Context())
 	ran := make(chan error, 1)
 	go func() {
@@ -191,7 +191,7 @@ func TestRunLetsGoOnlyAfterLeadHasReturned(t *testing.T) {
 		}, leader.WithTTL(ttl))
 	}()
 	etcdtest.Await(t, "lead", working)
-	next := campaign(t.Context(), newExpiring(t, client), "jobs", "")
+	next := campaign(t.Context(), newElector(t, client), "jobs", "")
 	awaitQueue(t, client, "jobs", queued(2))
 	cancel()
 	etcdtest.Await(t, "lead's context", stopping)

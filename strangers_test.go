@@ -330,7 +330,7 @@ func TestLargeValueOfAnotherEndsNoWatchForGood(t *testing.T) {
 	m, client := start(t)
 	const ttl = 5 * time.Minute // no renewal and no regular read finds out what a watch should
 	log := make(logChannel, 1000)
-	other, small := newExpiring(t, client), receivesLittle(t, m)
+	other, small := newElector(t, client), receivesLittle(t, m)
 	e := newElector(t, small, leader.WithTTL(ttl), leader.WithLogger(slog.New(log)))
 	noisy, held := lead(t, other, "noisy", "quiet"), lead(t, other, "held", "")
 	mine := lead(t, e, "mine", "")

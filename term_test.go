@@ -317,7 +317,7 @@ func TestExpiredTermKeepsOthersOutForTheMargin(t *testing.T) {
 		}, leader.WithTTL(ttl), leader.WithMargin(margin))
 	}()
 	etcdtest.Await(t, "lead", working)
-	next := campaign(t.Context(), newExpiring(t, client), "jobs", "")
+	next := campaign(t.Context(), newElector(t, client), "jobs", "")
 	o := etcdtest.Await(t, "Campaign", next)
 	if o.err != nil {
 		t.Fatal(o.err)
