@@ -75,8 +75,8 @@ var mutations = []mutation{
 	{
 		name: "given-up", safeguard: "a campaign that is given up deletes its key",
 		file:   "leader.go",
-		old:    "if l.token != 0 && !lost && !l.session.Gone() {",
-		new:    "if l.elected && !lost && !l.session.Gone() {",
+		old:    "if l.token == 0 || lost || l.session.Gone() {",
+		new:    "if l.token == 0 || lost || !elected || l.session.Gone() {",
 		faults: []string{"link-slow-given-up"}, rule: oracle.RuleOrphan, ttl: 3 * time.Second, duration: time.Minute,
 	},
 	{
