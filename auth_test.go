@@ -180,10 +180,7 @@ func TestRenewalsDoNotAuthenticate(t *testing.T) {
 	for range 2 * 4 {
 		etcdtest.Await(t, "a renewal", renewed)
 	}
-	authenticated := func() int64 {
-		n, _ := calls.calls.LoadOrStore("/etcdserverpb.Auth/Authenticate", new(atomic.Int64))
-		return n.(*atomic.Int64).Load()
-	}
+	authenticated := func() int64 { return calls.of("/etcdserverpb.Auth/Authenticate") }
 	before := authenticated()
 	const n = 5 * 4
 	for range n {

@@ -257,8 +257,8 @@ type campaign struct {
 	began time.Time
 	unfit bool // it was logged that it is not in the queue because of its health
 
-	// The candidate that has stepped back, until the next one has taken its lease over. Otherwise it would be revoked,
-	// and another granted, while the leader hands over: on a busy etcd that slows the handoff. See bench/README.md, row 14.
+	// The candidate that has stepped back, until the next one has taken its lease over. To revoke that lease and be
+	// granted another would slow the handoff that is under way: see bench/README.md, row 14.
 	former *Leader
 
 	requests *retry.Loop
@@ -414,7 +414,7 @@ func (k *campaign) candidate() (*Leader, error) {
 	return l, nil
 }
 
-// finishFormer gives the lease of the candidate that has stepped back to etcd, unless somebody uses it.
+// finishFormer gives back the lease of the candidate that has stepped back, unless another candidate uses it.
 func (k *campaign) finishFormer() {
 	l := k.former
 	if k.former = nil; l == nil {

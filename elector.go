@@ -81,7 +81,7 @@ func New(client *clientv3.Client, opts ...Option) (*Elector, error) {
 	if err != nil {
 		return nil, err
 	}
-	e.release = sync.OnceFunc(file.Release) // the next owner's claim to it is not ours to give up
+	e.release = sync.OnceFunc(file.Release) // a second call would release it for the Elector that owns it by then
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.pool = lease.NewPool(client, lease.Config{TTL: o.ttl, Margin: o.margin, Renewal: e.renewal, File: file, Log: o.log})
 	return e, nil

@@ -122,6 +122,18 @@ func newElector(t *testing.T, client *clientv3.Client, opts ...leader.Option) *l
 	return e
 }
 
+// wipe replaces the etcd by an empty one of the same cluster. data is its data-dir.
+func wipe(t *testing.T, m *etcdtest.Member, data string) {
+	t.Helper()
+	m.Stop()
+	if err := os.RemoveAll(data); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Start(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // newExpiring is newElector for tests in which leases expire, or that wait for renewals.
 func newExpiring(t *testing.T, client *clientv3.Client, opts ...leader.Option) *leader.Elector {
 	t.Helper()
@@ -563,12 +575,15 @@ func (c *rpcCounter) count(method string) {
 	n.(*atomic.Int64).Add(1)
 }
 
-func (c *rpcCounter) reads() int64 {
-	if n, ok := c.calls.Load("/etcdserverpb.KV/Range"); ok {
+// of returns how many there were of a method.
+func (c *rpcCounter) of(method string) int64 {
+	if n, ok := c.calls.Load(method); ok {
 		return n.(*atomic.Int64).Load()
 	}
 	return 0
 }
+
+func (c *rpcCounter) reads() int64 { return c.of("/etcdserverpb.KV/Range") }
 
 // all counts everything but the streams of watches.
 func (c *rpcCounter) all() (sum int64) {

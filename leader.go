@@ -563,7 +563,7 @@ func (l *Leader) leaveQueue(ctx context.Context) error {
 	})
 }
 
-// giveBack takes the other two. err is what leaveQueue has returned.
+// giveBack takes the last two steps of remove. err is what leaveQueue has returned.
 func (l *Leader) giveBack(ctx context.Context, err error) error {
 	if err == nil {
 		l.tracked.Drop()

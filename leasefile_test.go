@@ -392,14 +392,8 @@ func TestLeaseFileOfAWipedClusterDelaysNobody(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m.Stop()
 	kill(t, owner)
-	if err := os.RemoveAll(data); err != nil {
-		t.Fatal(err)
-	}
-	if err := m.Start(); err != nil {
-		t.Fatal(err)
-	}
+	wipe(t, m, data)
 	client = etcdtest.NewClient(t, m.Endpoint)
 	if after, err := client.Status(t.Context(), m.Endpoint); err != nil || after.Header.ClusterId != before.Header.ClusterId {
 		t.Fatalf("the cluster is %v, %v; want the same ID as %v", after, err, before)

@@ -33,8 +33,8 @@ const (
 // It returns nil once to, known by its Key and Token, is the first in the queue, at once if it is already; for the zero
 // Candidate once another term than the one that it found has begun. It returns [ErrNoLeader] if nobody leads,
 // [ErrNotCandidate] if to has left the queue or nobody waits, and ctx's error if ctx ends, with the names of those who
-// have not left. So give ctx a deadline. The process of to may be paused or have died: then nobody works until its lease
-// expires.
+// have not left. So give ctx a deadline. It does not find out whether the process of to is alive: if that is paused or has
+// died, nobody works until its lease expires.
 //
 // A leader under [Elector.Run] leaves when its function has returned, however long that takes: nobody leads meanwhile,
 // Hooks.Overdue says so, and [Elector.Evict] ends it. A leader under [Elector.Campaign] leaves when it calls Resign, or

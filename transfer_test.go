@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -85,6 +87,177 @@ func TestTransferHandsOverWithoutAnOverlap(t *testing.T) {
 	if 2*kept < left {
 		t.Errorf("%d of %d candidates have joined again on their lease", kept, left)
 	}
+}
+
+// Who steps back deletes the request with its key. To delete it again would cost etcd a write each, while the leader hands
+// over.
+func TestTransferDeletesNoRequestThatHasGoneWithItsCandidate(t *testing.T) {
+	m, client := start(t)
+	const between = 10
+	first := lead(t, newElector(t, client, leader.WithMargin(50*time.Millisecond)), "jobs", "leads")
+	var next []<-chan outcome
+	for i := range between + 1 {
+		next = append(next, campaign(t.Context(), newElector(t, client), "jobs", fmt.Sprint("waits-", i)))
+		awaitQueue(t, client, "jobs", queued(i+2))
+	}
+	var calls rpcCounter
+	cs := awaitQueue(t, client, "jobs", queued(between+2))
+	ops := newElector(t, etcdtest.NewClientFrom(t, calls.config(m.Endpoint)))
+	if err := ops.Transfer(t.Context(), "jobs", cs[between+1]); err != nil {
+		t.Fatal(err)
+	}
+	awaitEnd(t, first, leader.ErrTransferred)
+	const requests = between + 1 // to step back; the rest is room for some that are sent again
+	if n := calls.of("/etcdserverpb.KV/Txn"); n < requests || n >= requests+between/2 {
+		t.Errorf("%d transactions for %d requests", n, requests)
+	}
+	next[between] = won(awaitLeader(t, next[between]))
+	resignInAnyOrder(t, next)
+}
+
+// Who has left otherwise, such as a stock candidate that resigns, has not deleted it. Stock would take it for a candidate.
+func TestTransferDeletesTheRequestToWhoeverHasLeftOtherwise(t *testing.T) {
+	q := newStockBetween(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	other := standStock(t, nil, q.client) // because of this one the Transfer goes on
+	awaitQueue(t, q.client, "jobs", queued(4))
+	last := campaign(t.Context(), newElector(t, q.client), "jobs", "last")
+	q.cs = awaitQueue(t, q.client, "jobs", queued(5))
+	transferred := transfer(ctx, newElector(t, q.client), "jobs", q.cs[4])
+	for _, c := range []leader.Candidate{q.cs[1], q.cs[3]} {
+		etcdtest.Await(t, "the request", q.client.Watch(ctx, c.Key+"/stepback", clientv3.WithRev(1)))
+	}
+	deleted := q.client.Watch(ctx, q.request(), clientv3.WithFilterPut())
+	q.leaves()
+	etcdtest.Await(t, "the deletion of the request", deleted)
+	cancel()
+	if err := etcdtest.Await(t, "Transfer", transferred); !errors.Is(err, context.Canceled) {
+		t.Errorf("Transfer: %v", err)
+	}
+	other()
+	resign(t, q.l)
+	resignInAnyOrder(t, []<-chan outcome{q.next, last})
+}
+
+// Whoever has stepped back keeps its lease only to join again at once. Here its health fails while it steps back.
+func TestWhoeverHasSteppedBackAndIsUnhealthyKeepsNoLease(t *testing.T) {
+	_, client := start(t)
+	first := lead(t, newElector(t, client), "jobs", "leads")
+	slow := wrapped(client)
+	kv := &heldKV{KV: client.KV, held: make(chan struct{}, 10), release: make(chan struct{})}
+	slow.KV = kv
+	var p patient
+	log := make(logChannel, 100)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	e := newExpiring(t, slow, leader.WithMargin(time.Second), leader.WithHealth(p.check), leader.WithLogger(slog.New(log)))
+	next := campaign(ctx, e, "jobs", "waits")
+	c := awaitQueue(t, client, "jobs", queued(2))[1]
+	p.fail(errSick) // it is unhealthy a margin before a TTL has passed
+	askToStepBack(t, client, c)
+	etcdtest.Await(t, "the deletion of the key", kv.held)
+	time.Sleep(1200 * time.Millisecond) // until it is unhealthy, which has no event; Campaign holds on to a deletion for 2 s
+	close(kv.release)
+	awaitRecord(t, log, "unhealthy, not in the queue", next)
+	if left, err := client.TimeToLive(t.Context(), c.Lease); err != nil || left.TTL > 0 {
+		t.Errorf("the lease: %+v, %v, want none", left, err)
+	}
+	cancel()
+	leave(t, []<-chan outcome{next})
+	resign(t, first)
+}
+
+// The same where the log handler exits while the own key is watched beside the campaign, which ends that campaign.
+func TestWhoeverHasSteppedBackInACampaignThatExitsKeepsNoLease(t *testing.T) {
+	_, client := start(t)
+	first := lead(t, newElector(t, client), "jobs", "leads")
+	dark, kv := darkened(client, func(string) bool { return false })
+	watcher := &breakingWatcher{Watcher: client.Watcher, broken: make(chan struct{})}
+	dark.Watcher = watcher
+	reached, goOn, exited := make(chan struct{}, 1), make(chan struct{}), make(chan struct{})
+	e := newElector(t, dark, leader.WithLogger(slog.New(handler(func(r slog.Record) {
+		if r.Message == "campaign is being retried" {
+			reached <- struct{}{}
+			<-goOn
+			runtime.Goexit()
+		}
+	}))))
+	go func() {
+		defer close(exited)
+		_, _ = e.Campaign(t.Context(), "jobs", "exits")
+	}()
+	c := awaitQueue(t, client, "jobs", queued(2))[1]
+	awaitCalls(t, watcher.created.Load, 2)                      // of the leader's key and of the own one
+	kv.set(func(key string) bool { return key == first.Key() }) // so the campaign cannot read it
+	close(watcher.broken)
+	etcdtest.Await(t, "the log handler", reached)
+	read := make(chan struct{}, 100)
+	kv.set(func(key string) bool {
+		if key == c.Key {
+			read <- struct{}{}
+		}
+		return key == first.Key()
+	})
+	askToStepBack(t, client, c)
+	etcdtest.Await(t, "the read of the request", read)
+	time.Sleep(100 * time.Millisecond) // until the candidacy has ended, which has no event
+	close(goOn)
+	etcdtest.Await(t, "the end of the campaign", exited)
+	if left, err := client.TimeToLive(t.Context(), c.Lease); err != nil || left.TTL > 0 {
+		t.Errorf("the lease: %+v, %v, want none", left, err)
+	}
+	resign(t, first)
+}
+
+// askToStepBack asks a candidate, as Transfer does, until the test ends.
+func askToStepBack(t *testing.T, client *clientv3.Client, c leader.Candidate) {
+	t.Helper()
+	lease, err := client.Grant(t.Context(), 60)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _, _ = client.Revoke(context.Background(), lease.ID) })
+	if _, err := client.Put(t.Context(), c.Key+"/stepback", fmt.Sprint(c.Token), clientv3.WithLease(lease.ID)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A heldKV holds transactions that delete keys until it is released.
+type heldKV struct {
+	clientv3.KV
+	held    chan struct{} // has an element for each transaction
+	release chan struct{} // is closed
+}
+
+func (kv *heldKV) Txn(ctx context.Context) clientv3.Txn {
+	return &heldTxn{Txn: kv.KV.Txn(ctx), kv: kv, ctx: ctx}
+}
+
+type heldTxn struct {
+	clientv3.Txn
+	kv      *heldKV
+	ctx     context.Context
+	deletes bool
+}
+
+func (t *heldTxn) If(cs ...clientv3.Cmp) clientv3.Txn   { t.Txn = t.Txn.If(cs...); return t }
+func (t *heldTxn) Else(ops ...clientv3.Op) clientv3.Txn { t.Txn = t.Txn.Else(ops...); return t }
+func (t *heldTxn) Then(ops ...clientv3.Op) clientv3.Txn {
+	t.Txn, t.deletes = t.Txn.Then(ops...), ops[0].IsDelete()
+	return t
+}
+
+func (t *heldTxn) Commit() (*clientv3.TxnResponse, error) {
+	if t.deletes {
+		t.kv.held <- struct{}{}
+		select {
+		case <-t.kv.release:
+		case <-t.ctx.Done():
+			return nil, t.ctx.Err()
+		}
+	}
+	return t.Txn.Commit()
 }
 
 // leadBy leads until ctx ends, by Campaign, TryCampaign or Run. ran receives when that is over.
@@ -414,7 +587,7 @@ func TestTwoTransfersAtOnceBothEnd(t *testing.T) {
 			if place == 0 {
 				to = leader.Candidate{}
 			}
-			asked := client.Watch(ctx, "jobs/", clientv3.WithPrefix(), clientv3.WithFilterDelete())
+			asked := client.Watch(ctx, "jobs/", clientv3.WithPrefix(), clientv3.WithFilterDelete()) // it exists from here on
 			other := transfer(ctx, newElector(t, client), "jobs", to)
 			if place == 0 { // if it began when the last one leads, it would hand over from that one, rightly
 				etcdtest.Await(t, "the request to step back", asked)

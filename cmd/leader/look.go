@@ -44,8 +44,8 @@ candidates, the one with the smaller token has joined the queue first.
 
 On a terminal it prints a table, without LEASE and LEFT if that is narrow. Else
 it prints one line for each candidate, with tabs in between: election, place,
-token, lease, seconds left, TTL, value.
-A value that is not printable is quoted. With -o json it prints an array.`,
+token, lease, seconds left, TTL, value. A value that is not printable is quoted.
+With -o json it prints an array.`,
 		Example: `  leader list svc
   leader list svc -o json | jq -r '.[] | .election + " " + .candidates[0].value'`,
 		Args: func(_ *cobra.Command, args []string) error {
