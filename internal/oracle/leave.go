@@ -64,10 +64,12 @@ func (c *checker) unwell(at place, in span) bool {
 	return checks && slices.ContainsFunc(gaps(in, healthy), func(s span) bool { return s.from < s.to })
 }
 
-// checked reports whether a check has succeeded in a campaign, long before its end.
+// checked reports whether a check has succeeded in a campaign, long before its end, and the process was healthy from
+// then on.
 func (c *checker) checked(at place, k *campaign) bool {
 	return slices.ContainsFunc(c.checks[at], func(e *check) bool {
-		return e.From >= k.began.T && c.within(at.proc, e.T, clockLag) < k.until
+		noted := c.within(at.proc, e.T, clockLag)
+		return e.From >= k.began.T && noted < k.until && !c.unwell(at, span{noted, k.until})
 	})
 }
 

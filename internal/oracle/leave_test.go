@@ -115,6 +115,11 @@ func TestTermEndsUnhealthyOnlyIfItIs(t *testing.T) {
 			Entry{T: 5900, Proc: "c3", Kind: CampaignFailed, Op: Unhealthy}, join(extra...))}
 	}
 	isTried := Entry{T: 5901, From: 4999, Proc: "c3", Kind: Tried}
+	// A check of TryCampaign succeeds at 5 s. It ends, as unhealthy, when etcd has answered or its machine goes on.
+	lapsed := func(end int64) scene {
+		return scene{extra: join(Entry{T: 5000, Proc: "c3", Kind: Campaigning}, healthy("c3", 5000),
+			Entry{T: end, Proc: "c3", Kind: CampaignFailed, Op: Unhealthy}, Entry{T: end, From: 4999, Proc: "c3", Kind: Tried})}
+	}
 	wrong, early, lost, late := violated(RuleEnded), violated(RuleLease), violated(RuleLease), violated(RuleHealth)
 	testScenes(t, map[string]sceneTest{
 		"in time":                                          {sick(5600, 6000, resigning(9000)), good},
@@ -140,6 +145,8 @@ func TestTermEndsUnhealthyOnlyIfItIs(t *testing.T) {
 		"waiting, and others are healthy":                  {waiting(2500, healthy("c1", 9000), healthy("c2", 9000)), good},
 		"TryCampaign, whose check fails":                   {tried(isTried), good},
 		"TryCampaign, whose check has succeeded":           {tried(isTried, check(5500, 5501, OK)), violated(RuleCampaign)},
+		"TryCampaign, and its health is over by then":      {lapsed(6700), good},
+		"TryCampaign, and its health is not over by then":  {lapsed(6500), violated(RuleCampaign)},
 		"TryCampaign, whose check succeeds then":           {tried(isTried, check(5898, 5899, OK)), good},
 		"TryCampaign, whose check succeeded before":        {tried(isTried, check(4998, 4999, OK)), good},
 		"Campaign in calm, without a key":                  {scene{extra: join(Entry{T: 5000, Proc: "c3", Kind: Campaigning}, healthy("c3", 9000), calm(100, 9000))}, violated(RuleCampaign)},
