@@ -27,6 +27,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -85,11 +86,13 @@ func (r Record) encode(at place) []byte {
 func decode(text []byte, at place) Record {
 	var r Record
 	for line := range strings.Lines(string(text)) {
-		var id uint64
-		if _, err := fmt.Sscanf(line, "cluster %x\n", &r.Cluster); err == nil {
-			continue
-		}
-		if _, err := fmt.Sscanf(line, "lease %x\n", &id); err == nil && len(r.Leases) < maxLeases {
+		name, value, _ := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
+		id, err := strconv.ParseUint(value, 16, 64)
+		switch {
+		case err != nil:
+		case name == "cluster":
+			r.Cluster = id
+		case name == "lease" && len(r.Leases) < maxLeases:
 			r.Leases = append(r.Leases, int64(id))
 		}
 	}

@@ -180,7 +180,10 @@ func simulate(ctx context.Context, binary string, j world.Job) (_ *world.Result,
 	cmd := exec.CommandContext(ctx, binary, "-test.run=^TestJob$", "-test.timeout="+(maxTime+time.Minute).String(), "-job="+string(text))
 	cmd.ExtraFiles = []*os.File{w}
 	// What it leaves in its temporary directory if it is killed goes with the program.
-	cmd.Env = append(os.Environ(), "TMPDIR="+filepath.Dir(binary), "GOMAXPROCS=1") // from the first moment: a sync.Pool has a part for each P
+	cmd.Env = append(os.Environ(), "TMPDIR="+filepath.Dir(binary),
+		"GOMAXPROCS=1", // from the first moment: a sync.Pool has a part for each P
+		// Garbage is collected in one go, and goroutines keep the stacks that they have been given.
+		"GODEBUG=gcstoptheworld=2,gcshrinkstackoff=1")
 	var output bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &output, &output
 	err = cmd.Start()

@@ -10,7 +10,8 @@ import (
 
 // What a run depends on beside its seed is the runtime's randomness: the order of maps, which of several ready
 // cases a select takes, which of two timers of one moment fires first. Under the overlay they follow from a seed too,
-// in bubbles, and a goroutine runs until it blocks. One P and no garbage collection in a bubble do the rest.
+// in bubbles, and a goroutine runs until it blocks. One P does the rest, and that garbage is collected once a
+// simulated minute, with the world stopped.
 //
 // This is tied to the texts of one release of Go. With another the simulation runs as well, without replay.
 const runtimeRelease = "go1.26"

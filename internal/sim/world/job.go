@@ -18,13 +18,9 @@ type Job struct {
 	Whole bool // the history is wanted though no rule is violated
 }
 
-// maxMemory is what a simulation may use before it collects garbage, in bytes. One of 20 minutes uses less.
-const maxMemory = 6 << 30
-
 // Do does the job in a bubble and writes its result to out, as JSON.
 func (j Job) Do(out io.Writer, bubble func(func())) error {
-	debug.SetGCPercent(-1)          // it would come at moments of its own choice
-	debug.SetMemoryLimit(maxMemory) // unless there is no other way
+	debug.SetGCPercent(-1) // it would come at moments of its own choice: monitor calls it
 	var result *Result
 	func() {
 		defer func() {

@@ -2,6 +2,7 @@ package world
 
 import (
 	"context"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -51,12 +52,16 @@ func (w *world) monitor() {
 		}
 		return limit > 0 && time.Since(since[what]) > limit
 	}
-	second := time.Now()
+	second, minute := time.Now(), time.Now()
 	for !w.over.Load() && !w.violated() {
 		time.Sleep(50 * time.Millisecond)
 		if time.Since(second) >= time.Second {
 			second = time.Now()
 			w.checkPace()
+		}
+		if time.Since(minute) >= time.Minute {
+			minute = time.Now()
+			runtime.GC()
 		}
 		w.mu.Lock()
 		if w.calm.Load() && !w.over.Load() && len(w.result.Violations) == 0 {
