@@ -145,6 +145,7 @@ func Attempt[T any](ctx context.Context, k *Key, request func(context.Context) (
 		defer cancel()
 		// Once the session is over nobody needs the answer: the key goes with its lease.
 		defer context.AfterFunc(k.s.ctx, cancel)()
+		sent := time.Now()
 		answer, err := request(ctx)
 		// After any other error etcd may still carry out the request, at any time. So it stays unanswered for good.
 		if err == nil || retry.Refused(err) {
@@ -160,6 +161,8 @@ func Attempt[T any](ctx context.Context, k *Key, request func(context.Context) (
 				k.unheard++
 			}
 			k.s.mu.Unlock()
+		} else if k.s.ctx.Err() != nil {
+			err = retry.Silence(k.s.client, time.Since(sent)) // its own error only says that it was cut short
 		}
 		return answer, err
 	}, func(T, error) {})
