@@ -76,12 +76,12 @@ sim:
 chaos:
 	go run ./internal/chaos -race -duration 90s
 
-# The simulation must find out that a safeguard is off, each within a minute.
+# The simulation must detect that a safeguard is off, each within a minute.
 sim-mutations:
 	go run ./internal/sim -mutation all -seed 1
 
-# So must the campaign; two at a time, since they mostly wait. Two of its mutations are among those of the simulation too,
-# and are left out here.
+# So must the fault campaign; two at a time, since they mostly wait. Two of its mutations are among those of the
+# simulation too, and are left out here.
 mutations:
 	names=$$(go run ./internal/chaos -mutations) || exit; \
 	names=$$(grep -vx 'shared-lock\|unnamed-lease' <<<"$$names"); \

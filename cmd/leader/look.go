@@ -38,8 +38,8 @@ right to read below svc/jobs/. Without PREFIX it reads all of etcd.
 
 LEFT is the time until etcd lets the candidate's lease expire, unless it is
 renewed before. "expired" means that the lease is gone and its key goes next.
-"never" is a key without a lease: no process renews it, and the election waits
-until somebody deletes it. etcd does not record when a term began; of two
+"never" is a key without a lease: it does not expire, and the candidates behind
+it wait until somebody deletes it. etcd does not record when a term began; of two
 candidates, the one with the smaller token has joined the queue first.
 
 On a terminal it prints a table, without LEASE and LEFT if that is narrow. Else
@@ -290,7 +290,7 @@ func (a *app) newWait() *cobra.Command {
 		Use:   "wait NAME",
 		Short: "Waits until somebody leads",
 		Long: `Waits until somebody leads an election, and prints the leader's value. It is
-for scripts that must not continue before. It also waits for etcd.
+for scripts that must not continue before. If etcd cannot be reached, it waits.
 
 Who leads may change at any time, also before the script's next line.`,
 		Example: "  leader wait svc/jobs --timeout 1m && echo ready",
@@ -315,6 +315,6 @@ Who leads may change at any time, also before the script's next line.`,
 		}),
 	}
 	out.addTo(cmd)
-	cmd.Flags().DurationVar(&timeout, "timeout", 0, "exit with status 4 after that time; 0 waits for ever")
+	cmd.Flags().DurationVar(&timeout, "timeout", 0, "exit with status 4 after that time; 0 waits forever")
 	return cmd
 }

@@ -1,6 +1,6 @@
 // Leader runs commands under leader election on etcd, and shows and moves leaders.
 //
-//	go install example.com/leader/cmd/leader
+//	go -C cmd/leader install .    # in a clone of the repository
 //	leader help
 //
 // Candidates are those of package [example.com/leader], and so those of concurrency.Election and of etcdctl elect.

@@ -34,7 +34,7 @@ prints the new leader's value.
 Candidates between the leader and the chosen one join again at the end of the
 queue. Those of "etcdctl elect" and of concurrency.Election do not step back.
 If the transfer takes longer than --timeout, it is given up and the error names
-who has not left; a leader that was asked before may step back all the same.`,
+who has not left; a leader that was already asked may still step back.`,
 		Example: `  leader transfer svc/jobs
   leader transfer svc/jobs --to newest
   leader transfer svc/jobs --to host-2`,
@@ -129,10 +129,10 @@ func (a *app) newEvict() *cobra.Command {
 		Use:   "evict NAME",
 		Short: "Ends the present term by force, as a last resort",
 		Long: `Ends the present term by force: it deletes the leader's key. The next candidate
-is elected at once, while the leader still learns of it. So both may work for
-milliseconds, or, if the leader is cut off from etcd, until its lease expires.
-A leader by "etcdctl elect" or concurrency.Election never learns of it: stop its
-process first. "leader transfer" has no such overlap.
+is elected at once, and the leader learns of it milliseconds later. Until then
+both may work; if the leader is cut off from etcd, until its deadline. A leader
+by "etcdctl elect" or concurrency.Election never learns of it: stop its process
+first. "leader transfer" has no such overlap.
 
 It asks before it does so. In a script it needs --yes. It prints the value of
 the leader that it has evicted.`,

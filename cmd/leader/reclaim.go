@@ -21,15 +21,15 @@ func (a *app) newReclaim() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "reclaim FILE...",
 		Short: "Revokes the leases of a process as soon as it has died",
-		Long: `Waits until the owner of a lease file dies and revokes its leases, so that the
-next candidate leads at once and not after the TTL. A lease file is written by
-"leader run --lease-file FILE" and by programs that use leader.WithLeaseFile.
-It works on Linux, on the machine of the owner, and needs the rights in etcd
-that the owner has.
+		Long: `Waits until the owner of a lease file has died, then revokes its leases, so that
+the next candidate leads at once and not after the TTL. The owner is "leader run
+--lease-file FILE" or a program that uses leader.WithLeaseFile. It works on
+Linux, on the machine of the owner, and needs the rights in etcd that the owner
+has.
 
 It waits for one owner after the other, for example in a sidecar, until it is
-stopped. With --once it returns when the leases of each owner are gone, at once
-if there are none. In a unit of systemd:
+stopped. With --once it returns when the leases of each file's present owner are
+gone, at once if there are none. In a unit of systemd:
 
   ExecStopPost=leader reclaim --once /run/jobs.lease`,
 		Args: func(_ *cobra.Command, args []string) error {

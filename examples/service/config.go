@@ -34,7 +34,7 @@ func parse(args []string, getenv func(string) string) (config, error) {
 	var c config
 	flags := flag.NewFlagSet("service", flag.ExitOnError)
 	endpoints := flags.String("endpoints", "", "etcd `host:port,…`, or https://host:port")
-	embedded := flags.Bool("embedded", false, "instead of -endpoints, to try it out: starts an etcd of its own, for this instance alone")
+	embedded := flags.Bool("embedded", false, "instead of -endpoints, to try it out: starts an etcd of its own, which ends with this instance")
 	flags.StringVar(&c.ca, "ca", "", "PEM `file` with the authorities to check etcd's certificate against")
 	flags.StringVar(&c.cert, "cert", "", "PEM `file` with the certificate to present to etcd")
 	flags.StringVar(&c.key, "key", "", "PEM `file` with the private key of -cert")
@@ -82,7 +82,7 @@ func parse(args []string, getenv func(string) string) (config, error) {
 	case slices.Contains(c.endpoints, ""):
 		return c, fmt.Errorf("-endpoints %s: must not have an empty one", *endpoints)
 	case *embedded == (c.endpoints != nil):
-		return c, errors.New("-endpoints: must be given, or -embedded to try the service out alone, and not both")
+		return c, errors.New("-endpoints: must be given, or -embedded to try the service out, and not both")
 	case *embedded && (secure || c.user != ""):
 		return c, errors.New("-ca, -cert and -user: must be given with -endpoints")
 	case (c.cert == "") != (c.key == ""):

@@ -47,7 +47,7 @@ func run(ctx context.Context, cfg config, log *slog.Logger) error {
 		}
 		defer stop()
 		cfg.endpoints = []string{endpoint}
-		log.Warn("with -embedded no other instance takes part in the election", "embedded etcd", endpoint)
+		log.Warn("only instances that use this embedded etcd take part in the election", "embedded etcd", endpoint)
 	}
 	client, err := cfg.client(ctx)
 	if err != nil && ctx.Err() != nil {
