@@ -23,18 +23,18 @@ import (
 // Most services call its [Elector.Run], or [Elector.Campaign] for a single term. It is safe for concurrent
 // use.
 //
-// The lease is granted at the first campaign, replaced when it is lost, and revoked when nobody campaigns
-// or leads any more. All terms on it end together when it cannot be renewed. That includes the case that
-// the permission to write the key of one of them is withdrawn: etcd then refuses to renew the lease.
+// The lease is granted at the first campaign, replaced when it is lost, and revoked when nobody campaigns or leads any
+// more. All terms on it end together when it cannot be renewed. Withdrawing the permission to write one of their keys
+// ends them too: etcd then refuses to renew the lease.
 //
 // There may be more than one lease, but at most eight. If a campaign is given up while etcd has not answered its join,
 // and other terms keep the lease alive, the join may still arrive. So the next campaign in the same election takes
 // another lease. It also does so if another user of etcd has attached a key to the lease.
 //
 // An Elector that is not in use has no goroutines and nothing in etcd, so it need not be closed, unless it has a lease
-// file ([WithLeaseFile]). Two things may continue after the use: a grant that was cut short is awaited for at most 5 s,
-// and its lease revoked; and the lease of a term that expired, or that a dead owner of the lease file has left, is revoked
-// as soon as etcd can be reached again, within an hour.
+// file ([WithLeaseFile]). Two things may continue after the use: it waits up to 5 s for the answer to a grant that was
+// cut short, to revoke the lease; and it tries for up to an hour to revoke the lease of a term that expired, or of a
+// dead owner of the lease file.
 type Elector struct {
 	client   *clientv3.Client
 	opts     options
@@ -281,9 +281,9 @@ func (e *Elector) Candidates(ctx context.Context, name string) ([]Candidate, err
 // Elector or its client is closed, or what retrying cannot change, such as permission denied. Breaking out
 // of the loop ends it without an error.
 //
-// Observe needs no lease and is no candidate. Each loop over what it returns observes anew, and keeps the
-// list of all candidates in memory. A state may be outdated when it arrives, so it must not be used to
-// decide whether this instance leads.
+// Observe needs no lease and is no candidate. Each loop over what it returns begins with the present state, and keeps
+// the list of all candidates in memory. A state may be outdated when it arrives, so do not decide by it whether this
+// instance leads: use [Elector.Leading].
 func (e *Elector) Observe(ctx context.Context, name string) iter.Seq2[Candidate, error] {
 	return func(yield func(Candidate, error) bool) {
 		q, err := e.queue(name)

@@ -62,8 +62,9 @@ var (
 	// candidate in the queue.
 	ErrHeld = errors.New("leader: election is held by another candidate")
 
-	// ErrCampaigning is returned, wrapped, for a campaign in an election in which the same Elector
-	// campaigns or leads already: the two would share a key.
+	// ErrCampaigning is returned, wrapped, for a campaign in an election in which the same Elector campaigns or leads
+	// already: the two would share a key. It is also returned until the key of a term that was transferred or became
+	// unhealthy is gone; [Leader.Resign] deletes it at once.
 	ErrCampaigning = errors.New("leader: this Elector campaigns or leads in the election already")
 
 	// ErrClosed is returned, wrapped, when the Elector or its client is closed.
@@ -76,9 +77,9 @@ var (
 	// queue, or nobody waits.
 	ErrNotCandidate = errors.New("leader: no such candidate in the queue")
 
-	// ErrRefused is given to [Hooks].RenewFailed when etcd answered a renewal but the answer does not
-	// count, because etcd changed its own leader meanwhile. The answer may be of a leader that was already
-	// deposed, which cannot know whether the lease lives.
+	// ErrRefused is given to [Hooks].RenewFailed when etcd answered a renewal but the answer does not count, because
+	// etcd changed its own leader meanwhile. The answer may come from a leader that was already deposed, which cannot
+	// know whether the lease lives.
 	ErrRefused = errors.New("leader: renewal answered by an etcd leader that may have been deposed")
 )
 
@@ -96,8 +97,8 @@ var (
 	// returned, under Campaign until Resign is called, or for the margin.
 	ErrTransferred = errors.New("leader: term transferred")
 
-	// ErrUnhealthy says that the check of [WithHealth] has not succeeded for too long. It wraps the last failure. Campaign
-	// and TryCampaign return it, wrapped, if they have waited for a success in vain.
+	// ErrUnhealthy says that the check of [WithHealth] has not succeeded for too long. It wraps the last failure. It is
+	// in the error of a Campaign whose ctx ends while it waits for a success, and of a TryCampaign that is unhealthy.
 	ErrUnhealthy = errors.New("leader: unhealthy")
 
 	// ErrEvicted says that somebody else deleted the key or revoked the lease.

@@ -98,10 +98,9 @@ func WithPrefix(prefix string) Option {
 	}}
 }
 
-// WithLogger sets where to log; by default nothing is logged. nil is an error. Level Info has the steps of
-// candidates and terms: joined the queue, elected, resigned. Level Warn has terms that were lost, what is
-// being retried, once for each streak of failures, and what was given up, such as a resignation while etcd
-// was unreachable. docs/operations.md lists all lines.
+// WithLogger sets where to log; by default nothing is logged. nil is an error. Level Info has the steps of candidates
+// and terms: joined the queue, elected, resigned. Level Warn has terms that were lost; the first of several failures in
+// a row; and what was given up, such as a resignation while etcd was unreachable. docs/operations.md lists all lines.
 func WithLogger(log *slog.Logger) Option {
 	return Option{func(o *options) error {
 		if log == nil {
@@ -119,8 +118,8 @@ func WithLogger(log *slog.Logger) Option {
 // check is called for each election in which the Elector campaigns or leads, about every TTL/3, or more often if the
 // margin is more than a fifth of the TTL, so that one failure loses nothing. It is also called during outages of etcd,
 // and never twice at a time for an election. Its context ends before the next call is due, and when the campaign or the
-// term is over. A check that has not returned then is not called again before it has. An error, or a check that takes
-// longer, does not count. A panic ends the program.
+// term is over. A check that hangs is not called again before it has returned. Only a success before its
+// context has ended counts. A panic ends the program.
 //
 //   - A leader that is not healthy any more loses its term: the cause is [ErrUnhealthy], and wraps the last failure.
 //     Its key goes when the function of Run has returned or Resign is called, or a margin later, whichever is first. So
@@ -129,8 +128,8 @@ func WithLogger(log *slog.Logger) Option {
 //     joins; TryCampaign returns [ErrUnhealthy] if the first check fails.
 //
 // If everybody is unhealthy nobody leads. So check must ask about this process, and not about what all instances share,
-// such as a database. It may ask whether work that has begun makes progress; a candidate that waits has none. Whoever
-// knows at once that it is unfit calls Resign after its work has stopped.
+// such as a database. It may ask whether work that has begun makes progress; a candidate that waits has none. If the
+// work itself notices that it cannot continue, do not wait for the check: stop the work and call Resign.
 func WithHealth(check func(ctx context.Context, election string) error) Option {
 	return Option{func(o *options) error {
 		if check == nil {
@@ -141,10 +140,10 @@ func WithHealth(check func(ctx context.Context, election string) error) Option {
 	}}
 }
 
-// WithLeaseFile makes a crash of this process take milliseconds instead of a TTL. The file names the process's leases,
-// and is locked as long as the process lives. So whoever gets the lock knows that the process is dead, and revokes the
-// leases: the next process with the same file, when it campaigns for the first time, or [Reclaim] in a supervisor or
-// sidecar. It works on Linux; elsewhere a warning is logged and there is no file.
+// WithLeaseFile lets another instance lead milliseconds after a crash of this process, instead of a TTL. The file names
+// the process's leases, and is locked as long as the process lives. So whoever gets the lock knows that the process is
+// dead, and revokes the leases: [Reclaim] in a supervisor or sidecar, at once, or the next process with the same file,
+// when it campaigns for the first time. It works on Linux; elsewhere a warning is logged and there is no file.
 //
 // path is for this instance alone. Its directory must exist on a local file system, and only the service may write
 // there, as in /run or a volume of the pod; the file must not be in an image. New creates the file, with mode 0600, and
@@ -156,13 +155,13 @@ func WithHealth(check func(ctx context.Context, election string) error) Option {
 // [Campaign], or at the end of the function [Run]; but if the lease could not be revoked, at the end of the process. So
 // an Elector with a lease file must be closed before another one in the same process uses the file.
 //
-// Nothing depends on the file: if it is deleted, or does not match the machine's boot, the file itself or the cluster,
-// the lease expires. But these limits hold:
+// No guarantee depends on the file. If it is deleted, or if what it says is of another boot of the machine, another
+// file (it is a copy) or another cluster, the lease expires as without it. But these limits hold:
 //   - A process that is stopped or dumps core is alive. A child process that outlives it may still work: kill it with
 //     its parent.
 //   - Do not use it with CRIU, or in a virtual machine that is cloned while it runs.
-//   - The next leader may be elected before all that the dead process has sent has arrived. A resource that compares
-//     tokens or uses [Leader.Guard] is protected. For another one, do not use a lease file.
+//   - The next leader may be elected before the last writes of the dead process arrive. [Leader.Guard] and tokens
+//     protect a resource from those. For a resource that compares neither, do not use a lease file.
 func WithLeaseFile(path string) Option {
 	return Option{func(o *options) error {
 		if path == "" {

@@ -15,12 +15,13 @@ import (
 // must not be used by the process that it waits for.
 //
 // It blocks while the owner of the file lives, and then until etcd has confirmed or ctx ends. It returns nil when no
-// lease is left, also if the file does not exist, names no lease, or is of another boot, place or cluster. So it returns
-// at once between two runs of the owner: call it again, after a pause. It does not write the file and may run more than
-// once at a time. A process that starts meanwhile with the same file is not disturbed.
+// lease is left, also if the file does not exist, names no lease, is a copy, or is of another boot or cluster. So it
+// returns at once between two runs of the owner: call it again, after a pause. It does not write the file and may run
+// more than once at a time. A process that starts meanwhile with the same file is not disturbed.
 //
-// The errors are ctx's, the rule that the file breaks, permission denied to read it, or what etcd has refused. Whoever
-// is allowed to revoke a lease may write all its keys, so the client needs the rights of the owner's client.
+// The errors are ctx's, the rule that the file breaks, permission denied to read it, or what etcd has refused. The
+// client needs the rights of the owner's client, because etcd revokes a lease only for users who may write all its
+// keys.
 func Reclaim(ctx context.Context, client *clientv3.Client, leaseFile string) error {
 	if client == nil {
 		return errors.New("leader: client: must not be nil")

@@ -27,25 +27,25 @@ const (
 )
 
 // Transfer hands the election name over to the candidate to, without an overlap: the leader stops its work before the
-// next one is elected. It asks the candidates between the leader and to to step back, which join again at the end of
-// the queue, waits until they have left, and asks the leader then. With the zero Candidate whoever is next leads.
+// next one is elected. Transfer first asks the candidates in between to step back: they join again at the end of the
+// queue. When they have left, it asks the leader. With the zero Candidate whoever is next leads.
 //
-// It returns nil once to, known by its Key and Token, is the first in the queue, at once if it is already; for the zero
-// Candidate once another term than the one that it found has begun. It returns [ErrNoLeader] if nobody leads,
-// [ErrNotCandidate] if to has left the queue or nobody waits, and ctx's error if ctx ends, with the names of those who
-// have not left. So give ctx a deadline. It does not find out whether the process of to is alive: if that is paused or has
-// died, nobody works until its lease expires.
+// It returns nil once the candidate to, found by its Key and Token, is first in the queue, at once if it already is;
+// with the zero Candidate, once a term other than the one that it found has begun. It returns [ErrNoLeader] if nobody
+// leads, [ErrNotCandidate] if to has left the queue or nobody waits, and ctx's error if ctx ends, with the names of
+// those who have not left. So give ctx a deadline. Transfer does not check that the process of to is alive: if it is
+// paused or has died, nobody works until its lease expires.
 //
 // A leader under [Elector.Run] leaves when its function has returned, however long that takes: nobody leads meanwhile,
 // Hooks.Overdue says so, and [Elector.Evict] ends it. A leader under [Elector.Campaign] leaves when it calls Resign, or
 // a margin after its context has ended. Its term ends with [ErrTransferred].
 //
 // A Transfer that fails may have sent candidates to the end of the queue. Once the leader was asked nothing is undone:
-// if to dies then, the next one leads. A candidate whose watch is dead, and one by stock concurrency.Election, does not
+// if to dies then, the next one leads. A candidate whose watch is dead, or that uses concurrency.Election, does not
 // notice that it is asked: then the leader is not asked, and Transfer returns when ctx ends.
 //
-// It must not be waited for in the function that Run calls. It suits queues of tens of candidates, since each that
-// steps back costs a read of the queue.
+// The function that Run calls must not wait for a Transfer of its own election: each would wait for the other. Transfer
+// suits queues of tens of candidates, since each that steps back costs a read of the queue.
 func (e *Elector) Transfer(ctx context.Context, name string, to Candidate) error {
 	q, err := e.queue(name)
 	if err != nil {

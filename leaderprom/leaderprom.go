@@ -9,11 +9,11 @@
 //	leader_overdue_seconds              for how long the function that leads has ignored the end of its context, else 0
 //	leader_terms_total                  terms that have begun
 //	leader_term_ends_total              terms that have ended, by reason
-//	leader_campaign_duration_seconds    histogram: how long the campaigns took that were won
+//	leader_campaign_duration_seconds    histogram: how long campaigns took until they were won
 //
 // For the leases, without that label, because all elections of an Elector share one lease:
 //
-//	leader_renewal_duration_seconds     histogram: how long the renewals took that counted
+//	leader_renewal_duration_seconds     histogram: how long renewals took until they counted
 //	leader_renewal_failures_total       attempts that failed, by reason
 //
 // The reasons why a term ends are
@@ -34,13 +34,11 @@
 //	other              none of these
 //
 // A client has no connection if the port refuses it, the host name is unknown or the certificate comes from an unknown
-// authority, for example. The reason is then unavailable. It used to be timeout, so a query for timeout alone no longer
-// counts these attempts. The reason is still timeout if the connection is open and etcd does not answer on it. It is
-// also timeout, with or without a connection, for an attempt that the lease's deadline ends.
+// authority, for example. If the connection is open and etcd does not answer on it, the reason is timeout. It is also
+// timeout, with or without a connection, for an attempt that the lease's deadline ends.
 //
 // Each scrape asks the term whether this process leads. So no scrape returns 1, or the term's token, after the term has
-// ended. But what Prometheus has stored is as old as the last scrape. It is for people to look at: do not let it decide
-// who may work.
+// ended. But what Prometheus has stored is as old as the last scrape: do not let it decide who may work.
 //
 // To count the terms of an election, use both leader_token and leader_terms_total, because each misses some.
 // leader_terms_total starts at 0 with the process, so Prometheus does not see a term that begins before the process's
