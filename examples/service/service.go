@@ -35,7 +35,7 @@ type service struct {
 	log      *slog.Logger
 
 	leader atomic.Pointer[observed] // nil until the first observation
-	worked atomic.Int64             // when the work has gone on last, in Unix nanoseconds; 0 while there is none
+	worked atomic.Int64             // when the work last made an attempt, in Unix nanoseconds; 0 while there is none
 }
 
 // An observed is what this instance knows about the leader.

@@ -73,7 +73,7 @@ func run(ctx context.Context) (bad bool, err error) {
 	flag.DurationVar(&o.Length, "length", 4*time.Minute, "simulated time with faults, in each simulation")
 	flag.BoolVar(&o.Restless, "restless", false, "let all processes be back in all elections at once, over the same lease")
 	flag.BoolVar(&o.Unprobed, "unprobed", false, "in calm, look only at what is left")
-	flag.StringVar(&o.faults, "faults", "", "sorts of faults, with commas; after a minus, those to leave out; all: "+strings.Join(world.Sorts(), ","))
+	flag.StringVar(&o.faults, "faults", "", "kinds of faults, with commas; after a minus, those to leave out; all: "+strings.Join(world.Sorts(), ","))
 	flag.IntVar(&o.replay, "replay", 0, "how often to run the first seed, to see that its history is always the same")
 	flag.StringVar(&o.mutation, "mutation", "", "take a safeguard out; all: each in turn, for as long as -for says")
 	flag.BoolVar(&o.list, "mutations", false, "list the safeguards that can be taken out")
