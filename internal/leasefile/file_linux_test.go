@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -19,8 +20,11 @@ import (
 
 const (
 	ownerVariable = "LEASEFILE_TEST_OWNER" // the path of the file that a process of the tests owns
+	coreVariable  = "LEASEFILE_TEST_CORE"  // how many bytes its core has, at least, if it is to have one
 	cluster       = 0xcdf818194e3a8c32
 )
+
+var core []byte
 
 // A process of the tests owns a file until it is killed.
 func TestMain(m *testing.M) {
@@ -28,6 +32,13 @@ func TestMain(m *testing.M) {
 		f, err := Open(path)
 		if err == nil {
 			err = errors.Join(f.Add(cluster, 1), f.Add(cluster, 2))
+		}
+		if size, _ := strconv.Atoi(os.Getenv(coreVariable)); size > 0 {
+			core = bytes.Repeat([]byte{1}, size)
+			var limit syscall.Rlimit
+			err = errors.Join(err, syscall.Getrlimit(syscall.RLIMIT_CORE, &limit))
+			limit.Cur = limit.Max
+			err = errors.Join(err, syscall.Setrlimit(syscall.RLIMIT_CORE, &limit))
 		}
 		fmt.Println(err)
 		if err == nil {
@@ -41,13 +52,24 @@ func TestMain(m *testing.M) {
 // startOwner starts a process that owns the file. It returns what the process says of that: "<nil>" is good.
 func startOwner(t *testing.T, path string, files ...*os.File) (owner *exec.Cmd, said string) {
 	t.Helper()
+	owner = newOwner(t, path)
+	owner.ExtraFiles = files
+	return owner, start(t, owner)
+}
+
+func newOwner(t *testing.T, path string) *exec.Cmd {
+	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	owner = exec.Command(self)
+	owner := exec.Command(self)
 	owner.Env = append(os.Environ(), ownerVariable+"="+path)
-	owner.ExtraFiles = files
+	return owner
+}
+
+func start(t *testing.T, owner *exec.Cmd) (said string) {
+	t.Helper()
 	out, err := owner.StdoutPipe()
 	if err == nil {
 		err = owner.Start()
@@ -63,7 +85,7 @@ func startOwner(t *testing.T, path string, files ...*os.File) (owner *exec.Cmd, 
 	if err != nil {
 		t.Fatal(err)
 	}
-	return owner, strings.TrimSpace(line)
+	return strings.TrimSpace(line)
 }
 
 func open1(t *testing.T, path string) *File {
@@ -154,6 +176,42 @@ func TestAStoppedOwnerIsAlive(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantLeases(t, await(t, path), 1, 2)
+}
+
+// The kernel closes the descriptors of a process when it has written the core.
+func TestAnOwnerThatDumpsCoreIsAlive(t *testing.T) {
+	const size = 64 << 20 // so that it takes a while
+	path := filepath.Join(t.TempDir(), "lease")
+	owner := newOwner(t, path)
+	owner.Dir = t.TempDir() // gets the core
+	owner.Env = append(owner.Env, coreVariable+"="+strconv.Itoa(size), "GOTRACEBACK=crash")
+	if said := start(t, owner); said != "<nil>" {
+		t.Fatal(said)
+	}
+	dumps := func() bool {
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", owner.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return bytes.Contains(status, []byte("\nCoreDumping:\t1\n"))
+	}
+	if err := owner.Process.Signal(syscall.SIGQUIT); err != nil {
+		t.Fatal(err)
+	}
+	for seen := 0; ; time.Sleep(time.Millisecond) {
+		before, free := dumps(), !locked(t, path)
+		switch {
+		case free && dumps():
+			t.Fatal("the file is not locked while its owner dumps core")
+		case free && seen == 0:
+			t.Skip("the owner was not seen to dump core: see core(5)")
+		case free:
+			t.Logf("the file was locked %d times while its owner dumped core", seen)
+			return
+		case before:
+			seen++
+		}
+	}
 }
 
 // A child that has a copy of the descriptor works on when its parent is dead, so the file stays locked for it.
