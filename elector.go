@@ -308,7 +308,7 @@ func (e *Elector) Observe(ctx context.Context, name string) iter.Seq2[Candidate,
 
 // Evict ends the present term of the election, whoever leads, by deleting the leader's key. It is an
 // operator's tool: the next candidate is elected at once, while the leader learns of it from its watch,
-// milliseconds later, or, if its watch is dead, at its next renewal. Until then only Guard and Token protect
+// milliseconds later, or, if its watch is dead, by a renewal. Until then only Guard and Token protect
 // what it does. A leader by stock concurrency.Election never learns of it, so stop such a process first.
 //
 // Evict ends only the term that it finds, not a later one. It returns [ErrNoLeader] if nobody leads. It

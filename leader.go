@@ -8,9 +8,10 @@
 //
 // When a term ends, its context is cancelled and [Leader.IsLeader] is false before etcd lets another candidate win.
 // This rests on etcd keeping a lease for its TTL. etcd does not do so if an operator deletes the key or revokes the
-// lease, or if a leader of etcd that was paused for longer than the TTL resumes and revokes what its successor has
-// renewed (etcd-io/etcd#15247). Then two terms overlap until the leader has received the event of its key's deletion:
-// milliseconds, or until the next renewal if its watch is dead.
+// lease, if a leader of etcd that was paused for longer than the TTL resumes and revokes what its successor has renewed
+// (etcd-io/etcd#15247), or if etcd is restored from a backup. Then two terms overlap until the leader has received the
+// event of its key's deletion: milliseconds. If its watch is dead, they overlap until the next renewal that reads its
+// key: the next one, with up to 100 elections on the Elector.
 //
 // The package cannot stop work. Work that ignores its context continues after the term, and a process that is paused in
 // the middle of a write finishes that write when it resumes. To protect a resource from such work, use [Leader.Guard]
