@@ -39,7 +39,8 @@ right to read below svc/jobs/. Without PREFIX it reads all of etcd.
 LEFT is the time until etcd lets the candidate's lease expire, unless it is
 renewed before. "expired" means that the lease is gone and its key goes next.
 "never" is a key without a lease: it does not expire, and the candidates behind
-it wait until somebody deletes it. etcd does not record when a term began; of two
+it wait until somebody deletes it; an election with nothing but such keys is
+shown if PREFIX is its name. etcd does not record when a term began; of two
 candidates, the one with the smaller token has joined the queue first.
 
 On a terminal it prints a table, without LEASE and LEFT if that is narrow. Else
@@ -90,8 +91,8 @@ type queued struct {
 }
 
 // readElections reads all elections below a prefix, with one read of the keys and one of each lease. An election is
-// there if a key of it is attached to the lease in its name. Then other keys that look like a candidate's are
-// candidates too, because the others wait for them.
+// there if a key of it is attached to the lease in its name, or if it is named by the prefix. Then other keys that look
+// like a candidate's are candidates too, because the others wait for them.
 func readElections(ctx context.Context, client *clientv3.Client, prefix string) ([]election, error) {
 	key, opts := prefix+"/", []clientv3.OpOption{clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend)}
 	if prefix == "" {
@@ -123,7 +124,7 @@ func readElections(ctx context.Context, client *clientv3.Client, prefix string) 
 	}
 	elections := []election{} // in JSON, none is []
 	for name, candidates := range byName {
-		if held[name] {
+		if held[name] || name == prefix {
 			elections = append(elections, election{name, candidates})
 		}
 	}

@@ -100,6 +100,17 @@ func TestListShowsEachElectionAndNothingElse(t *testing.T) {
 	}
 }
 
+// Whoever campaigns in the election that is named waits for it.
+func TestListShowsALoneKeyWithoutALeaseInTheElectionThatIsNamed(t *testing.T) {
+	t.Parallel()
+	put(t, "list/lone/1f", "stale")
+	leaderDo(t, "list", "list/lone").want(t, 0, "stale")
+	leaderDo(t, "list", "list/lone/").want(t, 0, "stale")
+	if r := leaderDo(t, "list", "list"); strings.Contains(r.out, "list/lone") {
+		t.Errorf("what may be mere data is taken for an election: %q", r.out)
+	}
+}
+
 // The others wait for it for ever.
 func TestListShowsACandidateWithoutALease(t *testing.T) {
 	t.Parallel()
