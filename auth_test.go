@@ -39,14 +39,15 @@ func TestExpiredAuthTokensAndARoleForThePrefixOnly(t *testing.T) {
 	as := func(user string) *clientv3.Client {
 		return etcdtest.NewClientFrom(t, clientv3.Config{Endpoints: []string{m.Endpoint}, Username: user, Password: user})
 	}
-	e := newExpiring(t, as("service"), leader.WithPrefix("svc"))
+	opts := []leader.Option{leader.WithPrefix("svc"), leader.WithTTL(6 * time.Second)} // renewed every 2 s
+	e := newElector(t, as("service"), opts...)
 	l := lead(t, e, "jobs", "first")
-	next := campaign(t.Context(), newExpiring(t, as("service"), leader.WithPrefix("svc")), "jobs", "second")
+	next := campaign(t.Context(), newElector(t, as("service"), opts...), "jobs", "second")
 	awaitQueue(t, as("root"), "svc/jobs", queued(2))
 	select {
 	case <-l.Context().Done():
 		t.Fatalf("the term ended: %v", context.Cause(l.Context()))
-	case <-time.After(2 * ttl): // several times the life of a token
+	case <-time.After(5 * time.Second): // several times the life of a token
 	}
 	if err := l.Proclaim(t.Context(), "still"); err != nil {
 		t.Error(err)
@@ -95,7 +96,7 @@ func TestCandidateThatIsDeniedAfterItHasJoinedIsNotForgotten(t *testing.T) {
 	if _, err := root.RoleRevokePermission(t.Context(), "candidate", "svc/", clientv3.GetPrefixRangeEnd("svc/")); err != nil {
 		t.Fatal(err)
 	}
-	e := newExpiring(t, as("service"))
+	e := newElector(t, as("service"), leader.WithTTL(6*time.Second))
 	other := lead(t, e, "svc/other", "") // keeps the lease
 	first := lead(t, newElector(t, root), "svc/jobs", "first")
 	next := campaign(t.Context(), e, "svc/jobs", "second")

@@ -338,7 +338,7 @@ func (k *campaign) failure(err error) error {
 	if h := k.claim.health; h != nil {
 		last = cmp.Or(h.err(), last)
 	}
-	over := k.ctx.Err() != nil || k.e.client.Ctx().Err() != nil // either may be the first
+	over := k.e.over(k.ctx, err)
 	if over {
 		err = k.e.whyEnded(k.ctx)
 	}
@@ -379,6 +379,9 @@ func (k *campaign) candidate() (*Leader, error) {
 			return nil, err
 		}
 		k.unfit = false
+	}
+	if k.ctx.Err() != nil {
+		return nil, k.ctx.Err()
 	}
 	e.removeLeft(k.ctx, q)
 	if k.by == byTryCampaign { // do not ask for a lease if somebody leads

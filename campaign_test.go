@@ -396,3 +396,47 @@ func TestCallThatEndsWithAContextOfAnotherElectorReturnsTheContextsError(t *test
 	}
 	resign(t, held)
 }
+
+// Another candidate joins first, and the context ends while the own key is deleted.
+func TestTryCampaignSaysThatItIsHeldThoughItsContextEndsMeanwhile(t *testing.T) {
+	_, client := start(t)
+	other := newElector(t, client)
+	broken := &brokenKV{KV: client.KV}
+	kv := &heldKV{KV: broken, held: make(chan struct{}, 10), release: make(chan struct{})}
+	own := wrapped(client)
+	own.KV = kv
+	var l *leader.Leader
+	before := sync.OnceFunc(func() { l = lead(t, other, "jobs", "is faster") })
+	broken.before.Store(&before)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	e := newElector(t, own)
+	tried := make(chan error, 1)
+	go func() { _, err := e.TryCampaign(ctx, "jobs", "tries"); tried <- err }()
+	etcdtest.Await(t, "the deletion of its key", kv.held)
+	cancel()
+	close(kv.release)
+	if err := etcdtest.Await(t, "TryCampaign", tried); !errors.Is(err, leader.ErrHeld) {
+		t.Errorf("TryCampaign: %v, want ErrHeld", err)
+	}
+	resign(t, l)
+}
+
+func TestEtcdIsNotBlamedForWhatItWasNotAsked(t *testing.T) {
+	_, client := start(t)
+	e := newElector(t, client)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, campaign := e.Campaign(ctx, "jobs", "")
+	_, try := e.TryCampaign(ctx, "jobs", "")
+	_, current := e.Current(ctx, "jobs")
+	_, candidates := e.Candidates(ctx, "jobs")
+	for what, err := range map[string]error{
+		"Campaign": campaign, "TryCampaign": try, "Current": current, "Candidates": candidates,
+		"Transfer": e.Transfer(ctx, "jobs", leader.Candidate{}), "Evict": e.Evict(ctx, "jobs"),
+	} {
+		if !errors.Is(err, context.Canceled) || strings.Contains(err.Error(), "last failure") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}

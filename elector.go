@@ -505,6 +505,20 @@ func (e *Elector) whyEnded(bound context.Context) error {
 	return bound.Err()
 }
 
+// over reports whether a call has failed with err because its context or the client has ended. What it had found out
+// before stays the reason, though they may have ended while it cleaned up.
+func (e *Elector) over(bound context.Context, err error) bool {
+	for _, found := range []error{ErrHeld, ErrUnhealthy, ErrNoLeader, ErrNotCandidate} {
+		if errors.Is(err, found) {
+			return false
+		}
+	}
+	if retry.Permanent(err) && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
+		return false
+	}
+	return bound.Err() != nil || e.client.Ctx().Err() != nil // either may be the first
+}
+
 // orClosed returns ErrClosed if that the client is closed explains err, and err otherwise.
 func (e *Elector) orClosed(ctx context.Context, err error) error {
 	if ctx.Err() == nil && e.client.Ctx().Err() != nil {

@@ -279,10 +279,10 @@ func (l *Leader) Proclaim(ctx context.Context, value string) error {
 // proclaim changes the value if the key has not changed since this term knew its revision. Without that, a request
 // of an earlier call that was not answered and arrives late would replace the value of a later call.
 func (l *Leader) proclaim(ctx context.Context, value string) error {
-	for {
-		l.mu.Lock()
-		modified := l.modified
-		l.mu.Unlock()
+	l.mu.Lock()
+	modified := l.modified
+	l.mu.Unlock()
+	for { // what was read counts, though it may be smaller, because etcd was restored from a backup
 		election := l.session.Election(l.queue.Prefix(), l.key, l.token)
 		guarded := lease.WithGuard(ctx, clientv3.Compare(clientv3.ModRevision(l.key), "=", modified))
 		err := election.Proclaim(guarded, value)

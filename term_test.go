@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -64,6 +66,43 @@ func TestEvictDoesNotEndTheNextTerm(t *testing.T) {
 	if !guarded(t, client, second) || !second.IsLeader() {
 		t.Error("Evict ended a term that it had not seen")
 	}
+}
+
+// The backup knows the term, but not its last values. So the key's revision is smaller than the term knows.
+func TestProclaimGoesOnAfterARestore(t *testing.T) {
+	t.Parallel()
+	data, backup := t.TempDir(), t.TempDir()
+	m := etcdtest.Start(t, etcdtest.Settings{"data-dir": data})
+	var calls rpcCounter
+	client := etcdtest.NewClientFrom(t, calls.config(m.Endpoint))
+	l := lead(t, newElector(t, client), "jobs", "one")
+	restart := func(between func() error) {
+		t.Helper()
+		m.Stop()
+		if err := between(); err != nil {
+			t.Fatal(err)
+		}
+		if err := m.Start(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	restart(func() error { return os.CopyFS(filepath.Join(backup, "data"), os.DirFS(data)) })
+	for i := range 10 {
+		if err := l.Proclaim(t.Context(), fmt.Sprint(i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	restart(func() error {
+		return errors.Join(os.RemoveAll(data), os.CopyFS(data, os.DirFS(filepath.Join(backup, "data"))))
+	})
+	before := calls.of("/etcdserverpb.KV/Txn")
+	if err := l.Proclaim(t.Context(), "after"); err != nil {
+		t.Errorf("Proclaim: %v", err)
+	}
+	if n := calls.of("/etcdserverpb.KV/Txn") - before; n > 20 { // renewals among them
+		t.Errorf("Proclaim has sent %d transactions", n)
+	}
+	resign(t, l)
 }
 
 // Proclaim must not put a key that was deleted: it would have another token.

@@ -65,7 +65,7 @@ func (e *Elector) Transfer(ctx context.Context, name string, to Candidate) error
 	switch {
 	case err == nil:
 		return nil
-	case ctx.Err() != nil:
+	case e.over(ctx, err):
 		err = e.whyEnded(ctx)
 		if last := t.loop.Last(); last != nil {
 			err = retry.WithLast(err, last)
@@ -277,14 +277,23 @@ func (t *transfer) withdraw(ctx context.Context) {
 	for _, a := range t.asked {
 		a.request.Abandon()
 	}
-	_ = t.pool.Close(cctx) // else it expires
+	if t.pool.Close(cctx) == nil {
+		return
+	}
+	// The lease expires. But requests may be under way, for which Close has to wait.
+	pool := t.pool
+	t.e.watching.Go(func() { //nolint:contextcheck // ctx has ended
+		ctx, cancel := context.WithTimeout(context.Background(), retry.RequestTimeout+retry.CleanupTimeout)
+		defer cancel()
+		_ = pool.Close(ctx)
+	})
 }
 
 // missing names those who were asked and have not left.
 func (t *transfer) missing() string {
 	var names []string
 	for _, a := range t.asked {
-		names = append(names, fmt.Sprintf("%q (%s)", a.Value, a.Key))
+		names = append(names, fmt.Sprintf("%q (%s)", logged(a.Value), a.Key))
 	}
 	if names == nil {
 		return ""

@@ -168,6 +168,30 @@ func TestWhoeverHasSteppedBackAndIsUnhealthyKeepsNoLease(t *testing.T) {
 	resign(t, first)
 }
 
+// The same where the campaign is given up while its candidate steps back.
+func TestCampaignThatIsGivenUpAsItStepsBackDoesNotBlameEtcd(t *testing.T) {
+	_, client := start(t)
+	first := lead(t, newElector(t, client), "jobs", "leads")
+	own := wrapped(client)
+	kv := &heldKV{KV: client.KV, held: make(chan struct{}, 10), release: make(chan struct{})}
+	own.KV = kv
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	next := campaign(ctx, newElector(t, own), "jobs", "waits")
+	c := awaitQueue(t, client, "jobs", queued(2))[1]
+	askToStepBack(t, client, c)
+	etcdtest.Await(t, "the deletion of the key", kv.held)
+	cancel()
+	close(kv.release)
+	if o := etcdtest.Await(t, "Campaign", next); !errors.Is(o.err, context.Canceled) || strings.Contains(o.err.Error(), "last failure") {
+		t.Errorf("Campaign: %v", o.err)
+	}
+	if left, err := client.TimeToLive(t.Context(), c.Lease); err != nil || left.TTL > 0 {
+		t.Errorf("the lease: %+v, %v, want none", left, err)
+	}
+	resign(t, first)
+}
+
 // The same where the log handler exits while the own key is watched beside the campaign, which ends that campaign.
 func TestWhoeverHasSteppedBackInACampaignThatExitsKeepsNoLease(t *testing.T) {
 	_, client := start(t)
@@ -387,6 +411,146 @@ func transferCase(t *testing.T, waiting int, opts ...leader.Option) (client *cli
 		t.Fatal(err)
 	}
 	return client, l, next, ops, cs
+}
+
+// A revokingLease calls a function before each revocation.
+type revokingLease struct {
+	clientv3.Lease
+	before func()
+}
+
+func (l revokingLease) Revoke(ctx context.Context, id clientv3.LeaseID) (*clientv3.LeaseRevokeResponse, error) {
+	l.before()
+	return l.Lease.Revoke(ctx, id)
+}
+
+func TestTransferSaysWhyItHasFailedThoughItsContextEndsMeanwhile(t *testing.T) {
+	client, l, _, _, _ := transferCase(t, 0)
+	stock(t, client, "jobs", "stock", time.Minute) // does not step back
+	awaitQueue(t, client, "jobs", queued(2))
+	target, leave := context.WithCancel(t.Context())
+	defer leave()
+	left := campaign(target, newElector(t, client), "jobs", "target")
+	cs := awaitQueue(t, client, "jobs", queued(3))
+	own := wrapped(client)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	own.Lease = revokingLease{client.Lease, cancel} // the lease of the requests is revoked in the end
+	transferred := transfer(ctx, newElector(t, own), "jobs", cs[2])
+	etcdtest.Await(t, "the request", client.Watch(t.Context(), cs[1].Key+"/stepback", clientv3.WithRev(1)))
+	leave()
+	etcdtest.Await(t, "the end of the target", left)
+	if err := etcdtest.Await(t, "Transfer", transferred); !errors.Is(err, leader.ErrNotCandidate) {
+		t.Errorf("Transfer: %v, want ErrNotCandidate", err)
+	}
+	resign(t, l)
+}
+
+// A heldLease holds grants until it is released.
+type heldLease struct {
+	clientv3.Lease
+	held    chan struct{} // has an element for each grant
+	release chan struct{} // is closed
+	running atomic.Int64
+}
+
+func (l *heldLease) Grant(ctx context.Context, ttl int64) (*clientv3.LeaseGrantResponse, error) {
+	l.running.Add(1)
+	defer l.running.Add(-1)
+	l.held <- struct{}{}
+	select {
+	case <-l.release:
+		return l.Lease.Grant(ctx, ttl)
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// A grant that Transfer does not wait for any more goes on, and its lease is revoked when it is answered.
+func TestCloseWaitsForTheGrantOfATransfer(t *testing.T) {
+	client, l, next, _, cs := transferCase(t, 1)
+	own := wrapped(client)
+	held := &heldLease{Lease: client.Lease, held: make(chan struct{}, 100), release: make(chan struct{})}
+	own.Lease = held
+	e := newElector(t, own)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	transferred := transfer(ctx, e, "jobs", cs[1])
+	etcdtest.Await(t, "the grant", held.held)
+	cancel()
+	if err := etcdtest.Await(t, "Transfer", transferred); !errors.Is(err, context.Canceled) {
+		t.Errorf("Transfer: %v", err)
+	}
+	_, leases := footprint(t, client)
+	time.AfterFunc(200*time.Millisecond, func() { close(held.release) }) // so that a Close that does not wait returns before
+	if err := e.Close(t.Context()); err != nil {
+		t.Errorf("Close: %v", err)
+	}
+	if n := held.running.Load(); n != 0 {
+		t.Errorf("Close has returned while %d requests were under way", n)
+	}
+	if _, now := footprint(t, client); now != leases {
+		t.Errorf("%d leases, want %d", now, leases)
+	}
+	resign(t, l)
+	resign(t, awaitLeader(t, next[0]))
+}
+
+// A silentKV answers no read.
+type silentKV struct {
+	clientv3.KV
+	asked chan struct{} // has room for one element
+}
+
+func (kv silentKV) Get(ctx context.Context, _ string, _ ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+	select {
+	case kv.asked <- struct{}{}:
+	default:
+	}
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// An endedWatcher has no watches.
+type endedWatcher struct{ clientv3.Watcher }
+
+func (endedWatcher) Watch(context.Context, string, ...clientv3.OpOption) clientv3.WatchChan {
+	events := make(chan clientv3.WatchResponse)
+	close(events)
+	return events
+}
+
+// The end of the client reaches its requests and Transfer in any order.
+func TestTransferSaysThatItsClientIsClosed(t *testing.T) {
+	for range 3000 {
+		ctx, closeClient := context.WithCancel(t.Context())
+		client := clientv3.NewCtxClient(ctx)
+		kv := silentKV{asked: make(chan struct{}, 1)}
+		client.KV, client.Watcher = kv, endedWatcher{}
+		transferred := transfer(t.Context(), newElector(t, client), "jobs", leader.Candidate{})
+		etcdtest.Await(t, "a request", kv.asked)
+		closeClient()
+		if err := etcdtest.Await(t, "Transfer", transferred); !errors.Is(err, leader.ErrClosed) {
+			t.Fatalf("Transfer: %v, want ErrClosed", err)
+		}
+	}
+}
+
+func TestErrorOfTransferRepeatsNoLargeValue(t *testing.T) {
+	client, l, _, _, _ := transferCase(t, 0)
+	stock(t, client, "jobs", strings.Repeat("v", 1<<20), time.Minute) // does not step back
+	awaitQueue(t, client, "jobs", queued(2))
+	campaign(t.Context(), newElector(t, client), "jobs", "target")
+	cs := awaitQueue(t, client, "jobs", queued(3))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	transferred := transfer(ctx, newElector(t, client), "jobs", cs[2])
+	etcdtest.Await(t, "the request", client.Watch(t.Context(), cs[1].Key+"/stepback", clientv3.WithRev(1)))
+	cancel()
+	if err := etcdtest.Await(t, "Transfer", transferred); len(err.Error()) > 1000 || !strings.Contains(err.Error(), cs[1].Key) {
+		t.Errorf("the error has %d bytes: %.1000v", len(err.Error()), err)
+	}
+	resign(t, l)
 }
 
 func TestTransferThatCannotBeSaysWhyAndWritesNothing(t *testing.T) {

@@ -548,3 +548,17 @@ func goroutine() string {
 	name, _, _ := strings.Cut(string(buf[:runtime.Stack(buf, false)]), " [")
 	return name
 }
+
+// restore takes the etcd back to a revision at which there were only these of its keys.
+func (e *fakeEtcd) restore(rev int64, keys ...string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.rev = rev
+	e.kvs = slices.DeleteFunc(e.kvs, func(kv *mvccpb.KeyValue) bool { return !slices.Contains(keys, string(kv.Key)) })
+}
+
+// tell sends a response with etcd's revision, and waits until it was received.
+func (w *fakeWatch) tell(rev int64, events ...*clientv3.Event) {
+	w.events <- clientv3.WatchResponse{Header: &etcdserverpb.ResponseHeader{Revision: rev}, Events: events}
+	synctest.Wait()
+}

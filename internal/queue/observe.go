@@ -169,7 +169,7 @@ func (o *observer) follow(ctx context.Context) error {
 			o.loop.Forget() // a watch that lived that long does not continue a streak of failures
 		}
 		// The watch's error may be about another watch on its stream. If this read is refused, that is about the queue.
-		o.valid = false
+		o.valid, o.since = false, nil // events that were kept may be of a time before etcd went back
 		now, rerr := retry.Ask(ctx, o.q.client, o.loop.Failed, o.read)
 		if rerr != nil {
 			return rerr
@@ -211,11 +211,15 @@ func (o *observer) watch(ctx context.Context) (lived time.Duration, err error) {
 			o.loop.OK()
 		}
 	}
-	var newest int64 // revision that the watch has come to, at least
+	var newest int64 // revision that etcd has come to, at least
 	type result struct {
 		snapshot
 		err  error
 		back bool // etcd has gone back in time
+	}
+	type leading struct {
+		leader Candidate
+		back   bool
 	}
 	var reads chan result // nil while the queue is not being read
 	read := func() {
@@ -230,7 +234,7 @@ func (o *observer) watch(ctx context.Context) (lived time.Duration, err error) {
 			found <- result{now, err, now.rev < reached}
 		})
 	}
-	var leaders chan Candidate // nil while the leader is not being read
+	var leaders chan leading // nil while the leader is not being read
 	for {
 		select {
 		case watch.events = <-watch.opened:
@@ -258,23 +262,28 @@ func (o *observer) watch(ctx context.Context) (lived time.Duration, err error) {
 				return watch.lived(), errBack
 			}
 			ok()
+			newest = max(newest, now.rev)
 			o.apply(now.snapshot)
 		case <-ticker.C:
 			if leaders != nil || !o.valid {
 				break
 			}
-			found := make(chan Candidate, 1)
+			found := make(chan leading, 1)
 			leaders = found
+			reached := newest
 			beside.Go(func() {
-				c, err := o.q.Leader(ctx, &retry.Loop{Client: o.q.client, Warn: fail})
+				c, rev, err := o.q.leader(ctx, &retry.Loop{Client: o.q.client, Warn: fail})
 				if err != nil { // nobody has this token, so the queue is read, and that read reports the error
 					c = Candidate{Token: -1}
 				}
-				found <- c
+				found <- leading{c, err == nil && rev < reached}
 			})
-		case leader := <-leaders:
+		case now := <-leaders:
 			leaders = nil
-			if leader != o.leader() {
+			if now.back {
+				return watch.lived(), errBack
+			}
+			if now.leader != o.leader() {
 				read() // either an event is still under way, or the watch has died without a sign
 			} else {
 				ok()

@@ -217,6 +217,61 @@ func TestObserveReadsTheLeaderAgain(t *testing.T) {
 	})
 }
 
+// clientv3 resumes a watch where it ended, and an etcd that has gone back in time has no events for it until its
+// revisions have grown. That the leader is the same one does not show that etcd has not gone back.
+func TestEtcdThatHasGoneBackIsNoticedThoughTheLeaderIsTheSame(t *testing.T) {
+	for what, told := range map[string]bool{"the watch has come further": true, "only a read has come further": false} {
+		t.Run(what, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newEtcd(t)
+				o := e.observe(t.Context(), nil)
+				w := e.watch(t)
+				if told {
+					w.create()
+					o.want(t, "one")
+					w.tell(7, e.put("jobs/3", "three"))
+					e.restore(6, "jobs/1", "jobs/2")
+				} else {
+					e.put("other", "of others")
+					w.create()
+					o.want(t, "one")
+					e.restore(6, "jobs/1", "jobs/2")
+				}
+				time.Sleep(2 * reread)
+				e.watch(t).create() // it is watched anew
+				o.want(t)
+			})
+		})
+	}
+}
+
+// An event that was kept for a read is dropped if that read shows that etcd has gone back in time.
+func TestEventFromBeforeEtcdHasGoneBackIsNotApplied(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEtcd(t)
+		o := e.observe(t.Context(), nil)
+		w := e.watch(t)
+		w.create()
+		o.want(t, "one")
+		answer := make(chan struct{})
+		e.set(func(ctx context.Context, read clientv3.Op) error {
+			if read.Limit() == 1 { // of the leader alone
+				return nil
+			}
+			return until(answer)(ctx, read)
+		}, nil)
+		one := e.del("jobs/1") // its event is under way when the leader is read, so the queue is read, too
+		time.Sleep(reread)
+		synctest.Wait()
+		two, three := e.del("jobs/2"), e.put("jobs/3", "three")
+		w.tell(three.Kv.ModRevision, one, two, three)
+		o.want(t, "two", "", "three")
+		e.restore(2) // it is empty
+		close(answer)
+		o.want(t, "")
+	})
+}
+
 func TestErrorOfAWatchDoesNotEndObserve(t *testing.T) {
 	for _, err := range watchErrors {
 		bubble(t, err.Error(), func(t *testing.T) {

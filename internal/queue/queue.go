@@ -378,28 +378,35 @@ func (q *Queue) Oldest(ctx context.Context) (Candidate, error) {
 // candidate is the oldest below the election's name. Requests that fail are repeated in loop; without a loop Leader
 // returns the first failure, after at most [retry.RequestTimeout] each.
 func (q *Queue) Leader(ctx context.Context, loop *retry.Loop) (Candidate, error) {
-	first, keys, err := q.first(ctx, loop, clientv3.WithFirstCreate()...)
-	if err != nil || keys == 0 || first != (Candidate{}) {
-		return first, err
-	}
-	first, _, err = q.first(ctx, loop, clientv3.WithPrefix(), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
+	first, _, err := q.leader(ctx, loop)
 	return first, err
 }
 
-// first returns the first candidate among the keys that a read with these options finds, and how many these are.
-func (q *Queue) first(ctx context.Context, loop *retry.Loop, opts ...clientv3.OpOption) (first Candidate, keys int, err error) {
+// leader is Leader, and also returns etcd's revision.
+func (q *Queue) leader(ctx context.Context, loop *retry.Loop) (first Candidate, rev int64, err error) {
+	first, resp, err := q.first(ctx, loop, clientv3.WithFirstCreate()...)
+	if err == nil && len(resp.Kvs) > 0 && first == (Candidate{}) {
+		first, resp, err = q.first(ctx, loop, clientv3.WithPrefix(), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
+	}
+	if err != nil {
+		return Candidate{}, 0, err
+	}
+	return first, resp.Header.Revision, nil
+}
+
+// first returns the first candidate among the keys that a read with these options finds, and the answer to the read.
+func (q *Queue) first(ctx context.Context, loop *retry.Loop, opts ...clientv3.OpOption) (first Candidate, resp *clientv3.GetResponse, err error) {
 	read := func(ctx context.Context) (*clientv3.GetResponse, error) { return q.client.Get(ctx, q.prefix, opts...) }
-	var resp *clientv3.GetResponse
 	if loop != nil {
 		resp, err = retry.Do(ctx, loop, read)
 	} else {
 		resp, err = retry.First(ctx, q.client, read)
 	}
 	if err != nil {
-		return Candidate{}, 0, err
+		return Candidate{}, nil, err
 	}
 	if cs := q.list(resp.Kvs); len(cs) > 0 {
 		first = cs[0]
 	}
-	return first, len(resp.Kvs), nil
+	return first, resp, nil
 }

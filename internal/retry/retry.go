@@ -552,6 +552,10 @@ func (l *Loop) Last() error { return l.last }
 
 // Do is [Ask], with the failures noted in l.
 func Do[T any](ctx context.Context, l *Loop, request func(context.Context) (T, error)) (T, error) {
+	if ctx.Err() != nil { // etcd is not asked, so its silence is no failure
+		var none T
+		return none, ctx.Err()
+	}
 	sent := time.Now()
 	value, err := Ask(ctx, l.Client, l.Failed, request)
 	switch {
