@@ -48,6 +48,9 @@ var errFailed = errors.New("etcd has failed")
 // errNotReady is returned when a member is not ready after startTimeout.
 var errNotReady = fmt.Errorf("etcd is not ready after %v", startTimeout)
 
+// errGivenUp is returned when a member is not ready and another one of the cluster has failed.
+var errGivenUp = errors.New("etcd is not ready, since another member has failed")
+
 // etcd allocates two segments of its log in advance, 64 MB each. The size is a variable, not a setting. It is set here
 // because nothing reads it yet: no other goroutine runs while packages are initialized.
 func init() { wal.SegmentSizeBytes = 1 << 20 }
@@ -65,6 +68,8 @@ type Member struct {
 	health string      // address of its health check
 	failed func(error) // called if the etcd inside this process fails after its start
 	server server      // nil while stopped
+
+	giveUp <-chan struct{} // closed when a start is in vain; nil if no other member is started with this one
 }
 
 // A server is a started etcd.
@@ -143,19 +148,34 @@ func tryRun(dir, binary string, n int, failed func(error), settings []Settings) 
 	if err != nil {
 		return nil, err
 	}
-	var wg sync.WaitGroup
-	errs := make([]error, n)
-	for i, m := range members {
-		wg.Go(func() { errs[i] = m.Start() })
-	}
-	wg.Wait()
-	if err := errors.Join(errs...); err != nil {
+	if err := startAll(members); err != nil {
 		for _, m := range members {
 			m.Stop()
 		}
 		return nil, err
 	}
 	return members, nil
+}
+
+// startAll starts the members of a cluster. If one of them fails, it does not wait for the others.
+func startAll(members []*Member) error {
+	var wg sync.WaitGroup
+	errs := make([]error, len(members))
+	giveUp := make(chan struct{})
+	fail := sync.OnceFunc(func() { close(giveUp) })
+	for i, m := range members {
+		m.giveUp = giveUp
+		wg.Go(func() {
+			if errs[i] = m.Start(); errs[i] != nil {
+				fail()
+			}
+		})
+	}
+	wg.Wait()
+	for _, m := range members {
+		m.giveUp = nil
+	}
+	return errors.Join(errs...)
 }
 
 // newMembers chooses free ports for the members of a cluster, and writes their configuration to dir.
@@ -236,7 +256,7 @@ func FreeAddresses(n int) ([]string, error) {
 // Start runs a stopped member again, on the same ports and data.
 func (m *Member) Start() (err error) {
 	if m.binary == "" {
-		m.server, err = startEmbedded(m.config, m.failed)
+		m.server, err = startEmbedded(m.config, m.giveUp, m.failed)
 	} else {
 		m.server, err = startProcess(m)
 	}
@@ -260,8 +280,8 @@ type embedded struct {
 }
 
 // startEmbedded runs an etcd until stop is called. If the etcd fails after startEmbedded has returned, failed is called
-// and the etcd is closed.
-func startEmbedded(config string, failed func(error)) (server, error) {
+// and the etcd is closed. giveUp is that of a Member.
+func startEmbedded(config string, giveUp <-chan struct{}, failed func(error)) (server, error) {
 	cfg, err := embed.ConfigFromFile(config)
 	if err != nil {
 		return nil, err
@@ -308,6 +328,8 @@ func startEmbedded(config string, failed func(error)) (server, error) {
 	case err = <-etcd.Err():
 	case <-f.known:
 		err = f.err
+	case <-giveUp:
+		err = errGivenUp
 	case <-time.After(startTimeout):
 		err = errNotReady
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -38,6 +39,35 @@ func TestMembersAreOfTheNamedBinary(t *testing.T) {
 	}
 	if status.Version != want {
 		t.Errorf("runs etcd %s, want %s", status.Version, want)
+	}
+}
+
+// Another process may take a port just before etcd does. Then other ports are tried, and soon: not when the rest of the
+// cluster has waited for the member in vain.
+func TestClusterWithAPortThatIsTakenFailsAtOnce(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, binary := range map[string]string{"in this process": "", "in processes of their own": self} {
+		t.Run(what, func(t *testing.T) {
+			members, err := newMembers(filepath.Join(t.TempDir(), "members"), binary, 3, func(err error) { t.Error(err) }, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			l, err := net.Listen("tcp", members[1].Endpoint)
+			if err != nil {
+				t.Skip(err) // it was taken indeed
+			}
+			defer l.Close()
+			err = startAll(members)
+			for _, m := range members {
+				m.Stop()
+			}
+			if !errors.Is(err, errGivenUp) || errors.Is(err, errNotReady) {
+				t.Errorf("the start of a cluster with a port that is taken: %v", err)
+			}
+		})
 	}
 }
 

@@ -25,7 +25,7 @@ func Main() {
 	if config == "" {
 		return
 	}
-	if _, err := startEmbedded(config, exit); err != nil {
+	if _, err := startEmbedded(config, nil, exit); err != nil {
 		exit(err)
 	}
 	select {} // until the process is killed
@@ -83,6 +83,9 @@ func startProcess(m *Member) (server, error) {
 		select {
 		case <-p.exited:
 			return nil, fmt.Errorf("%s has ended: %v: %s", m.binary, cmd.ProcessState, stderr.String())
+		case <-m.giveUp:
+			p.stop()
+			return nil, errGivenUp
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
