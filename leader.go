@@ -10,8 +10,8 @@
 // This rests on etcd keeping a lease for its TTL. etcd does not do so if an operator deletes the key or revokes the
 // lease, if a leader of etcd that was paused for longer than the TTL resumes and revokes what its successor has renewed
 // (etcd-io/etcd#15247), or if etcd is restored from a backup. Then two terms overlap until the leader has received the
-// event of its key's deletion: milliseconds. If its watch is dead, they overlap until the next renewal that reads its
-// key: the next one, with up to 100 elections on the Elector.
+// event of its key's deletion: milliseconds. If its watch is dead, they overlap until a renewal has read its key. With
+// up to 100 elections on the Elector that is the next renewal.
 //
 // The package cannot stop work. Work that ignores its context continues after the term, and a process that is paused in
 // the middle of a write finishes that write when it resumes. To protect a resource from such work, use [Leader.Guard]
@@ -55,8 +55,8 @@ var (
 	// matches [concurrency.ErrElectionNotLeader].
 	ErrNotLeader = fmt.Errorf("leader: %w", concurrency.ErrElectionNotLeader)
 
-	// ErrNoLeader is returned by [Elector.Current] and [Elector.Evict] when nobody leads. It also
-	// matches [concurrency.ErrElectionNoLeader].
+	// ErrNoLeader is returned by [Elector.Current], [Elector.Evict] and [Elector.Transfer] when nobody
+	// leads. It also matches [concurrency.ErrElectionNoLeader].
 	ErrNoLeader = fmt.Errorf("leader: %w", concurrency.ErrElectionNoLeader)
 
 	// ErrHeld is returned, wrapped, by [Elector.TryCampaign] when somebody leads or is before this
