@@ -42,7 +42,7 @@ var mutations = []mutation{
 		file:   "internal/queue/wait.go",
 		old:    "if ev.Kv.ModRevision <= w.rev {",
 		new:    "if ev.Kv.ModRevision < 0 {",
-		faults: []string{"slow-follower"}, rule: oracle.RuleExclusion, ttl: 3 * time.Second, duration: time.Minute,
+		faults: []string{"slow-follower"}, rule: oracle.RuleExclusion, ttl: 3 * time.Second, duration: 2 * time.Minute,
 	},
 	{
 		name: "late-deletion", safeguard: "a deletion names the create revision of what it deletes",
