@@ -380,7 +380,7 @@ func (k *campaign) candidate() (*Leader, error) {
 		}
 		k.unfit = false
 	}
-	if k.ctx.Err() != nil {
+	if k.ctx.Err() != nil { // a candidate that has stepped back might join once more
 		return nil, k.ctx.Err()
 	}
 	e.removeLeft(k.ctx, q)

@@ -8,10 +8,10 @@
 //
 // When a term ends, its context is cancelled and [Leader.IsLeader] is false before etcd lets another candidate win.
 // This rests on etcd keeping a lease for its TTL. etcd does not do so if an operator deletes the key or revokes the
-// lease, if a leader of etcd that was paused for longer than the TTL resumes and revokes what its successor has renewed
-// (etcd-io/etcd#15247), or if etcd is restored from a backup. Then two terms overlap until the leader has received the
-// event of its key's deletion: milliseconds. If its watch is dead, they overlap until a renewal has read its key. With
-// up to 100 elections on the Elector that is the next renewal.
+// lease, or if a leader of etcd that was paused for longer than the TTL resumes and revokes what its successor has
+// renewed (etcd-io/etcd#15247). Then two terms overlap until the leader has received the event of its key's deletion:
+// milliseconds. If its watch is dead, they overlap until a renewal has read its key. With up to 100 elections on the
+// Elector that is the next renewal. Before etcd is restored from a backup, stop all candidates.
 //
 // The package cannot stop work. Work that ignores its context continues after the term, and a process that is paused in
 // the middle of a write finishes that write when it resumes. To protect a resource from such work, use [Leader.Guard]
@@ -282,7 +282,7 @@ func (l *Leader) proclaim(ctx context.Context, value string) error {
 	l.mu.Lock()
 	modified := l.modified
 	l.mu.Unlock()
-	for { // what was read counts, though it may be smaller, because etcd was restored from a backup
+	for {
 		election := l.session.Election(l.queue.Prefix(), l.key, l.token)
 		guarded := lease.WithGuard(ctx, clientv3.Compare(clientv3.ModRevision(l.key), "=", modified))
 		err := election.Proclaim(guarded, value)
@@ -293,7 +293,8 @@ func (l *Leader) proclaim(ctx context.Context, value string) error {
 		if !errors.Is(err, concurrency.ErrElectionNotLeader) {
 			return err
 		}
-		// The key is gone, or was changed by an earlier call or by a touch.
+		// The key is gone, or was changed by an earlier call or by a touch. Or etcd was restored from a backup: then the
+		// key's revision is smaller than l.modified, which only grows, so what is read here counts.
 		modified, err = retry.First(ctx, l.e.client, func(ctx context.Context) (int64, error) {
 			return l.queue.Revision(ctx, l.key, l.token)
 		})
