@@ -402,9 +402,7 @@ func TestTryCampaignSaysThatItIsHeldThoughItsContextEndsMeanwhile(t *testing.T) 
 	_, client := start(t)
 	other := newElector(t, client)
 	broken := &brokenKV{KV: client.KV}
-	kv := &heldKV{KV: broken, held: make(chan struct{}, 10), release: make(chan struct{})}
-	own := wrapped(client)
-	own.KV = kv
+	own, kv := holding(client, broken)
 	var l *leader.Leader
 	before := sync.OnceFunc(func() { l = lead(t, other, "jobs", "is faster") })
 	broken.before.Store(&before)

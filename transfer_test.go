@@ -144,9 +144,7 @@ func TestTransferDeletesTheRequestToWhoeverHasLeftOtherwise(t *testing.T) {
 func TestWhoeverHasSteppedBackAndIsUnhealthyKeepsNoLease(t *testing.T) {
 	_, client := start(t)
 	first := lead(t, newElector(t, client), "jobs", "leads")
-	slow := wrapped(client)
-	kv := &heldKV{KV: client.KV, held: make(chan struct{}, 10), release: make(chan struct{})}
-	slow.KV = kv
+	slow, kv := holding(client, client.KV)
 	var p patient
 	log := make(logChannel, 100)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -172,9 +170,7 @@ func TestWhoeverHasSteppedBackAndIsUnhealthyKeepsNoLease(t *testing.T) {
 func TestCampaignThatIsGivenUpAsItStepsBackDoesNotBlameEtcd(t *testing.T) {
 	_, client := start(t)
 	first := lead(t, newElector(t, client), "jobs", "leads")
-	own := wrapped(client)
-	kv := &heldKV{KV: client.KV, held: make(chan struct{}, 10), release: make(chan struct{})}
-	own.KV = kv
+	own, kv := holding(client, client.KV)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	next := campaign(ctx, newElector(t, own), "jobs", "waits")
@@ -256,6 +252,14 @@ type heldKV struct {
 
 func (kv *heldKV) Txn(ctx context.Context) clientv3.Txn {
 	return &heldTxn{Txn: kv.KV.Txn(ctx), kv: kv, ctx: ctx}
+}
+
+// holding returns a client whose KV is kv, held.
+func holding(client *clientv3.Client, kv clientv3.KV) (*clientv3.Client, *heldKV) {
+	held := &heldKV{KV: kv, held: make(chan struct{}, 10), release: make(chan struct{})}
+	c := wrapped(client)
+	c.KV = held
+	return c, held
 }
 
 type heldTxn struct {
@@ -496,21 +500,6 @@ func TestCloseWaitsForTheGrantOfATransfer(t *testing.T) {
 	resign(t, awaitLeader(t, next[0]))
 }
 
-// A silentKV answers no read.
-type silentKV struct {
-	clientv3.KV
-	asked chan struct{} // has room for one element
-}
-
-func (kv silentKV) Get(ctx context.Context, _ string, _ ...clientv3.OpOption) (*clientv3.GetResponse, error) {
-	select {
-	case kv.asked <- struct{}{}:
-	default:
-	}
-	<-ctx.Done()
-	return nil, ctx.Err()
-}
-
 // An endedWatcher has no watches.
 type endedWatcher struct{ clientv3.Watcher }
 
@@ -524,11 +513,10 @@ func (endedWatcher) Watch(context.Context, string, ...clientv3.OpOption) clientv
 func TestTransferSaysThatItsClientIsClosed(t *testing.T) {
 	for range 3000 {
 		ctx, closeClient := context.WithCancel(t.Context())
-		client := clientv3.NewCtxClient(ctx)
-		kv := silentKV{asked: make(chan struct{}, 1)}
-		client.KV, client.Watcher = kv, endedWatcher{}
+		client, kv := darkened(clientv3.NewCtxClient(ctx), func(string) bool { return true })
+		client.Watcher = endedWatcher{}
 		transferred := transfer(t.Context(), newElector(t, client), "jobs", leader.Candidate{})
-		etcdtest.Await(t, "a request", kv.asked)
+		etcdtest.Await(t, "a request", kv.hung)
 		closeClient()
 		if err := etcdtest.Await(t, "Transfer", transferred); !errors.Is(err, leader.ErrClosed) {
 			t.Fatalf("Transfer: %v, want ErrClosed", err)

@@ -68,8 +68,6 @@ type Member struct {
 	health string      // address of its health check
 	failed func(error) // called if the etcd inside this process fails after its start
 	server server      // nil while stopped
-
-	giveUp <-chan struct{} // closed when a start is in vain; nil if no other member is started with this one
 }
 
 // A server is a started etcd.
@@ -164,17 +162,13 @@ func startAll(members []*Member) error {
 	giveUp := make(chan struct{})
 	fail := sync.OnceFunc(func() { close(giveUp) })
 	for i, m := range members {
-		m.giveUp = giveUp
 		wg.Go(func() {
-			if errs[i] = m.Start(); errs[i] != nil {
+			if errs[i] = m.start(giveUp); errs[i] != nil {
 				fail()
 			}
 		})
 	}
 	wg.Wait()
-	for _, m := range members {
-		m.giveUp = nil
-	}
 	return errors.Join(errs...)
 }
 
@@ -254,11 +248,14 @@ func FreeAddresses(n int) ([]string, error) {
 }
 
 // Start runs a stopped member again, on the same ports and data.
-func (m *Member) Start() (err error) {
+func (m *Member) Start() error { return m.start(nil) }
+
+// start is Start, and gives up when the channel is closed.
+func (m *Member) start(giveUp <-chan struct{}) (err error) {
 	if m.binary == "" {
-		m.server, err = startEmbedded(m.config, m.giveUp, m.failed)
+		m.server, err = startEmbedded(m.config, giveUp, m.failed)
 	} else {
-		m.server, err = startProcess(m)
+		m.server, err = startProcess(m, giveUp)
 	}
 	return err
 }
@@ -280,7 +277,7 @@ type embedded struct {
 }
 
 // startEmbedded runs an etcd until stop is called. If the etcd fails after startEmbedded has returned, failed is called
-// and the etcd is closed. giveUp is that of a Member.
+// and the etcd is closed.
 func startEmbedded(config string, giveUp <-chan struct{}, failed func(error)) (server, error) {
 	cfg, err := embed.ConfigFromFile(config)
 	if err != nil {

@@ -62,7 +62,7 @@ type process struct {
 }
 
 // startProcess runs a member's binary until stop is called, or until this process ends for any reason.
-func startProcess(m *Member) (server, error) {
+func startProcess(m *Member, giveUp <-chan struct{}) (server, error) {
 	cmd := exec.Command(m.binary, "--config-file", m.config)
 	cmd.Env = append(os.Environ(), memberEnv+"="+m.config)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -83,7 +83,7 @@ func startProcess(m *Member) (server, error) {
 		select {
 		case <-p.exited:
 			return nil, fmt.Errorf("%s has ended: %v: %s", m.binary, cmd.ProcessState, stderr.String())
-		case <-m.giveUp:
+		case <-giveUp:
 			p.stop()
 			return nil, errGivenUp
 		case <-time.After(20 * time.Millisecond):

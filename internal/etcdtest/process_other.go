@@ -25,4 +25,4 @@ func (*Member) Pause() error { return errLinuxOnly }
 // Resume returns an error.
 func (*Member) Resume() error { return errLinuxOnly }
 
-func startProcess(*Member) (server, error) { return nil, errLinuxOnly }
+func startProcess(*Member, <-chan struct{}) (server, error) { return nil, errLinuxOnly }
