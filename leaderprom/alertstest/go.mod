@@ -6,6 +6,7 @@ replace example.com/leader => ../..
 
 require (
 	example.com/leader v0.0.0
+	github.com/grafana/grafana-foundation-sdk/go v0.0.22
 	github.com/prometheus/client_golang v1.25.0
 	github.com/prometheus/client_model v0.6.3
 	github.com/prometheus/common v0.72.1
