@@ -37,6 +37,9 @@
 //     anything. If clients come through a proxy of yours that sets them, use [WithTrustedProxy].
 //   - Hop-by-hop headers are removed, but upgrades are passed on, so websockets work.
 //
+// A request that has reached the leader directly is as its client has sent it. So the leader must not take a client's
+// X-Forwarded-* for true, because it cannot tell who has set them.
+//
 // Answers are passed on as they arrive, at the latest after 10 ms, with trailers and informational (1xx) responses. If
 // the client goes away, the leader's request is cancelled. Redirects are not followed.
 //
@@ -81,8 +84,8 @@ import (
 const (
 	// forwardedFor marks a forwarded request. Its value is a query string, so that a name cannot break out of it.
 	forwardedFor = "Leader-Forwarded"
-	// refusedBy is in the refusal of a forwarded request, and names who refuses. Only the forwarder reads it. That a
-	// request has come back could also be seen as it arrives, but then a client could pretend it.
+	// refusedBy is in the refusal of a forwarded request, and names who refuses, and which request. Only the forwarder
+	// reads it. No client can pretend that a request has come back, because none can know what its forwarder calls it.
 	refusedBy = "Leader-Refused-By"
 )
 
@@ -225,7 +228,7 @@ type view struct {
 	refusal string // why requests cannot be forwarded; "" if they can
 	leader  leader.Candidate
 	url     *url.URL
-	mark    string // value of the header
+	mark    string // value of the header, but for the request's name
 	proxy   *httputil.ReverseProxy
 	since   time.Time
 	itself  atomic.Bool // a request has come back to the forwarder that sent it
@@ -272,7 +275,7 @@ func (f *forwarder) view(c leader.Candidate) *view {
 		err = usable(u)
 	}
 	if err != nil {
-		f.warnOnce(c.Value, "the leader's URL is not usable, requests are refused", "value", logged(c.Value), "error", err)
+		f.warnOnce(c.Value, "the leader's URL is not usable, requests are refused", "value", logged(c.Value), "error", loggedError(err))
 		return &view{refusal: "the leader's address is not usable"}
 	}
 	mark := url.Values{"election": {f.name}, "token": {strconv.FormatInt(c.Token, 10)}}
@@ -290,19 +293,19 @@ func (f *forwarder) view(c leader.Candidate) *view {
 }
 
 func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	token, forwarded := f.hop(r)
+	hop := f.hop(r)
 	l, leads := f.e.Leading(f.name)
 	if leads {
 		f.note(l)
-		if token <= l.Token() {
+		if hop.token <= l.Token() {
 			f.serve(w, r, l)
 			return
 		}
 	}
 	v := f.seen.Load()
 	switch {
-	case forwarded:
-		w.Header().Set(refusedBy, f.id)
+	case hop.made:
+		w.Header().Set(refusedBy, f.id+hop.request)
 		refuse(w, "forwarded to an instance that does not lead")
 	case f.ctx.Err() != nil:
 		refuse(w, "this instance does not lead and has stopped forwarding")
@@ -316,7 +319,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		// Without the grace this would also warn while this instance is being elected.
 		if time.Since(v.since) > grace {
 			f.warnOnce(v.leader.Value, "the leader's URL leads to this instance, which does not lead; requests are refused",
-				"value", logged(v.leader.Value), "url", v.url.String())
+				"value", logged(v.leader.Value), "url", logged(v.url.String()))
 		}
 		refuse(w, "the leader's address is that of an instance that does not lead")
 	default:
@@ -331,29 +334,41 @@ func (f *forwarder) note(l *leader.Leader) {
 	}
 }
 
-// hop tells whether the request was forwarded in this election, and the largest token that it names. What cannot be
-// read is no proof of anything but that it was.
-func (f *forwarder) hop(r *http.Request) (token int64, forwarded bool) {
+// A hop is what a request says of how it was forwarded in an election.
+type hop struct {
+	made    bool
+	token   int64  // the largest that it names
+	request string // what the last forwarder calls it
+}
+
+// hop returns what the request says. What cannot be read is no proof of anything but that it was forwarded.
+func (f *forwarder) hop(r *http.Request) (h hop) {
 	for _, line := range r.Header[forwardedFor] {
 		for mark := range strings.SplitSeq(line, ",") { // a proxy may join lines
 			q, err := url.ParseQuery(strings.TrimSpace(mark))
 			if err == nil && q.Has("election") && q.Get("election") != f.name {
 				continue // a handler of another election has forwarded it
 			}
-			forwarded = true
+			h.made, h.request = true, q.Get("request")
 			if t, err := strconv.ParseInt(q.Get("token"), 10, 64); err == nil {
-				token = max(token, t)
+				h.token = max(h.token, t)
 			}
 		}
 	}
-	return token, forwarded
+	return h
 }
 
 func (f *forwarder) serve(w http.ResponseWriter, r *http.Request, l *leader.Leader) {
 	ctx, cancel := context.WithCancelCause(context.WithValue(r.Context(), termKey{}, l))
 	defer cancel(nil)
 	defer context.AfterFunc(l.Context(), func() { cancel(context.Cause(l.Context())) })()
-	f.local.ServeHTTP(w, r.WithContext(ctx))
+	served := r.WithContext(ctx)
+	defer func() { // net/http does this only for the request that it has made
+		if form := served.MultipartForm; form != nil && form != r.MultipartForm {
+			_ = form.RemoveAll()
+		}
+	}()
+	f.local.ServeHTTP(w, served)
 }
 
 // rewrite turns a client's request into the leader's.
@@ -362,7 +377,7 @@ func (v *view) rewrite(pr *httputil.ProxyRequest) {
 	out.URL.RawQuery = in.URL.RawQuery // also what ReverseProxy cannot parse: local would see it
 	pr.SetURL(v.url)
 	out.Host = in.Host
-	out.Header.Add(forwardedFor, v.mark)
+	out.Header.Add(forwardedFor, v.mark+"&request="+rand.Text())
 	out.Trailer = in.Trailer // not a copy: the values come after the body
 
 	trusted := v.f.trusted != nil && v.f.trusted(in)
@@ -389,7 +404,7 @@ func (v *view) rewrite(pr *httputil.ProxyRequest) {
 
 // answered looks at the leader's answer. What it removes is not for those further back.
 func (v *view) answered(res *http.Response) error {
-	if res.Header.Get(refusedBy) == v.f.id {
+	if r := res.Request; r != nil && res.Header.Get(refusedBy) == v.f.id+v.f.hop(r).request { // a user's transport may leave it out
 		v.itself.Store(true)
 	}
 	res.Header.Del(refusedBy)
@@ -403,7 +418,7 @@ func (v *view) fail(w http.ResponseWriter, r *http.Request, err error) {
 		level = slog.LevelWarn
 	}
 	v.f.log.Log(r.Context(), level, "request could not be forwarded", "election", v.f.name, "token", v.leader.Token,
-		"url", v.url.String(), "error", err)
+		"url", logged(v.url.String()), "error", loggedError(err))
 	var op *net.OpError
 	var timeout net.Error
 	switch {
@@ -437,9 +452,19 @@ func (f *forwarder) warnOnce(value, message string, args ...any) {
 
 func logged(value string) string { return value[:min(len(value), maxLogged)] }
 
+// loggedError is for an error that may repeat a value, or a part of it.
+func loggedError(err error) string {
+	text := err.Error()
+	return text[:min(len(text), 5*maxLogged)]
+}
+
 func valueURL(c leader.Candidate) (*url.URL, error) {
 	u, err := url.Parse(c.Value)
 	if err != nil {
+		var parsing *url.Error
+		if errors.As(err, &parsing) {
+			err = parsing.Err // without the value, which is logged beside it
+		}
 		return nil, err
 	}
 	if ip, err := netip.ParseAddr(u.Hostname()); err == nil && !allowed(ip) {

@@ -9,10 +9,13 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"mime/multipart"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -1094,6 +1097,95 @@ func TestOneWatchServesAllRequests(t *testing.T) {
 	clients.Wait()
 	if n := watches.n.Load(); n != 1 {
 		t.Errorf("%d watches", n)
+	}
+}
+
+// net/http removes the files of a form from the request that it has made, and local gets a copy of that.
+func TestFilesOfAFormAreRemovedAfterTheRequest(t *testing.T) {
+	client := etcdtest.NewClient(t, etcdtest.Start(t).Endpoint)
+	dir := t.TempDir()
+	t.Setenv("TMPDIR", dir)
+	local := func(w http.ResponseWriter, r *http.Request) {
+		if err := r.ParseMultipartForm(1); err != nil {
+			t.Error(err)
+		}
+		found, _ := filepath.Glob(filepath.Join(dir, "multipart-*"))
+		if len(found) != 1 {
+			t.Errorf("the form is not on disk: %v", found)
+		}
+		io.WriteString(w, "ok")
+	}
+	upload := func(url string) {
+		var body bytes.Buffer
+		form := multipart.NewWriter(&body)
+		part, err := form.CreateFormFile("file", "name")
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(part, strings.Repeat("x", 100<<10))
+		form.Close()
+		r := newRequest(t, http.MethodPost, url, &body)
+		r.Header.Set("Content-Type", form.FormDataContentType())
+		if a := send(t, r); a.text != "ok" {
+			t.Fatalf("%s %q", a.Status, a.text)
+		}
+	}
+	left := func() int {
+		found, _ := filepath.Glob(filepath.Join(dir, "multipart-*"))
+		for _, f := range found {
+			os.Remove(f)
+		}
+		return len(found)
+	}
+	plain := httptest.NewServer(http.HandlerFunc(local))
+	upload(plain.URL)
+	plain.Close() // waits for the handler's connection
+	if n := left(); n != 0 {
+		t.Errorf("without Forward: %d files are left", n)
+	}
+	e := newElector(t, client)
+	lead(t, e, "http://127.0.0.1:1")
+	forwarding := httptest.NewServer(leaderhttp.Forward(t.Context(), e, "jobs", http.HandlerFunc(local)))
+	upload(forwarding.URL)
+	forwarding.Close()
+	if n := left(); n != 0 {
+		t.Errorf("with Forward: %d files are left", n)
+	}
+}
+
+// The error of url.Parse has the whole value in it.
+func TestAValueThatCannotBeParsedIsNotLoggedWhole(t *testing.T) {
+	_, client := start(t)
+	var log journal
+	b := newFollower(t, client, log.option())
+	l := lead(t, newElector(t, client), "http://host/%zz"+strings.Repeat("x", 500_000))
+	awaitText(t, b.url, unusable)
+	for _, line := range log.warnings("not usable") {
+		if len(line) > 1000 {
+			t.Errorf("a warning of %d bytes", len(line))
+		}
+	}
+	resign(t, l)
+}
+
+// A client learns the name that is meant for the forwarder only, and has the leader's handler answer with it.
+func TestAClientCannotPretendThatARequestHasComeBack(t *testing.T) {
+	_, client := start(t)
+	a := newInstance(t, client, func(w http.ResponseWriter, r *http.Request) {
+		for k, v := range r.URL.Query() { // as a handler does that passes on the answer of another server
+			w.Header()[k] = v
+		}
+		io.WriteString(w, "leads")
+	})
+	lead(t, a.e, a.url)
+	b := newFollower(t, client)
+	awaitText(t, b.url, "leads")
+	r := newRequest(t, http.MethodGet, b.url, nil)
+	r.Header.Set(header, "election=jobs&token=0")
+	id := send(t, r).Header.Get("Leader-Refused-By")
+	get(t, b.url+"/?Leader-Refused-By="+id)
+	if got := get(t, b.url); got.StatusCode != http.StatusOK {
+		t.Errorf("from now on: %s %q", got.Status, got.text)
 	}
 }
 
