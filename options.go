@@ -148,8 +148,8 @@ func WithHealth(check func(ctx context.Context, election string) error) Option {
 // path is for this instance alone. Its directory must exist on a local file system, and only the service may write
 // there, as in /run or a volume of the pod; the file must not be in an image. New creates the file, with mode 0600, and
 // waits up to 1 s for a living owner to unlock it. It returns an error if the owner lives on, or for a file that is not
-// regular, belongs to another user, is writable by others, or is on NFS or the like. A file that cannot be created or
-// written for another reason, such as a full disk, is a warning in the log.
+// regular, belongs to another user, is writable by others, or is on NFS or the like (FUSE is not recognised). A file
+// that cannot be created or written for another reason, such as a full disk, is a warning in the log.
 //
 // The file is unlocked when [Elector.Close] has succeeded, by [Leader.Resign] if the term is from the function
 // [Campaign], or at the end of the function [Run]; but if the lease could not be revoked, at the end of the process. So

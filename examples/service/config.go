@@ -6,6 +6,8 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"net"
+	"net/url"
 	"os"
 	"slices"
 	"strings"
@@ -91,12 +93,27 @@ func parse(args []string, getenv func(string) string) (config, error) {
 		return c, fmt.Errorf("-endpoints %s: must not be http:// with -ca or -cert, which it would ignore", *endpoints)
 	case (c.user == "") != (c.password == ""):
 		return c, errors.New("-user: must be given together with a password, in SERVICE_PASSWORD or -password-file")
-	case c.advertise != "" && !strings.HasPrefix(c.advertise, "http://") && !strings.HasPrefix(c.advertise, "https://"):
-		return c, fmt.Errorf("-advertise %s: must begin with http:// or https://", c.advertise)
+	case c.advertise != "" && !reachable(c.advertise):
+		return c, fmt.Errorf("-advertise %s: must be a URL with http:// or https:// and a host, an IPv6 address in brackets", c.advertise)
+	case c.advertise == "" && everywhere(c.listen):
+		return c, fmt.Errorf("-advertise: must be given with -listen %s, which is no address to send requests to", c.listen)
 	case c.election == "" || strings.HasSuffix(c.election, "/"):
 		return c, fmt.Errorf("-election %q: must not be empty or end in a slash", c.election)
 	}
 	return c, nil
+}
+
+// reachable reports whether other instances can send requests to a URL.
+func reachable(advertise string) bool {
+	u, err := url.Parse(advertise)
+	return err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Hostname() != ""
+}
+
+// everywhere reports whether listening on an address means listening on all addresses of the machine.
+func everywhere(listen string) bool {
+	host, _, err := net.SplitHostPort(listen)
+	ip := net.ParseIP(host)
+	return err == nil && (host == "" || ip != nil && ip.IsUnspecified())
 }
 
 // client returns a client of etcd. It waits for etcd only to check a password, for at most 10 s, and gives up when ctx

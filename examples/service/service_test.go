@@ -521,13 +521,13 @@ func TestClientDoesNotEndWithTheContextThatItWasMadeUnder(t *testing.T) {
 }
 
 func TestFlagWinsOverEnvironment(t *testing.T) {
-	env := map[string]string{"SERVICE_TTL": "7s", "SERVICE_LISTEN": ":1"}
-	c, err := parse([]string{"-listen", ":2", "-embedded"}, func(name string) string { return env[name] })
+	env := map[string]string{"SERVICE_TTL": "7s", "SERVICE_LISTEN": "127.0.0.1:1"}
+	c, err := parse([]string{"-listen", "127.0.0.1:2", "-embedded"}, func(name string) string { return env[name] })
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.ttl != 7*time.Second || c.listen != ":2" {
-		t.Errorf("ttl is %v and listen %s, want 7s from the environment and :2 from the flag", c.ttl, c.listen)
+	if c.ttl != 7*time.Second || c.listen != "127.0.0.1:2" {
+		t.Errorf("ttl is %v and listen %s, want 7s from the environment and 127.0.0.1:2 from the flag", c.ttl, c.listen)
 	}
 }
 
@@ -543,7 +543,10 @@ func TestBadSettingsAreRefused(t *testing.T) {
 		{want: "-endpoints: must be given, or -embedded"},
 		{args: []string{"-endpoints", "a:1", "-embedded"}, want: "and not both"},
 		{args: []string{"-embedded", "-ca", "ca.pem"}, want: "must be given with -endpoints"},
-		{args: []string{"-endpoints", "a:1", "-advertise", "a:1"}, want: "-advertise a:1: must begin with http://"},
+		{args: []string{"-endpoints", "a:1", "-advertise", "a:1"}, want: "-advertise a:1: must be a URL with http:// or https://"},
+		{args: []string{"-endpoints", "a:1", "-advertise", "http://fd00::1:8080"}, want: "an IPv6 address in brackets"},
+		{args: []string{"-endpoints", "a:1", "-listen", ":8080"}, want: "-advertise: must be given with -listen :8080"},
+		{args: []string{"-endpoints", "a:1", "-listen", "[::]:8080"}, want: "-advertise: must be given with -listen [::]:8080"},
 		{args: []string{"-endpoints", "a:1", "-key", "key.pem"}, want: "-cert and -key: must be given together"},
 		{args: []string{"-endpoints", "http://a:1", "-ca", "ca.pem"}, want: "must not be http:// with -ca"},
 		{args: []string{"-endpoints", "a:1", "-user", "root"}, want: "-user: must be given together with a password"},

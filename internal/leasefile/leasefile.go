@@ -16,8 +16,9 @@
 //     torn, the file names no leases.
 //
 // It rests on a kernel that the owner does not leave: not with CRIU, nor in a virtual machine that is cloned while it
-// runs. It rests on a local file system: others may give up the lock of a process that lives, so they are refused. What
-// the dead process had handed to the kernel, such as data in the buffer of a socket, may still be sent.
+// runs. It rests on a local file system: others may give up the lock of a process that lives, so they are refused. A FUSE
+// file system is not refused, because most are local; on one whose locks another machine keeps there must be no lease
+// file. What the dead process had handed to the kernel, such as data in the buffer of a socket, may still be sent.
 //
 // Nothing else rests on the file. Without it, or if it is deleted, the leases expire.
 package leasefile
