@@ -90,6 +90,8 @@ type transfer struct {
 	pool  *lease.Pool       // of the requests; nil while there is none
 	asked map[string]*asked // by the key of who is asked
 	again chan struct{}     // has a token when the queue is to be read again
+
+	askedLast time.Time // when the last waiter was asked; zero if none was, or it has been waited for
 }
 
 // An asked is a candidate that is asked to step back.
@@ -164,11 +166,28 @@ func (t *transfer) step(ctx context.Context, listing queue.Listing) (over bool, 
 				return false, err
 			}
 		}
-	} else if err := t.ask(ctx, cs[0], t.to); err != nil {
-		return false, err
+	} else {
+		if err := t.letJoin(ctx); err != nil {
+			return false, err
+		}
+		if err := t.ask(ctx, cs[0], t.to); err != nil {
+			return false, err
+		}
 	}
 	t.forget(ctx, listing) // last: the requests share a lease, which is given back with the last of them
 	return false, nil
+}
+
+// letJoin blocks for as long as the last waiter took to step back, so that those who have done so join again before the
+// leader is asked. Each of them writes a key, and the leader's deletion, during which nobody leads, would wait behind
+// that: see bench/README.md, row 14.
+func (t *transfer) letJoin(ctx context.Context) error {
+	if t.askedLast.IsZero() {
+		return nil
+	}
+	took := time.Since(t.askedLast)
+	t.askedLast = time.Time{}
+	return retry.Sleep(ctx, min(took, maxTransferRead))
 }
 
 // place is the place in the queue of who is to lead: 0 if it leads, -1 if it is not there.
@@ -212,6 +231,9 @@ func (t *transfer) ask(ctx context.Context, c, successor queue.Candidate) error 
 	actx, cancel := context.WithCancel(ctx) // ends with the session, which cancels each attempt
 	defer cancel()
 	defer context.AfterFunc(a.request.Session().Context(), cancel)()
+	if successor == (queue.Candidate{}) {
+		t.askedLast = time.Now()
+	}
 	rev, err := retry.Do(actx, t.loop, func(ctx context.Context) (int64, error) {
 		return lease.Attempt(ctx, a.request, func(ctx context.Context) (int64, error) {
 			return t.q.Ask(ctx, a.request.Session().ID(), c, successor)
