@@ -25,7 +25,7 @@ type claim struct {
 	stop      context.CancelFunc // ends observe
 	observing sync.WaitGroup     // until observe has returned
 	term      *Leader            // nil until it is elected; guarded by e.mu
-	released  chan struct{}      // closed by release
+	released  chan struct{}      // closed by free
 	health    *health            // nil without WithHealth
 	standing  *Leader            // the present candidate or leader; guarded by e.mu
 
@@ -87,22 +87,33 @@ func (c *claim) report(ctx context.Context) {
 	c.observe(ctx)
 }
 
-// release lets the next campaign begin. It may be called again. Its caller then waits for observing.
-func (c *claim) release() {
+// free lets the next campaign begin. It may be called again.
+func (c *claim) free() {
 	e := c.e
 	e.mu.Lock()
+	defer e.mu.Unlock()
 	if e.claims[c.election] == c {
 		close(c.released)
 		delete(e.claims, c.election)
 		e.reports.unclaimed(c.election)
 	}
-	e.mu.Unlock()
+}
+
+// quit ends what serves the claim. It may be called again. Its caller then waits for observing.
+func (c *claim) quit() {
 	c.stop()
 	if c.health != nil {
 		c.health.stop()
 	}
-	if e.once {
-		e.release()
+}
+
+// release frees the claim, and gives the lease file up if this was its only one. It may be called again, and blocks for
+// as long as the file's disk does.
+func (c *claim) release() {
+	c.free()
+	c.quit()
+	if c.e.once {
+		c.e.release()
 	}
 }
 
@@ -318,7 +329,7 @@ func (k *campaign) retry(err error, joined time.Time) error {
 	switch {
 	case transferred(err): // join again at once, at the end of the queue
 		return nil
-	case errors.Is(err, ErrUnhealthy) && k.by != byTryCampaign:
+	case unhealthy(err) && k.by != byTryCampaign:
 		k.unhealthy(err)
 		return nil
 	case errors.Is(err, errAttached):
@@ -491,9 +502,12 @@ func (l *Leader) take(k *campaign) error {
 	if l.waited {
 		l.logPlace() // before the watch, which is late if nobody receives from it while the logger blocks
 	}
-	loop := l.e.loop(l.claim.election, "watch of the own key is being retried")
-	l.deletion = l.queue.WatchOwn(l.watched, loop, l.key, l.token)
+	l.deletion = l.queue.WatchOwn(l.watched, l.ownLoop(), l.key, l.token)
 	return nil
+}
+
+func (l *Leader) ownLoop() *retry.Loop {
+	return l.e.loop(l.claim.election, "watch of the own key is being retried")
 }
 
 // startWatch hands the own key over to a goroutine, for good.

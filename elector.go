@@ -32,9 +32,9 @@ import (
 // another lease. It also does so if another user of etcd has attached a key to the lease.
 //
 // An Elector that is not in use has no goroutines and nothing in etcd, so it need not be closed, unless it has a lease
-// file ([WithLeaseFile]). Two things may continue after the use: it waits up to 5 s for the answer to a grant that was
-// cut short, to revoke the lease; and it tries for up to an hour to revoke the lease of a term that expired, or of a
-// dead owner of the lease file.
+// file ([WithLeaseFile]). Three things may continue after the use: it waits up to 5 s for the answer to a grant that was
+// cut short, to revoke the lease; it tries for up to 7 s to revoke the lease of a Transfer that could not; and it tries
+// for up to an hour to revoke the lease of a term that expired, or of a dead owner of the lease file.
 type Elector struct {
 	client   *clientv3.Client
 	opts     options
@@ -201,7 +201,7 @@ func (e *Elector) runTerm(ctx context.Context, l *Leader, lead func(context.Cont
 	switch {
 	case ctx.Err() != nil:
 		why := e.whyEnded(ctx)
-		if err == nil || errors.Is(err, why) || errors.Is(err, ctx.Err()) {
+		if err == nil || errors.Is(err, why) || errors.Is(err, ctx.Err()) || errors.Is(err, context.Cause(ctx)) {
 			return false, why
 		}
 		return false, errors.Join(why, err)
@@ -460,13 +460,14 @@ func (e *Elector) leading() []*Leader {
 
 // begin counts a campaign or Run, so that Close waits for it, and binds its context. end ends both.
 func (e *Elector) begin(ctx context.Context) (bound context.Context, end func(), err error) {
+	bound, unbind := e.bind(ctx) // before the lock, because ctx may be of a type of the user's
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if err := e.closedLocked(); err != nil {
+		unbind()
 		return nil, nil, err
 	}
 	e.calls++
-	bound, unbind := e.bind(ctx)
 	return bound, func() {
 		unbind()
 		e.mu.Lock()

@@ -151,13 +151,28 @@ func (h *health) openLocked() {
 
 // errorLocked is why it does not hold.
 func (h *health) errorLocked() error {
-	switch {
-	case !h.began.IsZero() && time.Since(h.began) > h.period():
-		return fmt.Errorf("%w: the check has not returned for %v", ErrUnhealthy, time.Since(h.began).Round(time.Millisecond))
-	case h.failure != nil:
-		return fmt.Errorf("%w: %w", ErrUnhealthy, h.failure)
+	if !h.began.IsZero() && time.Since(h.began) > h.period() {
+		return &unhealthyError{fmt.Errorf("the check has not returned for %v", time.Since(h.began).Round(time.Millisecond))}
 	}
-	return ErrUnhealthy
+	return &unhealthyError{h.failure}
+}
+
+// An unhealthyError is [ErrUnhealthy] with the last failure. It does not ask the failure for its text before it is asked
+// itself: that is the user's code, and may block on the very work that has made the check fail.
+type unhealthyError struct{ failure error } // nil: no check has returned yet
+
+func (u *unhealthyError) Error() string {
+	if u.failure == nil {
+		return ErrUnhealthy.Error()
+	}
+	return fmt.Sprintf("%v: %v", ErrUnhealthy, u.failure)
+}
+
+func (u *unhealthyError) Unwrap() []error {
+	if u.failure == nil {
+		return []error{ErrUnhealthy}
+	}
+	return []error{ErrUnhealthy, u.failure}
 }
 
 // err is nil if the Elector is healthy now. It asks the clock, so it is right though a timer is late.

@@ -447,3 +447,40 @@ func TestPanicOfACheckEndsTheProgram(t *testing.T) {
 		t.Errorf("the program has ended with %v:\n%s", err, out)
 	}
 }
+
+// A blockingError is what a check may fail with: its methods ask the hung work.
+type blockingError struct{ forever chan struct{} }
+
+func (e blockingError) Error() string   { <-e.forever; return "the work hangs" }
+func (e blockingError) Is(error) bool   { <-e.forever; return false }
+func (e blockingError) Unwrap() []error { <-e.forever; return nil }
+
+// The error of a check may block on the very work that has made the check fail. That keeps neither the term of this
+// election nor those of others.
+func TestATermEndsAlthoughTheErrorOfItsCheckBlocks(t *testing.T) {
+	_, client := start(t)
+	var p patient
+	e := newElector(t, client, leader.WithTTL(4*time.Second), leader.WithHealth(func(ctx context.Context, election string) error {
+		if election == "jobs" {
+			return p.check(ctx, election)
+		}
+		return nil
+	}))
+	l, other := lead(t, e, "jobs", ""), lead(t, e, "other", "")
+	forever := make(chan struct{})
+	p.fail(blockingError{forever})
+	next := campaign(t.Context(), newElector(t, client), "jobs", "next")
+	n := awaitLeader(t, next)
+	if l.Context().Err() == nil || l.IsLeader() {
+		t.Error("another leads, and the term has not ended")
+	}
+	if _, ok := e.Leading("other"); !ok {
+		t.Errorf("the term in the other election has ended: %v", context.Cause(other.Context()))
+	}
+	close(forever)
+	if err := context.Cause(l.Context()); !errors.Is(err, leader.ErrUnhealthy) {
+		t.Errorf("the cause is %v, want ErrUnhealthy", err)
+	}
+	resign(t, n)
+	resign(t, other)
+}

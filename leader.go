@@ -347,6 +347,10 @@ func (l *Leader) Resign(ctx context.Context) error {
 }
 
 // end ends the term, or the candidacy. The first cause wins.
+//
+// Rule: nothing that the user's code or a disk can hold up comes before the end of ctx. So no lock that is taken here is
+// ever held while the user's code is called, which includes the methods of the user's errors and contexts, or while a
+// file is written.
 func (l *Leader) end(cause error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -355,22 +359,29 @@ func (l *Leader) end(cause error) {
 	}
 	if l.elected {
 		l.endedAt = time.Now()
+		if !winding(cause) { // else the key stays, and so does the claim
+			l.claim.free() // before ctx ends: who waits for that may campaign at once
+		}
 		switch {
 		case resigned(cause):
-			l.claim.release() // before ctx ends: who waits for that may campaign at once
-		case winding(cause): // the key stays, and so does the claim
+		case winding(cause):
 			l.claim.stop() // Hooks.Ended comes after the last LeaderChanged, and must not wait for the work
-			if l.by != byRun || errors.Is(cause, ErrUnhealthy) {
+			if l.by != byRun || unhealthy(cause) {
 				l.e.watching.Go(l.vacate)
 			}
 		default:
-			l.claim.release()
 			l.tidying.Add(1)
 			l.e.watching.Go(l.tidy)
 		}
 	}
 	l.unhook()
 	l.cancel(cause)
+	if l.elected && !winding(cause) {
+		l.claim.quit()
+		if l.e.once {
+			l.e.watching.Go(l.e.release) // a disk may hang
+		}
+	}
 	if !resigned(cause) {
 		l.unwatch() // remove does so on a resignation: the deletion must not wait behind the watch's cancellation
 	}
@@ -389,17 +400,21 @@ func (l *Leader) evict() {
 // or a term, is decided under l.mu.
 func (l *Leader) stepBack() { l.end(ErrTransferred) }
 
-// winding reports whether a term that has ended for this cause keeps its key while its work winds down.
-func winding(cause error) bool {
-	return errors.Is(cause, ErrTransferred) || errors.Is(cause, ErrUnhealthy)
+// unhealthy reports whether the cause is that of health. It does not call the methods of what a check has failed with,
+// which is the user's and may wrap the cause of another term. So the others ask for it first.
+func unhealthy(cause error) bool {
+	var u *unhealthyError
+	return errors.As(cause, &u)
 }
 
-// resigned reports whether the cause is a resignation, and transferred whether it is a request to step back. What a
-// check has failed with may wrap the cause of another term: ErrUnhealthy wins.
-func resigned(cause error) bool { return errors.Is(cause, ErrResigned) && !winding(cause) }
-func transferred(cause error) bool {
-	return errors.Is(cause, ErrTransferred) && !errors.Is(cause, ErrUnhealthy)
-}
+// transferred reports whether the cause is a request to step back.
+func transferred(cause error) bool { return !unhealthy(cause) && errors.Is(cause, ErrTransferred) }
+
+// winding reports whether a term that has ended for this cause keeps its key while its work winds down.
+func winding(cause error) bool { return unhealthy(cause) || transferred(cause) }
+
+// resigned reports whether the cause is a resignation.
+func resigned(cause error) bool { return !winding(cause) && errors.Is(cause, ErrResigned) }
 
 // keepsKey reports whether a term that has ended for this cause still has its key, which its owner deletes.
 func keepsKey(cause error) bool { return resigned(cause) || winding(cause) }
@@ -429,8 +444,7 @@ func (l *Leader) sessionCause() error {
 // watch ends the term when its key is gone, and reports the end. Its context is cancelled by end, or on a resignation by
 // remove.
 func (l *Leader) watch() {
-	ctx := l.watched
-	defer close(l.done)
+	ctx, returned := l.watched, false
 	defer func() {
 		if r := recover(); r != nil { // the logger panics, which ends the program: give the lease back before
 			l.end(ErrResigned)
@@ -442,9 +456,18 @@ func (l *Leader) watch() {
 				<-l.resigning
 			default: // somebody is at it
 			}
+			close(l.done)
 			panic(r)
 		}
-		// The logger may also have ended this goroutine.
+		if !returned && ctx.Err() == nil { // the logger has ended this goroutine
+			l.e.watching.Go(func() {
+				_ = retry.Sleep(ctx, rewatch) // the next failure may end the next one
+				l.deletion = l.queue.WatchOwn(ctx, l.ownLoop(), l.key, l.token)
+				l.watch()
+			})
+			return
+		}
+		defer close(l.done)
 		<-ctx.Done()
 		l.mu.Lock()
 		elected := l.elected
@@ -454,7 +477,11 @@ func (l *Leader) watch() {
 		}
 	}()
 	l.watchKey(ctx)
+	returned = true
 }
+
+// rewatch is the pause before the own key is watched again after a log handler has ended the goroutine that did so.
+const rewatch = time.Second
 
 // watchKey ends the term when its key is gone.
 func (l *Leader) watchKey(ctx context.Context) {

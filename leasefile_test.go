@@ -20,6 +20,7 @@ import (
 
 	"example.com/leader"
 	"example.com/leader/internal/etcdtest"
+	"example.com/leader/internal/leasefile"
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -534,4 +535,26 @@ func TestAProcessThatIsKilledAtAnyMomentLosesItsLeasesAlone(t *testing.T) {
 		t.Errorf("Reclaim of a living process's file returned %v", err)
 	}
 	t.Logf("%d processes were killed; %d of their leases had no key yet, and would have expired", *kills, left)
+}
+
+func TestReclaimSaysThatTheClientIsClosed(t *testing.T) {
+	m, client := start(t)
+	path := filepath.Join(t.TempDir(), "leases")
+	f, err := leasefile.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := client.Get(t.Context(), "x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Add(resp.Header.ClusterId, 1234); err != nil {
+		t.Fatal(err)
+	}
+	leasefile.Crash(path)
+	closed := etcdtest.NewClient(t, m.Endpoint)
+	closed.Close()
+	if err := leader.Reclaim(t.Context(), closed, path); !errors.Is(err, leader.ErrClosed) {
+		t.Errorf("Reclaim: %v, want ErrClosed", err)
+	}
 }

@@ -19,9 +19,9 @@ import (
 // returns at once between two runs of the owner: call it again, after a pause. It does not write the file and may run
 // more than once at a time. A process that starts meanwhile with the same file is not disturbed.
 //
-// The errors are ctx's, the rule that the file breaks, permission denied to read it, or what etcd has refused. The
-// client needs the rights of the owner's client, because etcd revokes a lease only for users who may write all its
-// keys.
+// The errors are ctx's, [ErrClosed] if the client is closed, the rule that the file breaks, permission denied to read
+// it, or what etcd has refused. The client needs the rights of the owner's client, because etcd revokes a lease only for
+// users who may write all its keys.
 func Reclaim(ctx context.Context, client *clientv3.Client, leaseFile string) error {
 	if client == nil {
 		return errors.New("leader: client: must not be nil")
@@ -32,6 +32,9 @@ func Reclaim(ctx context.Context, client *clientv3.Client, leaseFile string) err
 	left, err := leasefile.Await(ctx, leaseFile)
 	if err == nil {
 		err = lease.Reclaim(ctx, client, left, func(int64) {})
+	}
+	if errors.Is(err, context.Canceled) && ctx.Err() == nil && client.Ctx().Err() != nil {
+		err = ErrClosed
 	}
 	if err != nil {
 		return fmt.Errorf("leader: reclaim %q: %w", leaseFile, err)

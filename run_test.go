@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -262,4 +263,17 @@ func TestCloseWaitsForRun(t *testing.T) {
 		t.Errorf("Run of a closed Elector: %v", err)
 	}
 	awaitLeader(t, next)
+}
+
+func TestRunDoesNotJoinTheCauseOfItsContextWithItself(t *testing.T) {
+	_, client := start(t)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	err := newElector(t, client).Run(ctx, "jobs", "", func(ctx context.Context, _ *leader.Leader) error {
+		cancel(errors.New("SIGTERM"))
+		<-ctx.Done()
+		return context.Cause(ctx)
+	})
+	if err == nil || strings.Count(err.Error(), "SIGTERM") != 1 {
+		t.Errorf("Run returns %q, want the cause once", err)
+	}
 }

@@ -534,3 +534,19 @@ func TestRateLimitDelaysAndEndsNothing(t *testing.T) {
 		})
 	}
 }
+
+// A stranger attaches a key to the new lease of a Transfer, which then takes another one.
+func TestAStrangerDoesNotEndATransfer(t *testing.T) {
+	as := withStranger(t)
+	service := as("service")
+	l := lead(t, newElector(t, service), "svc/jobs", "leads")
+	next := campaign(t.Context(), newElector(t, service), "svc/jobs", "next")
+	awaitQueue(t, service, "svc/jobs", queued(2))
+	victim, _ := attacked(service, as("stranger"), 1)
+	if err := newElector(t, victim).Transfer(t.Context(), "svc/jobs", leader.Candidate{}); err != nil {
+		t.Error(err)
+	}
+	resign(t, l)
+	resign(t, awaitLeader(t, next))
+	awaitExpiry(t, as("root"))
+}

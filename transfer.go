@@ -1,6 +1,7 @@
 package leader
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,6 +25,9 @@ const (
 
 	// maxTransferRead is how long a Transfer waits until it reads the queue again, in case its watch is dead.
 	maxTransferRead = time.Second
+
+	// maxLetJoin is for how long a Transfer lets the waiters join again, at most.
+	maxLetJoin = 100 * time.Millisecond
 )
 
 // Transfer hands the election name over to the candidate to, without an overlap: the leader stops its work before the
@@ -57,7 +61,7 @@ func (e *Elector) Transfer(ctx context.Context, name string, to Candidate) error
 	}
 	defer end()
 	t := &transfer{
-		e: e, q: q, to: queue.Candidate(to), loop: &retry.Loop{Client: e.client},
+		e: e, q: q, to: queue.Candidate(to), loop: &retry.Loop{Client: e.client}, leases: &retry.Loop{Client: e.client},
 		asked: make(map[string]*asked), again: make(chan struct{}, 1),
 	}
 	err = t.run(ctx)
@@ -67,7 +71,7 @@ func (e *Elector) Transfer(ctx context.Context, name string, to Candidate) error
 		return nil
 	case e.over(ctx, err):
 		err = e.whyEnded(ctx)
-		if last := t.loop.Last(); last != nil {
+		if last := cmp.Or(t.loop.Last(), t.leases.Last()); last != nil {
 			err = retry.WithLast(err, last)
 		}
 		if who := t.missing(); who != "" {
@@ -90,6 +94,8 @@ type transfer struct {
 	pool  *lease.Pool       // of the requests; nil while there is none
 	asked map[string]*asked // by the key of who is asked
 	again chan struct{}     // has a token when the queue is to be read again
+
+	leases *retry.Loop // of leases that were lost, or to which somebody else has attached a key
 
 	askedLast time.Time // when the last waiter was asked; zero if none was, or it has been waited for
 }
@@ -170,7 +176,7 @@ func (t *transfer) step(ctx context.Context, listing queue.Listing) (over bool, 
 		if err := t.letJoin(ctx); err != nil {
 			return false, err
 		}
-		if err := t.ask(ctx, cs[0], t.to); err != nil {
+		if err := t.ask(ctx, cs[0], cs[place]); err != nil {
 			return false, err
 		}
 	}
@@ -178,8 +184,8 @@ func (t *transfer) step(ctx context.Context, listing queue.Listing) (over bool, 
 	return false, nil
 }
 
-// letJoin blocks for as long as the last waiter took to step back, so that those who have done so join again before the
-// leader is asked. Each of them writes a key, and the leader's deletion, during which nobody leads, would wait behind
+// letJoin blocks for as long as the last waiter took to step back, so that those who have stepped back join again before
+// the leader is asked. Each of them writes a key, and the leader's deletion, during which nobody leads, would wait behind
 // that: see bench/README.md, row 14.
 func (t *transfer) letJoin(ctx context.Context) error {
 	if t.askedLast.IsZero() {
@@ -187,7 +193,7 @@ func (t *transfer) letJoin(ctx context.Context) error {
 	}
 	took := time.Since(t.askedLast)
 	t.askedLast = time.Time{}
-	return retry.Sleep(ctx, min(took, maxTransferRead))
+	return retry.Sleep(ctx, min(took, maxLetJoin))
 }
 
 // place is the place in the queue of who is to lead: 0 if it leads, -1 if it is not there.
@@ -242,7 +248,23 @@ func (t *transfer) ask(ctx context.Context, c, successor queue.Candidate) error 
 	switch {
 	case errors.Is(err, rpctypes.ErrLeaseNotFound): // another one is taken
 		a.request.Session().Revoked()
-		fallthrough
+		a.request.Abandon()
+		delete(t.asked, c.Key)
+		t.read()
+		return t.leases.Retry(ctx, retry.Passing(err))
+	case errors.Is(err, rpctypes.ErrPermissionDenied):
+		a.request.Drop()
+		delete(t.asked, c.Key)
+		_, denied := retry.Do(ctx, t.loop, func(ctx context.Context) (struct{}, error) {
+			return struct{}{}, t.q.MayAsk(ctx, c)
+		})
+		if denied != nil {
+			return denied
+		}
+		a.request.Session().Deny()
+		_ = a.request.Session().Finish(ctx)
+		t.read()
+		return t.leases.Retry(ctx, retry.Passing(errAttached))
 	case err != nil && ctx.Err() == nil && !a.request.Session().Valid():
 		a.request.Abandon()
 		delete(t.asked, c.Key)
@@ -260,6 +282,7 @@ func (t *transfer) ask(ctx context.Context, c, successor queue.Candidate) error 
 		t.read()
 		return nil
 	}
+	t.leases.OK()
 	a.rev = rev
 	a.request.Joined(a.rev)
 	t.asked[c.Key] = a

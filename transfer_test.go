@@ -1144,3 +1144,63 @@ func TestEndOfATransferredTermIsToldThoughTheFunctionHasNotReturned(t *testing.T
 	_ = etcdtest.Await(t, "Run", ran)
 	resign(t, l)
 }
+
+// Who is next leaves just before the leader is asked.
+func TestATransferToWhoeverIsNextAsksNobodyToMakeWayForNobody(t *testing.T) {
+	_, client := start(t)
+	l := lead(t, newElector(t, client), "jobs", "leads")
+	ctx, giveUp := context.WithCancel(t.Context())
+	defer giveUp()
+	next := campaign(ctx, newElector(t, client), "jobs", "next")
+	awaitQueue(t, client, "jobs", queued(2))
+	c, kv := wrapped(client), &brokenKV{KV: client.KV}
+	c.KV = kv
+	before := sync.OnceFunc(func() {
+		giveUp()
+		<-next
+	})
+	kv.before.Store(&before)
+	if err := newElector(t, c).Transfer(t.Context(), "jobs", leader.Candidate{}); !errors.Is(err, leader.ErrNotCandidate) {
+		t.Errorf("Transfer: %v, want ErrNotCandidate", err)
+	}
+	if !l.IsLeader() {
+		t.Errorf("the leader has stepped back: %v", context.Cause(l.Context()))
+	}
+	resign(t, l)
+}
+
+// A revokedLease revokes each lease that it grants, as any user of etcd may while the lease has no key.
+type revokedLease struct {
+	clientv3.Lease
+	grants atomic.Int64
+}
+
+func (l *revokedLease) Grant(ctx context.Context, ttl int64) (*clientv3.LeaseGrantResponse, error) {
+	l.grants.Add(1)
+	resp, err := l.Lease.Grant(ctx, ttl)
+	if err == nil {
+		_, err = l.Revoke(ctx, resp.ID)
+	}
+	return resp, err
+}
+
+// Without a pause this takes hundreds of leases a second.
+func TestATransferWhoseLeasesAreRevokedBacksOff(t *testing.T) {
+	_, client := start(t)
+	l := lead(t, newElector(t, client), "jobs", "leads")
+	next := campaign(t.Context(), newElector(t, client), "jobs", "next")
+	awaitQueue(t, client, "jobs", queued(2))
+	c, lease := wrapped(client), &revokedLease{Lease: client.Lease}
+	c.Lease = lease
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
+	err := newElector(t, c).Transfer(ctx, "jobs", leader.Candidate{})
+	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "lease not found") {
+		t.Errorf("Transfer: %v, want that the deadline has passed, and the last failure", err)
+	}
+	if n := lease.grants.Load(); n > 30 {
+		t.Errorf("%d leases were granted in 3 s", n)
+	}
+	resign(t, l)
+	resign(t, awaitLeader(t, next))
+}

@@ -633,3 +633,74 @@ func TestResignReturnsThoughAHookBlocks(t *testing.T) {
 	}
 	close(released)
 }
+
+// A blockingContext is of a type of the user's, and blocks when it is asked for anything.
+type blockingContext struct {
+	context.Context
+	asked   func()
+	forever chan struct{}
+}
+
+func (c blockingContext) Value(any) any { c.asked(); <-c.forever; return nil }
+
+func TestAContextThatBlocksHoldsUpNoTerm(t *testing.T) {
+	_, client := start(t)
+	e := newElector(t, client)
+	l := lead(t, e, "jobs", "")
+	forever, asked := make(chan struct{}), make(chan struct{})
+	ctx, cancel := context.WithCancel(t.Context())
+	other := campaign(blockingContext{ctx, sync.OnceFunc(func() { close(asked) }), forever}, e, "other", "")
+	etcdtest.Await(t, "the context to block", asked)
+	if _, ok := e.Leading("jobs"); !ok {
+		t.Error("the Elector does not know its term")
+	}
+	if err := e.Evict(t.Context(), "jobs"); err != nil {
+		t.Fatal(err)
+	}
+	etcdtest.Await(t, "the term to end", l.Context().Done())
+	cancel()
+	close(forever)
+	<-other
+}
+
+// net/http recovers from such a panic, and the process goes on.
+func TestAPanicOfTheContextLeavesNoCampaignBehind(t *testing.T) {
+	_, client := start(t)
+	e, err := leader.New(client)
+	if err != nil {
+		t.Fatal(err)
+	}
+	func() {
+		defer func() {
+			if recover() == nil {
+				t.Error("no panic")
+			}
+		}()
+		_, _ = e.Campaign(nil, "jobs", "") //nolint:staticcheck // that is the panic
+	}()
+	if err := e.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// A log handler that exits the goroutine that watches the own key loses neither requests to step back nor deletions.
+func TestTheOwnKeyIsWatchedAgainAfterALogHandlerHasExited(t *testing.T) {
+	_, client := start(t)
+	w := newWild(t, client, "jobs", watchIsRetried, runtime.Goexit)
+	w.armed.Store(true)
+	l := lead(t, w.e, "jobs", "")
+	w.reach(t, 1)
+	etcdtest.Await(t, "the log handler", w.done)
+	next := campaign(t.Context(), newElector(t, client), "jobs", "next")
+	awaitQueue(t, client, "jobs", queued(2))
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second) // requests that nobody sees are waited for
+	defer cancel()
+	if err := newElector(t, client).Transfer(ctx, "jobs", leader.Candidate{}); err != nil {
+		t.Error(err)
+	}
+	if cause := context.Cause(l.Context()); !errors.Is(cause, leader.ErrTransferred) {
+		t.Errorf("the term has ended by %v, want ErrTransferred", cause)
+	}
+	resign(t, l)
+	resign(t, awaitLeader(t, next))
+}

@@ -140,6 +140,13 @@ func (q *Queue) MayJoin(ctx context.Context, id clientv3.LeaseID) error {
 	return err
 }
 
+// MayAsk returns nil if the client has the right to ask c to step back. It changes nothing either.
+func (q *Queue) MayAsk(ctx context.Context, c Candidate) error {
+	_, err := q.client.Txn(ctx).If(clientv3.Compare(clientv3.CreateRevision(c.Key), "=", -1)).
+		Then(clientv3.OpPut(Request(c), ""), clientv3.OpGet(Request(c))).Commit()
+	return err
+}
+
 // Place returns the place of a candidate that has joined. If the key was found with the value and the lease of this
 // candidate, an earlier attempt has put it. Otherwise Place returns [ErrTaken].
 func (q *Queue) Place(ctx context.Context, loop *retry.Loop, j Joining, id clientv3.LeaseID, value string) (Place, error) {
