@@ -28,8 +28,10 @@ gets SIGTERM, and SIGKILL when three quarters of the margin have passed. When
 the command exits, what is left of its process group gets SIGKILL, the term is
 resigned, and the next instance leads at once.
 
-Signals to "leader run" are passed on to the command. While it is in the queue,
-they make it leave. It cannot be suspended with Ctrl-Z.
+Signals to "leader run" are passed on to the command. After SIGTERM or SIGINT
+the command is not run again, and its status counts even if it loses its term
+before it exits. SIGHUP and SIGQUIT are only passed on. In the queue each of the
+four makes "leader run" leave. It cannot be suspended with Ctrl-Z.
 
 The command's environment:
   LEADER_ELECTION  the election

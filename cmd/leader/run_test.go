@@ -182,12 +182,65 @@ func TestSignalsReachTheCommandBeforeTheResignation(t *testing.T) {
 	}
 }
 
+// SIGHUP often asks a program to read its configuration again, and SIGQUIT to print a trace.
+func TestASignalThatTheCommandSurvivesDoesNotStopRun(t *testing.T) {
+	t.Parallel()
+	const survivor = `trap 'echo hung up' HUP; trap 'echo quit' QUIT; trap 'exit 0' TERM; echo ready; while :; do sleep 0.05; done`
+	disturb := func(name string, args ...string) *running {
+		p := leaderBegin(t, append(append([]string{"run", name}, args...), "--", "sh", "-c", survivor)...)
+		p.line(t, "ready")
+		p.signal(t, syscall.SIGHUP)
+		p.line(t, "hung up")
+		p.signal(t, syscall.SIGQUIT)
+		p.line(t, "quit")
+		leaderDo(t, "evict", name, "--yes").want(t, 0)
+		return p
+	}
+	disturb("run/survived").end(t, 124)
+	disturb("run/survived/restart", "--restart").line(t, "ready")
+}
+
+func TestACommandThatDiesOfASignalIsNotRunAgain(t *testing.T) {
+	t.Parallel()
+	for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGQUIT} { // SIGHUP as when a terminal is closed
+		p := leaderBegin(t, "run", "run/dies", "--restart", "--", "sh", "-c", "ulimit -c 0; echo ready; exec sleep 1000")
+		p.line(t, "ready")
+		p.signal(t, s)
+		p.end(t, 128+int(s))
+	}
+}
+
+// The command ignores SIGTERM for a while. SIGHUP counts too once the term is lost: the command cannot say any more by
+// its exit that it is not to be run again.
+func TestAfterASignalThatStopsALostTermIsNotFollowedByAnother(t *testing.T) {
+	t.Parallel()
+	const stubborn = `trap 'echo terminated' TERM; trap 'exit 7' USR1 HUP; echo ready; while :; do sleep 0.05; done`
+	begin := func(name string) *running {
+		p := leaderBegin(t, "run", name, "--ttl", "5m", "--margin", "2m", "--restart", "--", "sh", "-c", stubborn)
+		p.line(t, "ready")
+		return p
+	}
+	p := begin("run/stays")
+	p.signal(t, syscall.SIGTERM)
+	p.line(t, "terminated")
+	leaderDo(t, "evict", "run/stays", "--yes").want(t, 0)
+	p.line(t, "terminated")
+	p.signal(t, syscall.SIGUSR1)
+	p.end(t, 7)
+
+	p = begin("run/stays/hangup")
+	leaderDo(t, "evict", "run/stays/hangup", "--yes").want(t, 0)
+	p.line(t, "terminated")
+	p.signal(t, syscall.SIGHUP)
+	p.end(t, 7)
+}
+
 func TestASignalInTheQueueWithdrawsTheCandidate(t *testing.T) {
 	t.Parallel()
 	const name = "run/withdraw"
 	first := leaderBegin(t, "run", name, "--ttl", "5m", "--", "sleep", "1000")
 	first.line(t, "the command runs")
-	for _, s := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+	for _, s := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT} {
 		p := leaderBegin(t, "run", name, "--ttl", "5m", "--", "true")
 		p.line(t, "joined the queue")
 		p.signal(t, s)

@@ -33,6 +33,7 @@ type runner struct {
 
 	mu      sync.Mutex
 	child   *child         // nil while no command runs
+	lost    bool           // the term is over, so child is being stopped
 	stopped syscall.Signal // has asked this process to end; 0 if none has
 	result  error          // what to exit with; nil until the campaign is over
 }
@@ -79,14 +80,15 @@ func (r *runner) lead(ctx context.Context, l *leader.Leader) error {
 	if err != nil || c == nil {
 		return err
 	}
-	var lost bool
 	select {
 	case <-c.exited: // wins over the end of the term: a command that has ended by itself is not run again
 	default:
 		select {
 		case <-c.exited:
 		case <-ctx.Done():
-			lost = true
+			r.mu.Lock()
+			r.lost = true
+			r.mu.Unlock()
 			r.stop(c, l, context.Cause(ctx))
 		}
 	}
@@ -94,7 +96,7 @@ func (r *runner) lead(ctx context.Context, l *leader.Leader) error {
 	defer r.mu.Unlock()
 	r.child = nil
 	switch {
-	case !lost || r.stopped != 0:
+	case !r.lost || r.stopped != 0:
 		r.log.Info("the command has ended", "status", c.status)
 		r.result = quietly(c.status)
 	case !r.restart:
@@ -126,7 +128,7 @@ func (r *runner) start(l *leader.Leader) (*child, error) {
 		r.cancel(errOver)
 		return nil, err
 	}
-	r.child = c
+	r.child, r.lost = c, false
 	r.log.Info("the command runs", "pid", c.pid)
 	return c, nil
 }
@@ -194,7 +196,11 @@ func (r *runner) handle(s syscall.Signal) {
 		r.log.Warn(cannotSuspend)
 		return
 	case syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT:
-		r.stopped = s
+		// Many commands read their configuration on SIGHUP, or print a trace on SIGQUIT, and continue. One that dies of them,
+		// as when a terminal is closed, ends the campaign by its exit. It cannot do so once its term is lost.
+		if s == syscall.SIGINT || s == syscall.SIGTERM || r.child == nil || r.lost {
+			r.stopped = s
+		}
 		if r.child == nil {
 			r.cancel(signalled{s})
 		} else {
