@@ -106,11 +106,17 @@ func (c *child) wait() {
 	}
 }
 
-// signal sends a signal to the group. A group that is gone is no error.
-func (c *child) signal(s syscall.Signal) {
+// signal sends a signal to the group, and reports whether it was sent. A group that is gone is no error. The kernel
+// refuses the signal if no process of the group may get it, as when the command runs as another user.
+func (c *child) signal(s syscall.Signal) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.reaped {
-		_ = syscall.Kill(-c.pid, s)
+	if c.reaped {
+		return false
 	}
+	err := syscall.Kill(-c.pid, s)
+	if err != nil && !errors.Is(err, syscall.ESRCH) {
+		newLog(false).Warn("the command cannot be killed, so it works on while another instance may lead", "signal", s, "error", err)
+	}
+	return err == nil
 }

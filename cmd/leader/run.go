@@ -46,6 +46,10 @@ a terminal, it is in the foreground there, and the terminal's modes are restored
 after it; otherwise it cannot read from a terminal. Processes that leave the
 group are not stopped, such as the jobs of an interactive shell.
 
+The command must not change its user, as sudo, su, gosu, setpriv and setuid
+programs do: "leader run" may have no right to kill it, and if "leader run" is
+killed, the kernel does not kill it. Start "leader run" itself as that user.
+
 If "leader run" itself is killed, the kernel kills the command (on Linux), but
 not the command's own children. With --lease-file, "leader reclaim" or the next
 "leader run" with this file then lets the next instance lead at once. So with

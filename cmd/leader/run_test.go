@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -161,6 +162,36 @@ func TestWhatTheCommandLeavesInItsGroupIsKilled(t *testing.T) {
 	r.want(t, 4)
 	if alive(r.out) {
 		t.Errorf("process %s is alive", r.out)
+	}
+}
+
+// As with sudo, when "leader run" is not root's. Here it is root's, but without the right to signal other users' processes.
+func TestACommandThatCannotBeKilledIsReported(t *testing.T) {
+	setpriv, err := exec.LookPath("setpriv")
+	if err != nil || os.Geteuid() != 0 {
+		t.Skip("needs root and setpriv")
+	}
+	t.Parallel()
+	const other = `setpriv --reuid=65534 --regid=65534 --clear-groups sh -c 'echo pid $$; exec sleep 1000'`
+	for name, script := range map[string]string{
+		"run/unkillable":       "exec " + other,
+		"run/unkillable/child": other + " & wait", // the shell can be killed
+	} {
+		p := begin(t, program(t, setpriv, "--bounding-set=-kill", os.Args[0], "run", name, "--ttl", "2s", "--", "sh", "-c", script))
+		pid, err := strconv.Atoi(strings.TrimPrefix(p.line(t, "pid "), "pid "))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = syscall.Kill(pid, syscall.SIGKILL) }) // before that of p, which waits for it
+		leaderDo(t, "evict", name, "--yes").want(t, 0)
+		p.line(t, "cannot be killed, so it works on while another instance may lead (signal=killed): operation not permitted")
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			t.Errorf("%s: the process was killed", name)
+		}
+		p.end(t, 124)
+		if strings.Contains(p.said(), "got SIGKILL") {
+			t.Error("a signal that was refused is reported as sent")
+		}
 	}
 }
 

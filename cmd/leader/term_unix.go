@@ -151,8 +151,9 @@ func (r *runner) stop(c *child, l *leader.Leader, cause error) {
 			return
 		case <-ticker.C:
 			if now := time.Now(); now.After(end) || now.Round(0).After(end.Round(0)) {
-				r.log.Warn("the command has ignored SIGTERM and gets SIGKILL")
-				c.signal(syscall.SIGKILL)
+				if c.signal(syscall.SIGKILL) {
+					r.log.Warn("the command has ignored SIGTERM and got SIGKILL")
+				}
 				<-c.exited
 				return
 			}
