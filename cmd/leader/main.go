@@ -291,7 +291,7 @@ func wanted(signals ...os.Signal) []os.Signal {
 
 // connect returns a client. With a user it blocks until etcd has answered.
 func (a *app) connect(ctx context.Context, patient bool) (*clientv3.Client, error) {
-	if err := a.authenticate(); err != nil {
+	if err := a.authenticate(ctx); err != nil {
 		return nil, err
 	}
 	cfg, err := clientv3.NewClientConfig(&a.spec, zap.NewNop())
@@ -383,8 +383,8 @@ func (a *app) warnIfAway(ctx context.Context, client *clientv3.Client, after tim
 	return func() { cancel(); asking.Wait() }
 }
 
-// authenticate completes the user, and asks for the password on a terminal, as etcdctl does.
-func (a *app) authenticate() error {
+// authenticate completes the user, and asks for the password on a terminal, as etcdctl does, until ctx ends.
+func (a *app) authenticate(ctx context.Context) error {
 	if a.user == "" || a.spec.Auth != nil {
 		return nil
 	}
@@ -396,16 +396,36 @@ func (a *app) authenticate() error {
 	case !term.IsTerminal(int(os.Stdin.Fd())):
 		return usage("--user %s: the password is missing: --user NAME:PASSWORD, --password or ETCDCTL_PASSWORD", a.user)
 	default:
-		fmt.Fprint(os.Stderr, "Password: ")
-		text, err := term.ReadPassword(int(os.Stdin.Fd()))
-		fmt.Fprintln(os.Stderr)
-		if err != nil {
+		var err error
+		if password, err = askPassword(ctx, int(os.Stdin.Fd())); err != nil {
 			return fmt.Errorf("read the password: %w", err)
 		}
-		password = string(text)
 	}
 	a.spec.Auth = &clientv3.AuthConfig{Username: name, Password: password}
 	return nil
+}
+
+// askPassword asks on the terminal. If ctx ends it restores the terminal's modes, which hide what is typed.
+func askPassword(ctx context.Context, fd int) (string, error) {
+	modes, err := term.GetState(fd)
+	if err != nil || ctx.Err() != nil {
+		return "", cmp.Or(err, ctx.Err())
+	}
+	fmt.Fprint(os.Stderr, "Password: ")
+	defer fmt.Fprintln(os.Stderr)
+	var password []byte
+	answered := make(chan error, 1)
+	go func() { // it ends with the process if nobody answers
+		var err error
+		password, err = term.ReadPassword(fd)
+		answered <- err
+	}()
+	select {
+	case err := <-answered:
+		return string(password), err
+	case <-ctx.Done():
+		return "", cmp.Or(term.Restore(fd, modes), ctx.Err())
+	}
 }
 
 // elector returns an Elector that observes.

@@ -404,6 +404,21 @@ func TestCtrlZDoesNotSuspendTheCommand(t *testing.T) {
 	p.end(t, 0)
 }
 
+// The question has no end of line to wait for, but it changes the terminal's modes.
+func TestCtrlCAtTheQuestionForThePasswordEndsAndRestoresTheModes(t *testing.T) {
+	t.Parallel()
+	for _, args := range []string{"list --user somebody", "run run/password --user somebody -- true"} {
+		p, keyboard := shell(t, `trap : INT; before=$(stty -g)
+			(while [ "$(stty -g </dev/tty)" = "$before" ]; do sleep 0.02; done; echo asked) &
+			$leader `+args+`; echo "status:$?"; [ "$(stty -g)" = "$before" ] && echo restored`)
+		p.line(t, "asked")
+		keyboard("\x03")
+		p.line(t, "status:130")
+		p.line(t, "restored")
+		p.end(t, 0)
+	}
+}
+
 // A command that reads from the terminal in the background would be stopped by the kernel, for ever.
 func TestInAPipelineTheCommandDoesNotReadFromTheTerminal(t *testing.T) {
 	t.Parallel()
