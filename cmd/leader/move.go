@@ -29,7 +29,7 @@ func (a *app) newTransfer() *cobra.Command {
 		Short: "Hands an election over to another candidate, without an overlap",
 		Long: `Hands an election over: the leader stops its work, and only then the chosen
 candidate is elected. Without --to it is the one that has waited longest. It
-prints the new leader's value.
+prints the new leader's value, or nothing if that one has left already.
 
 Candidates between the leader and the chosen one join again at the end of the
 queue. Those of "etcdctl elect" and of concurrency.Election do not step back.
@@ -53,20 +53,14 @@ who has not left; a leader that was already asked may still step back.`,
 			if err != nil {
 				return err
 			}
-			chosen, err := a.choose(ctx, elector, args[0], to)
-			if err == nil {
-				var cancel context.CancelFunc
-				ctx, cancel = context.WithTimeout(ctx, timeout)
-				defer cancel()
-				err = elector.Transfer(ctx, args[0], chosen)
-			}
-			if err == nil && chosen == (leader.Candidate{}) {
-				chosen, err = a.current(ctx, elector, args[0])
-			}
+			c, err := a.handOver(ctx, elector, args[0], to, timeout)
 			if err != nil {
 				return a.failed(args[0], err)
 			}
-			return out.printLeader(args[0], chosen)
+			if c == (leader.Candidate{}) {
+				newLog(false).Warn("transferred, but the new leader has left already, so nobody leads")
+			}
+			return out.printLeader(args[0], c)
 		}),
 	}
 	out.addTo(cmd)
@@ -74,6 +68,24 @@ who has not left; a leader that was already asked may still step back.`,
 	_ = cmd.RegisterFlagCompletionFunc("to", cobra.FixedCompletions([]string{newest}, cobra.ShellCompDirectiveNoFileComp))
 	cmd.Flags().DurationVar(&timeout, "timeout", time.Minute, "give up after that time, which must be positive and should be longer than the TTL")
 	return cmd
+}
+
+// handOver transfers an election, and returns who leads then: the zero Candidate if nobody does any more.
+func (a *app) handOver(ctx context.Context, elector *leader.Elector, name, to string, timeout time.Duration) (leader.Candidate, error) {
+	chosen, err := a.choose(ctx, elector, name, to)
+	if err != nil {
+		return leader.Candidate{}, err
+	}
+	transferring, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	if err := elector.Transfer(transferring, name, chosen); err != nil || to != "" {
+		return chosen, err
+	}
+	now, err := a.current(ctx, elector, name)
+	if err != nil && !errors.Is(err, leader.ErrNoLeader) {
+		return now, fmt.Errorf("transferred, but who leads now could not be read: %w", err)
+	}
+	return now, nil
 }
 
 // choose returns the candidate that --to names, the zero Candidate for whoever is next.
@@ -135,7 +147,8 @@ by "etcdctl elect" or concurrency.Election never learns of it: stop its process
 first. "leader transfer" has no such overlap.
 
 It asks before it does so. In a script it needs --yes. It prints the value of
-the leader that it has evicted.`,
+the leader that it has found. If another one is elected at that very moment, it
+may evict that one instead.`,
 		Example: "  leader evict svc/jobs --yes",
 		Args:    oneName,
 		RunE: a.bounded(func(ctx context.Context, client *clientv3.Client, args []string) error {

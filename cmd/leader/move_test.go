@@ -3,8 +3,16 @@
 package main
 
 import (
+	"context"
 	"strings"
+	"sync"
 	"testing"
+
+	"example.com/leader"
+	"example.com/leader/internal/etcdtest"
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
 )
 
 func TestTransferChoosesByValueKeyOrAge(t *testing.T) {
@@ -44,6 +52,53 @@ func TestTransferChoosesByValueKeyOrAge(t *testing.T) {
 	enqueue(t, name, "twin")
 	leaderDo(t, "transfer", name, "--to", "twin").want(t, 2, "several", name+"/")
 	leaderDo(t, "transfer", name, "--to", "c", "-o", "json").want(t, 0, `"value":"c"`)
+}
+
+// The new leader resigns when the transfer is done, before it is read who leads.
+func TestATransferIsDoneThoughTheNewLeaderHasLeft(t *testing.T) {
+	t.Parallel()
+	const name = "transfer/left"
+	first := lead(t, name, "first")
+	elected := make(chan *leader.Leader, 1)
+	var working sync.WaitGroup
+	t.Cleanup(working.Wait)
+	working.Go(func() {
+		select {
+		case <-first.Context().Done():
+			_ = first.Resign(t.Context()) // the second one is elected only if it succeeds
+		case <-t.Context().Done():
+		}
+	})
+	working.Go(func() {
+		if second, err := leader.Campaign(t.Context(), etcdtest.NewClient(t, member.Endpoint), name, "second"); err == nil {
+			elected <- second
+		}
+	})
+	await(t, "the second candidate", func() bool { return len(keys(t, name)) == 2 })
+	elector, err := leader.New(etcdtest.NewClientFrom(t, clientv3.Config{
+		Endpoints: []string{member.Endpoint},
+		DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(
+			func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+				if r, ok := req.(*etcdserverpb.RangeRequest); ok && r.Limit == 1 { // only this reads who leads
+					select {
+					case second := <-elected:
+						elected <- second // the read may be repeated
+						if err := second.Resign(ctx); err != nil {
+							t.Error(err)
+						}
+					case <-ctx.Done():
+					}
+				}
+				return invoker(ctx, method, req, reply, cc, opts...)
+			})},
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &app{commandTimeout: etcdtest.Patience}
+	if c, err := a.handOver(t.Context(), elector, name, "", etcdtest.Patience); c != (leader.Candidate{}) || err != nil {
+		t.Errorf("handOver returned %v, %v", c, err)
+	}
 }
 
 // A leader that does not stop its work keeps its place.

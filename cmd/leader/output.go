@@ -82,13 +82,16 @@ func printJSON(w io.Writer, v any) error {
 	return err
 }
 
-// printLeader prints the result of a subcommand that ends with one leader.
+// printLeader prints the result of a subcommand that ends with one leader, or with the zero Candidate, which is nobody.
 func (f format) printLeader(election string, c leader.Candidate) error {
 	if f == formatJSON {
 		return printJSON(os.Stdout, struct {
 			Election string     `json:"election"`
 			Leader   *candidate `json:"leader"`
 		}{election, newCandidate(c)})
+	}
+	if c == (leader.Candidate{}) {
+		return nil
 	}
 	_, err := fmt.Println(quoted(c.Value))
 	return err
