@@ -40,23 +40,26 @@ The command's environment:
   LEADER_TOKEN     the fencing token: larger than that of every earlier term
   LEADER_DEADLINE  Unix time in seconds: when the term ends unless it is
                    renewed. It is as of the start; renewals move it.
+It also has all variables of "leader run", ETCDCTL_PASSWORD among them.
 
 The command is in a process group of its own. If standard input and output are
 a terminal, it is in the foreground there, and the terminal's modes are restored
 after it; otherwise it cannot read from a terminal. Processes that leave the
 group are not stopped, such as the jobs of an interactive shell.
 
-The command must not change its user, as sudo, su, gosu, setpriv and setuid
-programs do: "leader run" may have no right to kill it, and if "leader run" is
-killed, the kernel does not kill it. Start "leader run" itself as that user.
-
 If "leader run" itself is killed, the kernel kills the command (on Linux), but
 not the command's own children. With --lease-file, "leader reclaim" or the next
 "leader run" with this file then lets the next instance lead at once. So with
 --lease-file the command must be a single process, as after exec in a shell
-script, and it may overlap with the next leader for a moment. If "leader run"
-is paused, as by SIGSTOP, it cannot stop the command. What the command writes is
-safe in all cases only if the store compares LEADER_TOKEN.
+script, and it may overlap with the next leader for a moment.
+
+The command must not change its user, as sudo, su, gosu, setpriv and setuid
+programs do. "leader run" may then have no right to kill it, and if "leader run"
+is killed, the kernel does not kill it, so it works on while the next instance
+leads. Start "leader run" itself as that user.
+
+If "leader run" is paused, as by SIGSTOP, it cannot stop the command. What the
+command writes is safe in all cases only if the store compares LEADER_TOKEN.
 
 Exit status:
   the command's, or 128 plus the number of the signal that killed it
