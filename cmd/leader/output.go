@@ -164,14 +164,13 @@ func (s *screen) bold(line string) string {
 // A logHandler prints the log for people: "leader: elected (token=12 key=svc/jobs/1f)". An error comes last:
 // "leader: warning: lost (token=12): the lease has expired".
 type logHandler struct {
-	mu    *sync.Mutex
 	level slog.Level
 	attrs []slog.Attr
 }
 
 // newLog returns a log on standard error. Without progress it has only warnings.
 func newLog(progress bool) *slog.Logger {
-	h := logHandler{mu: new(sync.Mutex), level: slog.LevelWarn}
+	h := logHandler{level: slog.LevelWarn}
 	if progress {
 		h.level = slog.LevelInfo
 	}
@@ -223,8 +222,40 @@ func (h logHandler) Handle(_ context.Context, r slog.Record) error {
 	if len(attrs) > 0 {
 		line += " (" + strings.Join(attrs, " ") + ")"
 	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	fmt.Fprintln(os.Stderr, line+reason)
+	printMessage(line + reason)
 	return nil
+}
+
+// A message is a line of the log.
+type message struct {
+	line    string
+	printed chan struct{}
+}
+
+// messages has those that standard error has not taken yet. The goroutine that prints them ends with the process.
+var messages = sync.OnceValue(func() chan<- message {
+	queue := make(chan message, 100)
+	go func() {
+		for m := range queue {
+			fmt.Fprintln(os.Stderr, m.line)
+			close(m.printed)
+		}
+	}()
+	return queue
+})
+
+// printMessage prints a line on standard error. It does not wait for it for long: a terminal may be held by Ctrl-S, and
+// the reader of a pipe may hang, but the command of "leader run" must be stopped in time. Then lines may be lost.
+func printMessage(line string) {
+	m := message{line, make(chan struct{})}
+	late := time.After(100 * time.Millisecond)
+	select {
+	case messages() <- m:
+	case <-late:
+		return
+	}
+	select {
+	case <-m.printed:
+	case <-late:
+	}
 }

@@ -3,7 +3,9 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +14,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"example.com/leader/internal/etcdtest"
 	"github.com/creack/pty"
@@ -328,6 +331,59 @@ func TestRunResignsEvenIfNobodyReadsItsMessages(t *testing.T) {
 	}
 	if ks := keys(t, name); ks != nil {
 		t.Errorf("left: %v", ks)
+	}
+}
+
+// As with a terminal that is held by Ctrl-S, or a pipe whose reader hangs.
+func TestTheCommandIsStoppedEvenIfMessagesBlock(t *testing.T) {
+	t.Parallel()
+	const name = "run/blocked"
+	messages, file := filepath.Join(t.TempDir(), "messages"), filepath.Join(t.TempDir(), "pid")
+	if err := syscall.Mkfifo(messages, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	open := func(flags int) *os.File {
+		f, err := os.OpenFile(messages, flags, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		return f
+	}
+	reader := open(os.O_RDONLY | syscall.O_NONBLOCK)
+	cmd := command(t, "run", name, "--", "sh", "-c", "echo $$ >"+file+"; exec sleep 1000")
+	cmd.Stderr = open(os.O_WRONLY)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = cmd.Wait() // its status says it
+	}()
+	defer func() {
+		_ = cmd.Process.Kill() // fails if it has ended
+		<-ended
+	}()
+	var pid string
+	await(t, "the command", func() bool {
+		text, _ := os.ReadFile(file)
+		pid = strings.TrimSpace(string(text))
+		return alive(pid)
+	})
+	filler := open(os.O_WRONLY | syscall.O_NONBLOCK)
+	if err := filler.SetWriteDeadline(time.Now().Add(time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := filler.Write(make([]byte, 1<<24)); !errors.Is(err, os.ErrDeadlineExceeded) { // more than a pipe holds
+		t.Fatal(err)
+	}
+	leaderDo(t, "evict", name, "--yes").want(t, 0)
+	await(t, "the command's end", func() bool { return !alive(pid) })
+	go func() { _, _ = io.Copy(io.Discard, reader) }() // until the test closes it
+	etcdtest.Await(t, "the end of leader run", ended)
+	if got := cmd.ProcessState.ExitCode(); got != 124 {
+		t.Errorf("status %d, want 124", got)
 	}
 }
 

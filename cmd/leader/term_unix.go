@@ -140,9 +140,9 @@ func (r *runner) start(l *leader.Leader) (*child, error) {
 // suspended the monotonic clock may have stood still, so the wall clock counts too.
 func (r *runner) stop(c *child, l *leader.Leader, cause error) {
 	end := l.Deadline().Add(r.margin * 3 / 4)
-	r.log.Warn("the command is being stopped", "cause", cause)
 	c.signal(syscall.SIGTERM)
 	c.signal(syscall.SIGCONT) // a process that is stopped does not see the other one
+	r.log.Warn("the command is being stopped", "cause", cause)
 	ticker := time.NewTicker(20 * time.Millisecond)
 	defer ticker.Stop()
 	for {
