@@ -463,7 +463,7 @@ func (l *Leader) watch() {
 			l.e.watching.Go(func() {
 				_ = retry.Sleep(ctx, rewatch) // the next failure may end the next one
 				l.deletion = l.queue.WatchOwn(ctx, l.ownLoop(), l.key, l.token)
-				l.watch()
+				l.watch() //nolint:contextcheck // it has ctx
 			})
 			return
 		}

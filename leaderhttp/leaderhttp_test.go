@@ -1113,7 +1113,7 @@ func TestFilesOfAFormAreRemovedAfterTheRequest(t *testing.T) {
 		if len(found) != 1 {
 			t.Errorf("the form is not on disk: %v", found)
 		}
-		io.WriteString(w, "ok")
+		say("ok")(w, r)
 	}
 	upload := func(url string) {
 		var body bytes.Buffer
@@ -1122,8 +1122,10 @@ func TestFilesOfAFormAreRemovedAfterTheRequest(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		io.WriteString(part, strings.Repeat("x", 100<<10))
-		form.Close()
+		_, err = part.Write(make([]byte, 100<<10))
+		if err := errors.Join(err, form.Close()); err != nil {
+			t.Fatal(err)
+		}
 		r := newRequest(t, http.MethodPost, url, &body)
 		r.Header.Set("Content-Type", form.FormDataContentType())
 		if a := send(t, r); a.text != "ok" {
@@ -1133,7 +1135,9 @@ func TestFilesOfAFormAreRemovedAfterTheRequest(t *testing.T) {
 	left := func() int {
 		found, _ := filepath.Glob(filepath.Join(dir, "multipart-*"))
 		for _, f := range found {
-			os.Remove(f)
+			if err := os.Remove(f); err != nil {
+				t.Error(err)
+			}
 		}
 		return len(found)
 	}
@@ -1175,7 +1179,7 @@ func TestAClientCannotPretendThatARequestHasComeBack(t *testing.T) {
 		for k, v := range r.URL.Query() { // as a handler does that passes on the answer of another server
 			w.Header()[k] = v
 		}
-		io.WriteString(w, "leads")
+		say("leads")(w, r)
 	})
 	lead(t, a.e, a.url)
 	b := newFollower(t, client)

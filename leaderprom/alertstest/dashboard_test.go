@@ -17,7 +17,7 @@ func TestDashboardHasWhatGrafanasSchemaRequiresAndNothingElse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var d grafana.Dashboard
+	var d grafana.Dashboard //nolint:staticcheck // its successor is another format, which an older Grafana cannot import
 	var unknown cog.BuildErrors
 	if err := d.UnmarshalJSONStrict(text); err != nil && !errors.As(err, &unknown) {
 		t.Fatal(err)
