@@ -160,6 +160,7 @@ func WithHealth(check func(ctx context.Context, election string) error) Option {
 //   - A process that is stopped or dumps core is alive. A child process that outlives it may still work: kill it with
 //     its parent.
 //   - Do not use it with CRIU, or in a virtual machine that is cloned while it runs.
+//   - A disk that hangs can hold up a campaign, Resign and Close beyond their contexts, but not the end of a term.
 //   - The next leader may be elected before the last writes of the dead process arrive. [Leader.Guard] and tokens
 //     protect a resource from those. For a resource that compares neither, do not use a lease file.
 func WithLeaseFile(path string) Option {

@@ -438,16 +438,22 @@ func refuse(w http.ResponseWriter, why string) {
 }
 
 func (f *forwarder) warnOnce(value, message string, args ...any) {
+	if f.firstOf(logged(value)) { // without f.mu, because a log handler may block
+		f.log.With("election", f.name).Warn(message, args...)
+	}
+}
+
+func (f *forwarder) firstOf(value string) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.warned[logged(value)] {
-		return
+	if f.warned[value] {
+		return false
 	}
 	if len(f.warned) == maxWarned {
 		clear(f.warned)
 	}
-	f.warned[logged(value)] = true
-	f.log.With("election", f.name).Warn(message, args...)
+	f.warned[value] = true
+	return true
 }
 
 func logged(value string) string { return value[:min(len(value), maxLogged)] }

@@ -588,7 +588,7 @@ func (l *Loop) Waited(failure error) {
 // Silence returns the error of a request that ended without an answer. The request's own error does not say why,
 // because clientv3 retries by itself and does not report the reasons. It matches [context.DeadlineExceeded].
 func Silence(client *clientv3.Client, waited time.Duration) error {
-	waited = waited.Round(time.Millisecond)
+	waited = max(waited.Round(time.Millisecond), time.Millisecond)
 	switch state, ok := Connection(client); {
 	case ok && state != connectivity.Ready:
 		return newSilent(codes.Unavailable, "no connection to etcd: "+cmp.Or(connectionError(client, state), state.String()))
