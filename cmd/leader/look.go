@@ -296,24 +296,28 @@ for scripts that must not continue before. If etcd cannot be reached, it waits.
 Who leads may change at any time, also before the script's next line.`,
 		Example: "  leader wait svc/jobs --timeout 1m && echo ready",
 		Args:    oneName,
-		RunE: a.patient(func(ctx context.Context, client *clientv3.Client, args []string) error {
-			defer a.warnIfAway(ctx, client, cmp.Or(min(timeout/2, a.commandTimeout), a.commandTimeout))()
-			if timeout > 0 {
-				var cancel context.CancelFunc
-				ctx, cancel = context.WithTimeout(ctx, timeout)
-				defer cancel()
+	}
+	wait := a.patient(func(ctx context.Context, client *clientv3.Client, args []string) error {
+		defer a.warnIfAway(ctx, client, cmp.Or(min(timeout/2, a.commandTimeout), a.commandTimeout))()
+		return a.observe(ctx, client, args[0], func(c leader.Candidate) (bool, error) {
+			if c == (leader.Candidate{}) {
+				return true, nil
 			}
-			err := a.observe(ctx, client, args[0], func(c leader.Candidate) (bool, error) {
-				if c == (leader.Candidate{}) {
-					return true, nil
-				}
-				return false, out.printLeader(args[0], c)
-			})
-			if err != nil && ctx.Err() != nil {
-				return fmt.Errorf("nobody was seen to lead within %v: %w", timeout, err)
-			}
-			return err
-		}),
+			return false, out.printLeader(args[0], c)
+		})
+	})
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if timeout <= 0 {
+			return wait(cmd, args)
+		}
+		ctx, cancel := context.WithTimeout(cmd.Context(), timeout) // the time to log in counts
+		defer cancel()
+		cmd.SetContext(ctx)
+		err := wait(cmd, args)
+		if err != nil && ctx.Err() != nil {
+			return fmt.Errorf("nobody was seen to lead within %v: %w", timeout, err)
+		}
+		return err
 	}
 	out.addTo(cmd)
 	cmd.Flags().DurationVar(&timeout, "timeout", 0, "exit with status 4 after that time; 0 waits forever")

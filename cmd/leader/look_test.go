@@ -5,14 +5,18 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"log/slog"
 	"os/exec"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"example.com/leader"
 	"example.com/leader/internal/etcdtest"
+	"example.com/leader/internal/retry"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -241,6 +245,8 @@ func TestWrongUsageHasAStatusOfItsOwn(t *testing.T) {
 		{"frobnicate"}, {"--nonsense"}, {"list", "a", "b"}, {"list", "-o", "yaml"}, {"watch"}, {"watch", ""}, {"watch", "a/"},
 		{"wait", "a/"}, {"transfer", "a/"}, {"evict", "a/", "--yes"}, {"reclaim"}, {"list", "--dial-timeout", "soon"},
 		{"list", "--user", "somebody"}, {"list", "--cacert", "/nowhere"},
+		{"list", "--user", "somebody:"}, {"list", "--user", ":x"}, {"list", "--password", "x"},
+		{"list", "--dial-timeout", "0"}, {"list", "--command-timeout", "-1s"},
 		{"transfer", "a", "--to", ""}, {"transfer", "a", "--timeout", "0"},
 	} {
 		r := leaderDo(t, args...)
@@ -302,6 +308,10 @@ func TestAnEtcdThatIsAwayIsNamedWithTheReason(t *testing.T) {
 			t.Errorf("%q prints %q", args, r.err)
 		}
 	}
+	for _, user := range []string{"", "u:p"} {
+		leaderDo(t, "wait", "a", "--timeout", "2s", "--user", user, "--endpoints", away, "--dial-timeout", "1s").
+			want(t, 4, "nobody was seen to lead within 2s", "connection refused")
+	}
 	for _, args := range [][]string{{"watch", "a"}, {"wait", "a"}, {"reclaim", "/nowhere"}, {"run", "a", "--", "true"}, {"watch", "a", "--user", "u:p"}} {
 		p := leaderBegin(t, append([]string{"--endpoints", away, "--command-timeout", "2s", "--dial-timeout", "1s"}, args...)...)
 		p.line(t, "no connection to etcd")
@@ -347,14 +357,36 @@ func TestRightsArePutInWords(t *testing.T) {
 	as("jobs:secret", "run", "svc/jobs", "--", "sh", "-c", "echo works").want(t, 0, "works\n")
 	as("jobs", "list", "svc/jobs", "--password", "secret").want(t, 0)
 	as("jobs:secret", "list").want(t, 1, "permission denied", "PREFIX")
-	as("jobs:secret", "list", "other").want(t, 1, "permission denied", "other/")
+	as("jobs:secret", "list", "other").want(t, 1, "permission denied", "other/", `user "jobs"`)
 	as("jobs:secret", "watch", "other").want(t, 1, "permission denied")
 	as("jobs:secret", "wait", "other").want(t, 1, "permission denied")
 	as("jobs:secret", "transfer", "other").want(t, 1, "permission denied")
 	as("jobs:secret", "evict", "other", "--yes").want(t, 1, "permission denied")
-	as("jobs:secret", "run", "other", "--", "true").want(t, 125, "permission denied")
+	as("jobs:secret", "run", "other", "--", "true").want(t, 125, "permission denied", `user "jobs"`)
 	as("jobs:wrong", "list", "svc/jobs").want(t, 1, `"jobs"`, "authentication failed")
-	as("", "list", "svc/jobs").want(t, 1, "user name is empty")
+	as("", "list", "svc/jobs").want(t, 1, "user name is empty", "there is no --user")
+
+	both := func(args ...string) result {
+		cmd := command(t, args...)
+		cmd.Env = append(cmd.Env, "ETCDCTL_ENDPOINTS="+m.Endpoint, "ETCDCTL_USER=jobs:hidden", "ETCDCTL_PASSWORD=secret")
+		return outcome(t, cmd)
+	}
+	both("list", "--user", "root:root").want(t, 0) // flags win over variables
+	both("list", "--user", "jobs").want(t, 1, "permission denied")
+	if r := both("list"); r.status != 1 || strings.Contains(r.err, "hidden") || !strings.Contains(r.err, `as "jobs"`) {
+		t.Errorf("status %d: %s", r.status, r.err)
+	}
+}
+
+func TestMessagesAreForTheUserOfTheCommand(t *testing.T) {
+	t.Parallel()
+	r := slog.NewRecord(time.Time{}, slog.LevelWarn, "lost", 0)
+	r.Add("cause", errors.Join(errors.New("leader: term expired"), errors.New("second line")), "cure", retry.Cure)
+	h := logHandler{}.WithAttrs([]slog.Attr{slog.Any("renewal", errors.New("no answer from etcd for 5s, "+retry.Cure))})
+	want := `leader: warning: lost (renewal="no answer from etcd for 5s"): term expired; second line`
+	if got := h.(logHandler).lineOf(r); got != want {
+		t.Errorf("the line is\n%s\nwant\n%s", got, want)
+	}
 }
 
 func TestTLS(t *testing.T) {

@@ -108,6 +108,7 @@ func execute() int {
 // textOf returns the text of an error without the prefixes of the library, and with flags for its options.
 func textOf(err string) string {
 	text := strings.ReplaceAll(strings.TrimPrefix(err, "leader: "), ": leader: ", ": ")
+	text = strings.ReplaceAll(text, ", "+retry.Cure, "") // it is for programs; --keepalive-time has done so
 	for option, flag := range map[string]string{"WithTTL(": "--ttl ", "WithMargin(": "--margin ", "WithLeaseFile(": "--lease-file "} {
 		if rest, ok := strings.CutPrefix(text, option); ok {
 			return flag + strings.Replace(rest, "): ", ": ", 1)
@@ -160,8 +161,19 @@ Results go to standard output, progress and errors to standard error.
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
-			if err := flags.SetPflagsFromEnv(nil, "ETCDCTL", cmd.Root().PersistentFlags()); err != nil {
+			f := cmd.Root().PersistentFlags()
+			complete := f.Changed("user") && strings.Contains(a.user, ":") && !f.Changed("password")
+			if err := flags.SetPflagsFromEnv(nil, "ETCDCTL", f); err != nil {
 				return statusError{exitUsage, err}
+			}
+			if complete { // flags win over variables
+				a.password = ""
+			}
+			switch {
+			case a.spec.DialTimeout <= 0:
+				return usage("--dial-timeout %v: must be positive", a.spec.DialTimeout)
+			case a.commandTimeout <= 0:
+				return usage("--command-timeout %v: must be positive", a.commandTimeout)
 			}
 			return nil
 		},
@@ -242,10 +254,23 @@ func (a *app) command(patient bool, w work) func(*cobra.Command, []string) error
 		client, err := a.connect(ctx, patient)
 		if err == nil {
 			defer func() { _ = client.Close() }() // it was used to the end
-			err = w(ctx, client, args)
+			err = a.who(w(ctx, client, args))
 		}
 		return orSignal(ctx, err)
 	}
+}
+
+// who adds to a denial who was denied.
+func (a *app) who(err error) error {
+	switch {
+	case errors.Is(err, rpctypes.ErrUserEmpty):
+		return fmt.Errorf("%w: there is no --user", err)
+	case !errors.Is(err, rpctypes.ErrPermissionDenied):
+		return err
+	case a.spec.Auth != nil:
+		return fmt.Errorf("%w (user %q)", err, a.spec.Auth.Username)
+	}
+	return fmt.Errorf("%w (there is no --user; with --cert, the certificate's name is the user)", err)
 }
 
 // orSignal returns the signal that has ended ctx if it explains err, and err otherwise.
@@ -305,17 +330,18 @@ func (a *app) connect(ctx context.Context, patient bool) (*clientv3.Client, erro
 		switch {
 		case err == nil:
 			return client, nil
-		case errors.Is(err, rpctypes.ErrAuthFailed), status.Code(err) == codes.InvalidArgument:
-			return nil, fmt.Errorf("log in to etcd at %s as %q: %w", a.where(), cfg.Username, err)
 		case errors.Is(err, context.DeadlineExceeded), status.Code(err) == codes.Unavailable:
 			err = a.unreachable(a.reason(ctx, *cfg, err))
+		case cfg.Username != "":
+			name, _, _ := strings.Cut(cfg.Username, ":") // what comes after it may be a password
+			return nil, fmt.Errorf("log in to etcd at %s as %q: %w", a.where(), name, plain(err))
 		default:
 			return nil, err
 		}
 		if !patient {
 			return nil, err
 		}
-		if backoff.Streak() == 0 {
+		if backoff.Streak() == 0 && ctx.Err() == nil {
 			newLog(false).Warn("etcd is being asked again", "error", err)
 		}
 		if backoff.Wait(ctx) != nil {
@@ -358,9 +384,20 @@ func (a *app) reason(ctx context.Context, cfg clientv3.Config, err error) error 
 		return err
 	}
 	defer func() { _ = client.Close() }() // it was only to ask
-	ctx, cancel := context.WithTimeout(ctx, cfg.DialTimeout)
+	asking, cancel := context.WithTimeout(ctx, cfg.DialTimeout)
 	defer cancel()
-	return cmp.Or(ping(ctx, client), err)
+	if silent := ping(asking, client); silent != nil && statusOf(silent) == exitNoAnswer {
+		return silent
+	}
+	return fmt.Errorf("no answer to the login within --dial-timeout %v: %w", cfg.DialTimeout, err)
+}
+
+// plain is an error of gRPC without its wrapping.
+func plain(err error) error {
+	if s, ok := status.FromError(err); ok && s.Code() == codes.Unknown {
+		return errors.New(s.Message())
+	}
+	return err
 }
 
 // ping sends a request that needs no right.
@@ -385,7 +422,12 @@ func (a *app) warnIfAway(ctx context.Context, client *clientv3.Client, after tim
 
 // authenticate completes the user, and asks for the password on a terminal, as etcdctl does, until ctx ends.
 func (a *app) authenticate(ctx context.Context) error {
-	if a.user == "" || a.spec.Auth != nil {
+	switch {
+	case a.spec.Auth != nil:
+		return nil
+	case a.user == "" && a.password != "":
+		return usage("--password: there is no --user")
+	case a.user == "":
 		return nil
 	}
 	name, password, ok := strings.Cut(a.user, ":")
@@ -400,6 +442,12 @@ func (a *app) authenticate(ctx context.Context) error {
 		if password, err = askPassword(ctx, int(os.Stdin.Fd())); err != nil {
 			return fmt.Errorf("read the password: %w", err)
 		}
+	}
+	switch { // with either empty etcd's client does not log in at all
+	case name == "":
+		return usage("--user: the name is empty")
+	case password == "":
+		return usage("--user %s: the password is empty", name)
 	}
 	a.spec.Auth = &clientv3.AuthConfig{Username: name, Password: password}
 	return nil
@@ -435,8 +483,12 @@ func (a *app) elector(client *clientv3.Client) (*leader.Elector, error) {
 
 // unreachable adds which etcd has not answered.
 func (a *app) unreachable(err error) error {
-	if err != nil && statusOf(err) == exitNoAnswer {
-		return fmt.Errorf("etcd at %s: %w", a.where(), err)
+	if err == nil || statusOf(err) != exitNoAnswer {
+		return err
 	}
-	return err
+	hint := ""
+	if text := err.Error(); strings.Contains(text, "EOF") || strings.Contains(text, "broken pipe") || strings.Contains(text, "reset by peer") {
+		hint = " (it may want TLS, or none, or another client certificate: see --cacert and --cert)"
+	}
+	return fmt.Errorf("etcd at %s: %w%s", a.where(), err, hint)
 }

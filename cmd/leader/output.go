@@ -191,22 +191,29 @@ func (h logHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 
 // Handle prints one message. It ignores the error of a standard error that nobody reads.
 func (h logHandler) Handle(_ context.Context, r slog.Record) error {
+	printMessage(h.lineOf(r))
+	return nil
+}
+
+// lineOf returns what is printed. Of several errors the last one stands at the end, and the others are attributes.
+func (h logHandler) lineOf(r slog.Record) string {
 	var attrs []string
+	var last slog.Attr // that is an error
 	reason := ""
 	add := func(a slog.Attr) bool {
-		if a.Key != "election" { // it is on the command line
+		if a.Key != "election" && a.Key != "cure" { // one is on the command line, the other for programs
 			if a.Value.Kind() == slog.KindDuration {
 				a.Value = slog.DurationValue(a.Value.Duration().Round(time.Millisecond))
 			}
-			text := escaped(textOf(a.Value.String()))
+			text := escaped(strings.ReplaceAll(textOf(a.Value.String()), "\n", "; "))
 			if _, ok := a.Value.Any().(error); ok {
-				reason = ": " + text
+				if last.Key != "" {
+					attrs = append(attrs, last.Key+"="+inQuotes(last.Value.String()))
+				}
+				last, reason = slog.String(a.Key, text), ": "+text
 				return true
 			}
-			if strings.ContainsAny(text, " =()") {
-				text = `"` + text + `"`
-			}
-			attrs = append(attrs, a.Key+"="+text)
+			attrs = append(attrs, a.Key+"="+inQuotes(text))
 		}
 		return true
 	}
@@ -222,8 +229,15 @@ func (h logHandler) Handle(_ context.Context, r slog.Record) error {
 	if len(attrs) > 0 {
 		line += " (" + strings.Join(attrs, " ") + ")"
 	}
-	printMessage(line + reason)
-	return nil
+	return line + reason
+}
+
+// inQuotes puts a value in quotation marks if it would not be seen where it ends.
+func inQuotes(text string) string {
+	if strings.ContainsAny(text, " =()") {
+		return `"` + text + `"`
+	}
+	return text
 }
 
 // A message is a line of the log.

@@ -24,8 +24,8 @@ func (a *app) newReclaim() *cobra.Command {
 		Long: `Waits until the owner of a lease file has died, then revokes its leases, so that
 the next candidate leads at once and not after the TTL. The owner is "leader run
 --lease-file FILE" or a program that uses leader.WithLeaseFile. It works on
-Linux, on the machine of the owner, and needs the rights in etcd that the owner
-has.
+Linux, on the machine of the owner, as the same user or root, and needs the
+rights in etcd that the owner has.
 
 It waits for one owner after the other, for example in a sidecar, until it is
 stopped. With --once it returns when the leases of each file's present owner are

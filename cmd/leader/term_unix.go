@@ -67,7 +67,7 @@ func (f runFlags) run(ctx context.Context, a *app, name string, command []string
 	case r.stopped != 0:
 		return signalled{r.stopped}.quietly()
 	}
-	return err
+	return a.who(err)
 }
 
 // lead runs the command in one term. The context ends only with the term: nothing ends the campaign while the command
