@@ -541,7 +541,7 @@ func (e *Elector) queue(name string) (*queue.Queue, error) {
 
 func (e *Elector) log(election string) *slog.Logger { return e.opts.log.With("election", election) }
 
-// loop returns a loop that logs the first failure of each streak as warning.
+// loop returns a loop that warns of streaks of failures.
 func (e *Elector) loop(election, warning string) *retry.Loop {
 	return &retry.Loop{Client: e.client, Warn: e.warn(election, warning)}
 }

@@ -100,7 +100,8 @@ func WithPrefix(prefix string) Option {
 
 // WithLogger sets where to log; by default nothing is logged. nil is an error. Level Info has the steps of candidates
 // and terms: joined the queue, elected, resigned. Level Warn has terms that were lost; the first of several failures in
-// a row; and what was given up, such as a resignation while etcd was unreachable. docs/operations.md lists all lines.
+// a row, and after a minute, two, four and so on the present one, if its reason is another; and what was given up, such
+// as a resignation while etcd was unreachable. docs/operations.md lists all lines.
 func WithLogger(log *slog.Logger) Option {
 	return Option{func(o *options) error {
 		if log == nil {

@@ -493,15 +493,19 @@ func Sleep(ctx context.Context, d time.Duration) error {
 // safe for concurrent use.
 type Loop struct {
 	Client *clientv3.Client
-	// Warn, if not nil, is called with the first failure of each streak.
+	// Warn, if not nil, is called with the first failure of each streak. It is called again when the reason has changed,
+	// for example if an etcd that is back refuses the client: at the earliest when the streak has lasted for a minute, and
+	// then for twice as long each time.
 	Warn func(error)
 	// Over, if not nil, is called when a success ends a streak, with the number of failures and how long it lasted.
 	Over func(failures int, lasted time.Duration)
 
 	backoff Backoff
-	streak  int       // of failures
-	began   time.Time // when the first of them was noted
-	last    error     // the last failure of the streak
+	streak  int           // of failures
+	began   time.Time     // when the first of them was noted
+	last    error         // the last failure of the streak
+	warned  string        // what the last warning was about
+	quiet   time.Duration // how long the streak must last until there may be another
 }
 
 // Retry notes the failure err, blocks for a pause, and returns nil if the caller should try again. Otherwise it returns
@@ -523,11 +527,11 @@ func (l *Loop) Retry(ctx context.Context, err error) error {
 // Failed notes a failure without a pause, for callers that retry by themselves.
 func (l *Loop) Failed(err error) {
 	l.last = err
-	if l.streak++; l.streak > 1 {
-		return
+	if l.streak++; l.streak == 1 {
+		l.began, l.quiet, l.warned = time.Now(), 0, ""
 	}
-	l.began = time.Now()
-	if l.Warn != nil {
+	if lasted := time.Since(l.began); l.Warn != nil && lasted >= l.quiet && err.Error() != l.warned {
+		l.quiet, l.warned = max(time.Minute, 2*lasted), err.Error()
 		l.Warn(err)
 	}
 }

@@ -518,3 +518,32 @@ func TestOnlyASuccessIsReportedAsTheEndOfAStreak(t *testing.T) {
 		t.Errorf("reported %v, want one streak of 2 failures", over)
 	}
 }
+
+// An outage may end in another one: etcd is back, and its certificate has expired.
+func TestAStreakIsWarnedOfAgainWhenItsReasonHasChangedAndMoreAndMoreSeldom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		began := time.Now()
+		var warned []string
+		l := Loop{Warn: func(err error) { warned = append(warned, fmt.Sprint(time.Since(began), " ", err)) }}
+		for i := range 300 {
+			reason := "refused"
+			switch {
+			case i >= 100:
+				reason = fmt.Sprint("port ", i) // another each time
+			case i >= 30:
+				reason = "expired"
+			}
+			l.Failed(errors.New(reason))
+			time.Sleep(2 * time.Second)
+		}
+		want := []string{"0s refused", "1m0s expired", "3m20s port 100", "6m40s port 200"}
+		if !slices.Equal(warned, want) {
+			t.Errorf("warned: %q, want %q", warned, want)
+		}
+		l.OK()
+		l.Failed(errors.New("refused"))
+		if len(warned) != len(want)+1 {
+			t.Errorf("the first of the next streak: %q", warned)
+		}
+	})
+}
