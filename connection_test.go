@@ -12,6 +12,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -394,4 +395,30 @@ func TestErrorOfAQuestionWhoseContextEndsFirstNamesTheLastFailure(t *testing.T) 
 		}
 	}
 	link.Heal()
+}
+
+// While there is no connection, a request that is sent again would only wait beside the first. When etcd is back it
+// would get all of them at once: of each candidate several grants, and with a password a login for each.
+func TestARequestThatWaitsForAConnectionIsSentOnce(t *testing.T) {
+	m, _ := start(t)
+	link := etcdtest.NewLink(t, m)
+	var grants atomic.Int64
+	client := etcdtest.NewClientFrom(t, clientv3.Config{Endpoints: []string{link.Endpoint}, DialOptions: []grpc.DialOption{
+		grpc.WithChainUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+			err := invoker(ctx, method, req, reply, cc, opts...)
+			if err == nil && method == "/etcdserverpb.Lease/LeaseGrant" {
+				grants.Add(1)
+			}
+			return err
+		}),
+	}})
+	link.Cut()
+	var log logRecorder
+	next := campaign(t.Context(), newElector(t, client, leader.WithLogger(slog.New(&log))), "jobs", "")
+	log.await(t, "WARN campaign is being retried") // after several times as long as an answer is waited for
+	link.Heal()
+	resign(t, awaitLeader(t, next))
+	if n := grants.Load(); n != 1 {
+		t.Errorf("%d leases were granted", n)
+	}
 }

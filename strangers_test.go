@@ -58,6 +58,7 @@ type attacker struct {
 
 	mu       sync.Mutex
 	left     int // leases yet to be attacked
+	granted  int
 	attacked map[clientv3.LeaseID]bool
 }
 
@@ -76,6 +77,7 @@ func (a *attacker) Grant(ctx context.Context, ttl int64) (*clientv3.LeaseGrantRe
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.granted++
 	if a.left == 0 {
 		return resp, nil
 	}
@@ -85,6 +87,12 @@ func (a *attacker) Grant(ctx context.Context, ttl int64) (*clientv3.LeaseGrantRe
 	a.left--
 	a.attacked[resp.ID] = true
 	return resp, nil
+}
+
+func (a *attacker) grants() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.granted
 }
 
 // Any user may list the leases and attach a key to one that has none yet. etcd then denies that lease to a candidate
@@ -196,7 +204,7 @@ func TestStrangerOnOneLeaseHoldsUpNoneOfManyElections(t *testing.T) {
 func TestCampaignUnderAttackBacksOffAndSaysSoOnce(t *testing.T) {
 	as := withStranger(t)
 	const leases = 8
-	victim, _ := attacked(as("service"), as("stranger"), leases)
+	victim, attack := attacked(as("service"), as("stranger"), leases)
 	var warned atomic.Int64
 	e := newElector(t, victim, leader.WithTTL(5*time.Second), leader.WithLogger(slog.New(handler(func(r slog.Record) {
 		if r.Level >= slog.LevelWarn && r.Message == "campaign is being retried" {
@@ -205,8 +213,10 @@ func TestCampaignUnderAttackBacksOffAndSaysSoOnce(t *testing.T) {
 	}))))
 	began := time.Now()
 	l := lead(t, e, "svc/jobs", "")
-	// Pauses of 50 ms that double, up to 2 s, each less a half at most.
-	if took, least := time.Since(began), 2*time.Second; took < least {
+	took := time.Since(began)
+	// Pauses of 50 ms that double, up to 2 s, each less a half at most. On a busy machine a grant may be sent again, and
+	// then some of the leases that were attacked are not tried.
+	if least := 2 * time.Second; took < least && attack.grants() == leases+1 {
 		t.Errorf("%d leases were tried in %v, want pauses of %v in all at least", leases, took, least)
 	}
 	if n := warned.Load(); n != 1 {

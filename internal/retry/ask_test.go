@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"runtime"
 	"slices"
 	"strings"
@@ -16,6 +17,9 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/test/bufconn"
 )
 
 func TestAskSendsAgainBesideASilentRequest(t *testing.T) {
@@ -41,12 +45,7 @@ func TestAskSendsAgainBesideASilentRequest(t *testing.T) {
 func TestWhatIsSentAgainIsSentTwiceAtOnceIfThereAreSeveralEndpoints(t *testing.T) {
 	for endpoints, together := range map[string]int{"127.0.0.1:1": 1, "127.0.0.1:1 127.0.0.1:2": 2} {
 		bubble(t, endpoints, func(t *testing.T) {
-			// Nothing is asked of it but how many endpoints it has.
-			client, err := clientv3.New(clientv3.Config{Endpoints: strings.Fields(endpoints), Logger: zap.NewNop()})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer client.Close()
+			client := connected(t, strings.Fields(endpoints))
 			ctx, cancel := context.WithTimeout(t.Context(), 3*silence)
 			defer cancel()
 			var sent sends
@@ -61,6 +60,33 @@ func TestWhatIsSentAgainIsSentTwiceAtOnceIfThereAreSeveralEndpoints(t *testing.T
 			}
 		})
 	}
+}
+
+// connected returns a client that has a connection to each of the endpoints, where nothing answers.
+func connected(t *testing.T, endpoints []string) *clientv3.Client {
+	t.Helper()
+	listener := bufconn.Listen(1 << 16)
+	server := grpc.NewServer()
+	var serving sync.WaitGroup
+	serving.Go(func() { _ = server.Serve(listener) })
+	client, err := clientv3.New(clientv3.Config{Endpoints: endpoints, Logger: zap.NewNop(), DialOptions: []grpc.DialOption{
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) }),
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = client.Close()
+		server.Stop()
+		serving.Wait()
+	})
+	conn := client.ActiveConnection()
+	conn.Connect()
+	for s := conn.GetState(); s != connectivity.Ready; s = conn.GetState() {
+		conn.WaitForStateChange(t.Context(), s)
+	}
+	synctest.Wait() // for all of the connections
+	return client
 }
 
 func TestAskGivesASilentRequestTheTimeToAnswer(t *testing.T) {

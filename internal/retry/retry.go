@@ -85,7 +85,8 @@ func Cleanup(ctx context.Context) (context.Context, context.CancelFunc) {
 //
 // Rule: one attempt is one request, and a request that somebody waits for is sent again, to another endpoint. An
 // attempt without an answer continues while the next one is sent: an endpoint that does not answer must not use up the
-// time in which another one would, and a slow endpoint must get the time that it needs.
+// time in which another one would, and a slow endpoint must get the time that it needs. While there is no connection, one
+// attempt waits for it.
 //
 // gRPC sends each request to the next endpoint in turn. So an attempt must be a single request: if it were two in a
 // row, the second would go to the dark one of two endpoints each time. The request must do no harm if it is carried out
@@ -159,7 +160,8 @@ func askAny(ctx context.Context, client *clientv3.Client, first, attempt time.Du
 				if a.sendNext() { //nolint:contextcheck // a has ctx
 					next.Reset(beside.Next())
 				} else {
-					// There is no token, or maxBeside attempts wait. Both may change soon, so the pause does not grow.
+					// There is no connection or no token, or maxBeside attempts wait. All may change soon, so the pause does not
+					// grow.
 					next.Reset(first)
 				}
 				continue
@@ -180,15 +182,20 @@ func askAny(ctx context.Context, client *clientv3.Client, first, attempt time.Du
 // that one of the two avoids a dark endpoint. One request at a time may meet the dark endpoint each time, because other
 // requests of the client take turns in between. It reports whether it sent any.
 func (a *asking) sendNext() bool {
+	beside := a.waiting > 0
+	if beside {
+		// clientv3 may be the one that is silent: if there is no connection, it retries without returning an error. Another
+		// attempt would wait for the connection as well, and etcd would get all of them as soon as it is back.
+		Reconnect(a.client)
+		if state, ok := Connection(a.client); ok && state != connectivity.Ready {
+			return false
+		}
+	}
 	if !a.send() {
 		return false
 	}
-	if a.waiting > 1 {
-		// clientv3 may be the one that is silent: if there is no connection, it retries without returning an error.
-		Reconnect(a.client)
-		if len(a.client.Endpoints()) > 1 {
-			a.send()
-		}
+	if beside && len(a.client.Endpoints()) > 1 {
+		a.send()
 	}
 	return true
 }
