@@ -25,9 +25,6 @@ const (
 
 	// maxTransferRead is how long a Transfer waits until it reads the queue again, in case its watch is dead.
 	maxTransferRead = time.Second
-
-	// maxLetJoin is for how long a Transfer lets the waiters join again, at most.
-	maxLetJoin = 100 * time.Millisecond
 )
 
 // Transfer hands the election name over to the candidate to, without an overlap: the leader stops its work before the
@@ -96,8 +93,6 @@ type transfer struct {
 	again chan struct{}     // has a token when the queue is to be read again
 
 	leases *retry.Loop // of leases that were lost, or to which somebody else has attached a key
-
-	askedLast time.Time // when the last waiter was asked; zero if none was, or it has been waited for
 }
 
 // An asked is a candidate that is asked to step back.
@@ -172,28 +167,11 @@ func (t *transfer) step(ctx context.Context, listing queue.Listing) (over bool, 
 				return false, err
 			}
 		}
-	} else {
-		if err := t.letJoin(ctx); err != nil {
-			return false, err
-		}
-		if err := t.ask(ctx, cs[0], cs[place]); err != nil {
-			return false, err
-		}
+	} else if err := t.ask(ctx, cs[0], cs[place]); err != nil {
+		return false, err
 	}
 	t.forget(ctx, listing) // last: the requests share a lease, which is given back with the last of them
 	return false, nil
-}
-
-// letJoin blocks for as long as the last waiter took to step back, so that those who have stepped back join again before
-// the leader is asked. Each of them writes a key, and the leader's deletion, during which nobody leads, would wait behind
-// that: see bench/README.md, row 14.
-func (t *transfer) letJoin(ctx context.Context) error {
-	if t.askedLast.IsZero() {
-		return nil
-	}
-	took := time.Since(t.askedLast)
-	t.askedLast = time.Time{}
-	return retry.Sleep(ctx, min(took, maxLetJoin))
 }
 
 // place is the place in the queue of who is to lead: 0 if it leads, -1 if it is not there.
@@ -237,9 +215,6 @@ func (t *transfer) ask(ctx context.Context, c, successor queue.Candidate) error 
 	actx, cancel := context.WithCancel(ctx) // ends with the session, which cancels each attempt
 	defer cancel()
 	defer context.AfterFunc(a.request.Session().Context(), cancel)()
-	if successor == (queue.Candidate{}) {
-		t.askedLast = time.Now()
-	}
 	rev, err := retry.Do(actx, t.loop, func(ctx context.Context) (int64, error) {
 		return lease.Attempt(ctx, a.request, func(ctx context.Context) (int64, error) {
 			return t.q.Ask(ctx, a.request.Session().ID(), c, successor)
