@@ -227,7 +227,7 @@ func (t *transfer) ask(ctx context.Context, c, successor queue.Candidate) error 
 		delete(t.asked, c.Key)
 		t.read()
 		return t.leases.Retry(ctx, retry.Passing(err))
-	case errors.Is(err, rpctypes.ErrPermissionDenied):
+	case errors.Is(err, rpctypes.ErrPermissionDenied): // perhaps only because of the lease: see errAttached
 		a.request.Drop()
 		delete(t.asked, c.Key)
 		_, denied := retry.Do(ctx, t.loop, func(ctx context.Context) (struct{}, error) {
