@@ -238,7 +238,7 @@ var mutations = []mutation{
 		{retry, "				next.Reset(beside.Next())\n", "				_ = beside\n				next.Reset(time.Hour)\n"},
 	}, adjust: calm(0)},
 	{name: "two-at-once", safeguard: "what is sent again is sent to two endpoints", changes: []change{
-		{retry, "		if len(a.client.Endpoints()) > 1 {\n			a.send()\n		}\n", ""},
+		{retry, "	if beside && len(a.client.Endpoints()) > 1 {\n		a.send()\n	}\n", ""},
 	}, adjust: calm(8 * time.Second)},
 	{name: "other-stream", safeguard: "a watch that is not created in time is tried on another stream", changes: []change{
 		{wait, "			stream.Late()\n", ""},
@@ -255,7 +255,7 @@ var mutations = []mutation{
 		{retry, "	_, err := Ask(ctx, client, func(err error) { last = err }, func(ctx context.Context) (struct{}, error) {\n		return struct{}{}, request(ctx)\n	})\n", "	_ = client\n	err := request(ctx)\n"},
 	}, adjust: calm(8 * time.Second)},
 	{name: "reconnect-silent", safeguard: "a request that is silent makes gRPC connect again", changes: []change{
-		{retry, "		Reconnect(a.client)\n		if len(", "		if len("},
+		{retry, "		Reconnect(a.client)\n		if state", "		if state"},
 	}, adjust: calm(8 * time.Second)},
 	{name: "reconnect", safeguard: "gRPC's pause between attempts to connect does not grow", changes: []change{
 		{retry, "		conn.ResetConnectBackoff()\n", ""},
@@ -285,13 +285,13 @@ var mutations = []mutation{
 		{health, "if busy { // that", "if busy = false; busy { // that"},
 	}, adjust: checks},
 	{name: "unhealthy-vacates", safeguard: "the key of an unhealthy leader whose work hangs goes after the margin", changes: []change{
-		{term, "if l.by != byRun || errors.Is(cause, ErrUnhealthy) {", "if l.by != byRun {"},
+		{term, "if l.by != byRun || unhealthy(cause) {", "if l.by != byRun {"},
 	}, adjust: checks},
 	{name: "winding-margin", safeguard: "the work of an unhealthy leader has the margin to stop", changes: []change{
 		{term, "timer := time.NewTimer(l.session.Margin())", "timer := time.NewTimer(0)"},
 	}, adjust: checks},
 	{name: "transferred-works", safeguard: "a leader by Run that was asked to step back keeps its key until its work has ended", changes: []change{
-		{term, "if l.by != byRun || errors.Is(cause, ErrUnhealthy) {", "if true {"},
+		{term, "if l.by != byRun || unhealthy(cause) {", "if true {"},
 	}, adjust: only("operator-transfers")},
 	{name: "overdue-margin", safeguard: "work has the margin before it is reported as late", changes: []change{
 		{elector, "	o.wait(o.l.session.Margin())\n", "	o.wait(0)\n"},
