@@ -359,17 +359,15 @@ func (l *Leader) end(cause error) {
 	}
 	if l.elected {
 		l.endedAt = time.Now()
-		if !winding(cause) { // else the key stays, and so does the claim
-			l.claim.free() // before ctx ends: who waits for that may campaign at once
-		}
-		switch {
-		case resigned(cause):
-		case winding(cause):
+		if winding(cause) { // the key stays, and so does the claim
 			l.claim.stop() // Hooks.Ended comes after the last LeaderChanged, and must not wait for the work
 			if l.by != byRun || unhealthy(cause) {
 				l.e.watching.Go(l.vacate)
 			}
-		default:
+		} else {
+			l.claim.free() // before ctx ends: who waits for that may campaign at once
+		}
+		if !keepsKey(cause) {
 			l.tidying.Add(1)
 			l.e.watching.Go(l.tidy)
 		}
@@ -558,7 +556,7 @@ func (l *Leader) leave(ctx context.Context) error {
 	}
 	err := l.remove(ctx)
 	l.left = err == nil
-	l.claim.release() // of a term that winds down; the others have done so when they ended
+	l.claim.release() // of a term that winds down; of the others only the lease file may be left
 	return err
 }
 

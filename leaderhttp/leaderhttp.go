@@ -404,7 +404,8 @@ func (v *view) rewrite(pr *httputil.ProxyRequest) {
 
 // answered looks at the leader's answer. What it removes is not for those further back.
 func (v *view) answered(res *http.Response) error {
-	if r := res.Request; r != nil && res.Header.Get(refusedBy) == v.f.id+v.f.hop(r).request { // a user's transport may leave it out
+	r := res.Request // a user's transport may leave it out
+	if r != nil && res.Header.Get(refusedBy) == v.f.id+v.f.hop(r).request {
 		v.itself.Store(true)
 	}
 	res.Header.Del(refusedBy)

@@ -108,7 +108,7 @@ func execute() int {
 // textOf returns the text of an error without the prefixes of the library, and with flags for its options.
 func textOf(err string) string {
 	text := strings.ReplaceAll(strings.TrimPrefix(err, "leader: "), ": leader: ", ": ")
-	text = strings.ReplaceAll(text, ", "+retry.Cure, "") // it is for programs; --keepalive-time has done so
+	text = strings.ReplaceAll(text, ", "+retry.Cure, "") // advice for programs: here --keepalive-time sets it
 	for option, flag := range map[string]string{"WithTTL(": "--ttl ", "WithMargin(": "--margin ", "WithLeaseFile(": "--lease-file "} {
 		if rest, ok := strings.CutPrefix(text, option); ok {
 			return flag + strings.Replace(rest, "): ", ": ", 1)
